@@ -1,0 +1,1 @@
+"""What is computed: the model, the engine, the hand-off. Nothing here imports Ray."""

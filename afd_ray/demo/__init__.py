@@ -1,0 +1,1 @@
+"""The small bundled model: its corpus, its training script, its weights."""

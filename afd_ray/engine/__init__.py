@@ -1,0 +1,1 @@
+"""The engine core: KV cache, scheduler, sampling, pipeline and the two step loops."""

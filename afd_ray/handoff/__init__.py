@@ -1,0 +1,1 @@
+"""What crosses between attention and FFN: wire format and links."""

@@ -1,0 +1,1 @@
+"""The model families, one file each, and how their checkpoints are read."""

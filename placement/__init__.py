@@ -1,0 +1,1 @@
+"""Where it runs: from configuration and inventory to placement groups."""
