@@ -7,7 +7,7 @@ import pytest
 from afd_ray.handoff.routing import row_owners
 
 
-@pytest.mark.parametrize(("attention", "tensor_parallel"), itertools.product(range(1, 7), repeat=2))
+@pytest.mark.parametrize(("attention", "tensor_parallel"), list(itertools.product(range(1, 7), repeat=2)))
 def test_every_row_has_one_owner(attention: int, tensor_parallel: int) -> None:
     for a_rank, rows in itertools.product(range(attention), (0, 1, 2, 3, 5, 6, 7, 64)):
         ranges = row_owners(rows, a_rank, attention, tensor_parallel)
