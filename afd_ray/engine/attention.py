@@ -12,7 +12,7 @@ from torch import Tensor
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
-from afd_ray.engine.paged_attention import AttentionPlan, attend_paged
+from afd_ray.engine.paged_attention import AttentionPlan, attend_paged, plan_attention
 from afd_ray.engine.pipeline import Ready, next_slot
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
@@ -31,6 +31,7 @@ class Flight:
 
     def __init__(self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int) -> None:
         self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
+        self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0
         self.since = 0
         self.awaited = 0
@@ -69,6 +70,15 @@ class AttentionLoop(StepLoop):
     def abort(self, request_id: str) -> "Future[None]":
         """Forget a request and free its blocks; unknown ids are ignored."""
         return self.call(lambda: self._abort(request_id))
+
+    def abandon(self) -> list[str]:
+        """Forget every request, once `run` has ended; gives their ids."""
+        for flight in self._flights:
+            if flight is not None:
+                self.scheduler.cancel(flight.batch)
+        self._flights = [None] * len(self._flights)
+        self._clocks.clear()
+        return [request.id for request, _ in self.scheduler.drain_all()]
 
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
@@ -129,7 +139,7 @@ class AttentionLoop(StepLoop):
             return False
         started_ns = time.monotonic_ns()
         self._steps += 1
-        plan = AttentionPlan.build(batch.chunks, self.cache)
+        plan = plan_attention(batch.chunks, self.cache)
         flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
         self._flights[slot] = flight
         self._parked[slot] = False
@@ -171,7 +181,7 @@ class AttentionLoop(StepLoop):
         self.cache.write(flight.layer, flight.plan.slots, k, v)
         context = attend_paged(self.cache, flight.layer, flight.plan, q)
         flight.residual, routed = layer.after(flight.residual, context)
-        hold(self.pace, started_ns, flight.batch.rows, flight.plan.context_tokens)
+        hold(self.pace, started_ns, flight.batch.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         self._record("attention", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
 
@@ -200,7 +210,7 @@ class AttentionLoop(StepLoop):
     def _finish(self, slot: int, flight: Flight, started_ns: int) -> None:
         """Sample after the last layer, publish, and give the slot its next micro-batch."""
         sampling = [chunk.sequence for chunk in flight.batch.chunks if chunk.samples]
-        sampled = sample(self.half.logits(flight.residual[flight.plan.sampled_rows]).float(), sampling) if sampling else []
+        sampled = sample(self.half.logits(flight.residual[flight.plan.sample_rows]).float(), sampling) if sampling else []
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
         self._record("head", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
