@@ -21,7 +21,7 @@ from afd_ray.models.checkpoint import (
 from afd_ray.models.layout import count_parameters, elements, expected_shapes, file_key, part_of, text_key
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.shards import INDEX_NAME, write_checkpoint
-from afd_ray.models.step3 import FFNHalf, FFNShard, Routed
+from afd_ray.models.step3 import FFNHalf, FFNShard, Routed, Slice
 
 CONFIG = PRESETS["step3-tiny"]
 UP = "model.layers.1.moe.up_proj.weight"
@@ -75,8 +75,8 @@ def test_the_ranks_partial_sums_add_up_to_the_whole(written: Path) -> None:
     experts = torch.stack([torch.randperm(CONFIG.moe_num_experts, generator=generator)[:3] for _ in range(6)])
     moe, dense = Routed(hidden, experts, torch.rand(6, 3, generator=generator)), Routed(hidden, None, None)
     shards = [
-        FFNShard(held, tp_rank, 3, has_shared)
-        for held, has_shared in (((0, 3, 5), True), ((1, 2, 4, 6, 7), False))
+        FFNShard(held, routed=Slice(tp_rank, 3), dense=Slice(instance * 3 + tp_rank, 6))
+        for instance, held in enumerate(((0, 3, 5), (1, 2, 4, 6, 7)))
         for tp_rank in range(3)
     ]
     halves = [load_ffn(checkpoint, shard) for shard in shards]
@@ -90,12 +90,13 @@ def sum_partials(halves: list[FFNHalf], layer: int, routed: Routed) -> torch.Ten
 
 def test_a_role_reads_its_own_values_only(written: Path) -> None:
     checkpoint = Checkpoint.open(written)
-    attention, rank = load_attention(checkpoint), load_ffn(checkpoint, FFNShard((1, 6), 1, 2, has_shared=False))
+    attention, rank = load_attention(checkpoint), load_ffn(checkpoint, FFNShard((1, 6), routed=Slice(1, 2), dense=Slice(3, 4)))
     assert {part_of(read.stored.key) for read in plan_reads(checkpoint, attention)}.isdisjoint({"experts", "shared", "dense"})
     reads = plan_reads(checkpoint, rank, rank.shard)
-    assert {part_of(read.stored.key) for read in reads} == {"experts"}
-    assert sum(elements(read.shape) for read in reads) == count_parameters(CONFIG).parts["experts"] * 2 // 8 // 2
-    down = next(read for read in reads if ".down_proj." in read.stored.key)
+    assert {part_of(read.stored.key) for read in reads} == {"experts", "shared", "dense"}
+    parts = count_parameters(CONFIG).parts
+    assert sum(elements(read.shape) for read in reads) == parts["experts"] * 2 // 8 // 2 + (parts["shared"] + parts["dense"]) // 4
+    down = next(read for read in reads if ".moe.down_proj." in read.stored.key)
     assert down.slices == (slice(None), slice(16, 32))
 
 
@@ -111,8 +112,8 @@ def test_a_wrong_shard_is_refused(written: Path) -> None:
     checkpoint = Checkpoint.open(written)
     with pytest.raises(ValueError, match="experts: must be from 0 to 7, got 8"):
         load_ffn(checkpoint, FFNShard((8,)))
-    with pytest.raises(ValueError, match="tp_rank: must be from 0 to 1, got 2"):
-        load_ffn(checkpoint, FFNShard((0,), 2, 2))
+    with pytest.raises(ValueError, match="routed: part must be from 0 to 1, got 2"):
+        load_ffn(checkpoint, FFNShard((0,), routed=Slice(2, 2)))
 
 
 @pytest.mark.parametrize(

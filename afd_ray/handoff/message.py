@@ -14,11 +14,11 @@ from torch import Tensor
 MAGIC = 0x52444641  # "AFDR"
 VERSION = 1
 ALIGNMENT = 64
-HEADER_BYTES = 128
+HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<IHBBQQIIIIQII72s")
+_FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
 _DESCRIPTORS = struct.Struct("<8B16I")
 _DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
@@ -54,6 +54,8 @@ class Header:
     step: int = 0
     rows: int = 0
     first_row: int = 0
+    sent_ns: int = 0
+    """The sender's wall clock."""
 
 
 class Message(NamedTuple):
@@ -204,6 +206,7 @@ def _frame_values(header: Header, layout: Layout, digest: int) -> tuple[int | by
         header.step,
         header.rows,
         header.first_row,
+        header.sent_ns,
         layout.descriptors,
     )
 

@@ -97,7 +97,8 @@ def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None =
         slices = [slice(None)] * (len(stored.shape) - (experts is not None))
         if shard is not None:
             intermediate = -1 if ".down_proj." in key else -2
-            slices[intermediate] = shard.columns(stored.shape[intermediate])
+            part = shard.dense if experts is None else shard.routed
+            slices[intermediate] = part.of(stored.shape[intermediate])
         reads.append(Read(name, stored, experts, tuple(slices), tuple(parameter.shape)))
     return reads
 
@@ -105,9 +106,10 @@ def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None =
 def load_attention(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> AttentionHalf:
     """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN."""
     checkpoint.require_sound()
+    config = _in_dtype(checkpoint.config, dtype)
     with torch.device("meta"):
-        half = AttentionHalf(checkpoint.config)
-    _fill(half, plan_reads(checkpoint, half), dtype or checkpoint.config.dtype, progress)
+        half = AttentionHalf(config)
+    _fill(half, plan_reads(checkpoint, half), config.dtype, progress)
     return half
 
 
@@ -116,19 +118,20 @@ def load_ffn(
 ) -> FFNHalf:
     """One FFN rank's experts and columns, in `dtype` (None: the checkpoint's). Reads no other bytes."""
     checkpoint.require_sound()
-    _check_shard(shard, checkpoint.config)
+    config = _in_dtype(checkpoint.config, dtype)
+    _check_shard(shard, config)
     with torch.device("meta"):
-        half = FFNHalf(checkpoint.config, shard)
+        half = FFNHalf(config, shard)
     # The expert lookup is computed, not stored: take the one of a model without layers, made on the CPU.
-    half.lookup = FFNHalf(replace(checkpoint.config, num_hidden_layers=0), shard).lookup
-    _fill(half, plan_reads(checkpoint, half, shard), dtype or checkpoint.config.dtype, progress)
+    half.lookup = FFNHalf(replace(config, num_hidden_layers=0), shard).lookup
+    _fill(half, plan_reads(checkpoint, half, shard), config.dtype, progress)
     return half
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Step3Model:
     """Both halves in one process: the reference."""
     with torch.device("meta"):
-        model = Step3Model(checkpoint.config)
+        model = Step3Model(_in_dtype(checkpoint.config, dtype))
     model.attention = load_attention(checkpoint, dtype, progress)
     model.ffn = load_ffn(checkpoint, FFNShard(tuple(range(checkpoint.config.moe_num_experts))), dtype, progress)
     return model.eval()
@@ -138,8 +141,13 @@ def _check_shard(shard: FFNShard, config: ModelConfig) -> None:
     outside = next((expert for expert in shard.experts if not 0 <= expert < config.moe_num_experts), None)
     if outside is not None:
         raise ValueError(f"experts: must be from 0 to {config.moe_num_experts - 1}, got {outside}")
-    if not 0 <= shard.tp_rank < shard.tp_size:
-        raise ValueError(f"tp_rank: must be from 0 to {shard.tp_size - 1}, got {shard.tp_rank}")
+    for name, part in (("routed", shard.routed), ("dense", shard.dense)):
+        if not 0 <= part.part < part.parts:
+            raise ValueError(f"{name}: part must be from 0 to {part.parts - 1}, got {part.part}")
+
+
+def _in_dtype(config: ModelConfig, dtype: torch.dtype | None) -> ModelConfig:
+    return config if dtype is None else replace(config, dtype=dtype)
 
 
 def _fill(half: nn.Module, reads: list[Read], dtype: torch.dtype, progress: Progress | None) -> None:
