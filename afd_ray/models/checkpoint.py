@@ -16,7 +16,17 @@ from afd_ray.models.layout import elements, expected_shapes, file_key, part_of, 
 from afd_ray.models.shards import DTYPE_NAMES, CheckpointError, StoredTensor, read_header, shard_files, write_checkpoint
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard, Step3Model
 
-__all__ = ["Checkpoint", "CheckpointError", "digest", "load_attention", "load_ffn", "load_model", "verify", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "digest",
+    "file_findings",
+    "load_attention",
+    "load_ffn",
+    "load_model",
+    "verify",
+    "write_checkpoint",
+]
 
 Progress = Callable[[int, int], None]
 """Called with values loaded so far and in all."""
@@ -200,6 +210,25 @@ def _samples(stored: StoredTensor) -> list[tuple[int, int]]:
         return [(stored.start, size)]
     stride = (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
     return [(stored.start + i * stride, _SAMPLE_BYTES) for i in range(_SAMPLES)]
+
+
+def file_findings(directory: Path) -> list[str]:
+    """What keeps the directory from being opened: every file that is missing, truncated or corrupt."""
+    found: list[str] = []
+    try:
+        ModelConfig.from_directory(directory)
+    except (ValueError, OSError) as error:
+        found.append(str(error))
+    try:
+        files = shard_files(directory)
+    except CheckpointError as error:
+        return [*found, str(error)]
+    for file in files:
+        try:
+            read_header(file)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
 
 
 def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator[str]:
