@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from afd_ray.models.config import DTYPES, ModelConfig
-from afd_ray.models.layout import elements, expected_shapes, file_key, part_of, text_key
+from afd_ray.models.layout import Unallocated, elements, expected_shapes, file_key, part_of, text_key
 from afd_ray.models.shards import DTYPE_NAMES, CheckpointError, StoredTensor, read_header, shard_files, write_checkpoint
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard, Step3Model
 
@@ -98,7 +98,7 @@ class Read(NamedTuple):
 
 
 def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None = None) -> list[Read]:
-    """What to read for `half` (built on the meta device): whole tensors, or those slices that `shard` holds."""
+    """What to read for `half` (built `Unallocated`): whole tensors, or those slices that `shard` holds."""
     reads = []
     for name, parameter in half.named_parameters():
         key = file_key(name)
@@ -115,7 +115,7 @@ def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None =
 def load_attention(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> AttentionHalf:
     """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN."""
     checkpoint.require_sound()
-    with torch.device("meta"):
+    with Unallocated():
         half = AttentionHalf(checkpoint.config)
     _fill(half, plan_reads(checkpoint, half), dtype or checkpoint.config.dtype, progress)
     return half
@@ -127,17 +127,15 @@ def load_ffn(
     """One FFN rank's experts and columns, in `dtype` (None: the checkpoint's). Reads no other bytes."""
     checkpoint.require_sound()
     _check_shard(shard, checkpoint.config)
-    with torch.device("meta"):
+    with Unallocated():
         half = FFNHalf(checkpoint.config, shard)
-    # The expert lookup is computed, not stored: take the one of a model without layers, made on the CPU.
-    half.lookup = FFNHalf(replace(checkpoint.config, num_hidden_layers=0), shard).lookup
     _fill(half, plan_reads(checkpoint, half, shard), dtype or checkpoint.config.dtype, progress)
     return half
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Step3Model:
     """Both halves in one process: the reference."""
-    with torch.device("meta"):
+    with Unallocated():
         model = Step3Model(checkpoint.config)
     model.attention = load_attention(checkpoint, dtype, progress)
     model.ffn = load_ffn(checkpoint, FFNShard(tuple(range(checkpoint.config.moe_num_experts))), dtype, progress)

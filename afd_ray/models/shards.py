@@ -135,6 +135,7 @@ def _write_shards(
         part = directory / f"shard-{len(written) + 1:05d}.tmp"
         written.append((part, list(shard)))
         save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors writes for the owner alone; the actors may be another user
         shard.clear()
 
     for key, tensor in tensors:
