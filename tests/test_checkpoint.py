@@ -1,6 +1,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_a_truncated_or_corrupt_file_is_named(directory: Path) -> None:
         "truncated, or not": whole[:100],
         "not a safetensors file": b"hello, world, this is no such thing",
         "not JSON": struct.pack("<Q", 20) + b"x" * 40,
-        "does not describe": struct.pack("<Q", 16) + b'{"a":{"dtype":1}' + b"x" * 40,
+        "does not describe": struct.pack("<Q", 17) + b'{"a":{"dtype":1}}' + b"x" * 40,
         "(0 bytes)": b"",
     }
     for expected, content in broken.items():
@@ -196,7 +197,7 @@ def test_the_digest_tells_checkpoints_apart(directory: Path, written: Path) -> N
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    def failing():  # type: ignore[no-untyped-def]
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(random_tensors(CONFIG, 0))[:4]
         raise OSError("disk full")
 
