@@ -62,7 +62,22 @@ def only(kept: list[int], temperature: float = 1.0) -> Tensor:
         (SamplingParams(seed=13, top_k=2, top_p=0.6), only([0])),
         (SamplingParams(seed=14, temperature=0.5, top_p=0.7), only([0, 5], 0.5)),
     ],
-    ids="plain cold hot top_k=1 top_k=3 top_k=100 top_p=0.01 top_p=0.6 top_p=0.7 min_p=0.3 min_p=1 k-then-p k-then-less-p cold-then-p".split(),
+    ids=[
+        "plain",
+        "cold",
+        "hot",
+        "top_k=1",
+        "top_k=3",
+        "top_k=100",
+        "top_p=0.01",
+        "top_p=0.6",
+        "top_p=0.7",
+        "min_p=0.3",
+        "min_p=1",
+        "k-then-p",
+        "k-then-less-p",
+        "cold-then-p",
+    ],
 )
 def test_draws_follow_the_distribution(params: SamplingParams, expected: Tensor) -> None:
     assert_drawn_like(LOGITS, params, expected)

@@ -97,7 +97,8 @@ def test_the_youngest_idle_sequence_is_preempted_and_starts_over_with_its_tokens
     scheduler = make(blocks=5, block_size=2, budget=6)
     scheduler.add(request("a", 4, 6))
     scheduler.add(request("b", 2, 5))
-    assert play(scheduler, 11) == (
+    scheduler.add(request("next", 7, 1))
+    assert play(scheduler, 10) == (
         "slot 0: a prefill 0..3, b prefill 0..1\n"
         "slot 0: a decode@4, b decode@2\n"
         "slot 0: a decode@5, b decode@3\n"
@@ -106,9 +107,8 @@ def test_the_youngest_idle_sequence_is_preempted_and_starts_over_with_its_tokens
         "slot 0: a decode@8\n"
         "slot 0: b prefill 0..4\n"
         "slot 0: b decode@5\n"
-        "slot 0: idle\n"
-        "slot 0: idle\n"
-        "slot 0: idle"
+        "slot 0: next prefill 0..5\n"
+        "slot 0: next decode@6"
     )
     assert scheduler.preemptions == 1
 
@@ -146,6 +146,14 @@ def test_admission_is_first_come_first_served_within_the_limits() -> None:
         small.add(request(name, prompt))
     small.schedule(0)
     assert [s.id for s in small.sequences if s.block_table] == ["a"], "c must not overtake b"
+
+
+def test_admission_keeps_a_block_free_for_each_running_sequence() -> None:
+    scheduler = make(blocks=5, budget=64)
+    for name, prompt in (("a", 8), ("b", 8), ("c", 4)):
+        scheduler.add(request(name, prompt))
+    assert str(scheduler.schedule(0)) == "slot 0: a prefill 0..7, b prefill 0..7"
+    assert scheduler.kv_used == 4
 
 
 @pytest.mark.parametrize(
@@ -232,13 +240,14 @@ def test_an_error_ends_its_own_row_alone() -> None:
 
 def test_a_cancelled_micro_batch_is_scheduled_again() -> None:
     scheduler = make(slots=2)
-    scheduler.add(request("a", 12))
+    scheduler.add(request("a", 4))
     scheduler.add(request("b", 2))
     batch = scheduler.schedule(0)
     assert batch is not None
     scheduler.abort("b")
     scheduler.cancel(batch)
-    assert str(scheduler.schedule(1)) == "slot 1: a prefill 0..7"
+    assert str(scheduler.schedule(1)) == "slot 1: a prefill 0..3"
+    assert scheduler.kv_used == 1
 
 
 def test_generated_tokens_are_resumed_ahead_of_requests_not_begun() -> None:
