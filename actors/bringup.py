@@ -167,7 +167,8 @@ class Bringup:
         name = f"afd-{self._uid}-e{epoch.number}"
         spin_us = self._spin_us()
         calls = {
-            hand.name: hand.handle.prepare.remote(epoch, rank, name, self._digest, spin_us) for rank, hand in enumerate(self.hands)
+            hand.name: hand.handle.prepare.remote(epoch, rank, name, self._digest, spin_us)
+            for rank, hand in enumerate(self.hands)
         }
         endpoints: dict[int, dict[str, Any]] = dict(enumerate(await gather_named(calls, "prepare", timeout_s)))
         await ask(self.hands, "connect", endpoints, timeout_s, timeout_s=timeout_s + 5)
@@ -199,4 +200,3 @@ class Bringup:
     def _doing(self, what: str) -> None:
         self.doing = what
         logger.info("%s", what)
-

@@ -1,6 +1,7 @@
 """Cluster: the composition root of a disaggregated cluster, and its Python API."""
 
 import asyncio
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -9,14 +10,15 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import ray
+from afd_ray.text import IncrementalDetokenizer, Tokenizer
 
+from actors.attention_pool import AttentionPool
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.roster import first_line
 from actors.token_stream import TokenStreamClient
 from afd_ray.config import Config, check_supported, load_config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
-from afd_ray.text import IncrementalDetokenizer, Tokenizer
 
 T = TypeVar("T")
 PROGRESS_PERIOD_S = 0.25
@@ -46,8 +48,8 @@ class Cluster:
         self._owns_ray = owns_ray
         self._tokenizer = Tokenizer.from_directory(model_directory(config.model))
         self._events = _EventLoop()
-        self._clients: dict[str, TokenStreamClient] = {}
-        self._turn = 0
+        self._secret = b""
+        self._pool = AttentionPool(self._connect, max_queued=sys.maxsize)
 
     @classmethod
     def start(
@@ -84,7 +86,10 @@ class Cluster:
         self.shutdown()
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None, timeout_s: float = 600.0
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        timeout_s: float = 600.0,
     ) -> list[Generation]:
         """Continue every prompt (text, or token ids), all at once; in the order of the prompts.
 
@@ -117,7 +122,7 @@ class Cluster:
     def shutdown(self) -> None:
         """Stop every actor, give the resources back; and Ray, where `start` started it. Harmless when repeated."""
         try:
-            self._events.run(self._close_clients(), 10)
+            self._events.run(self._pool.close(), 10)
             ray.get(self.controller.shutdown.remote(), timeout=30)
         except (ray.exceptions.RayError, RuntimeError, TimeoutError):
             pass  # what is gone already needs no stopping
@@ -153,25 +158,19 @@ class Cluster:
 
     async def _generate_all(self, requests: list[Request]) -> list[Generation]:
         view = await self.controller.ingress_view.remote()
-        await self._refresh_clients(view)
-        clients = list(self._clients.values())
-        if not clients:
-            raise ClusterError(f"no attention actor is running; the cluster is {view['state']}")
-        vocab, limit = view["model"]["vocab_size"], view["model"]["max_context"]
+        self._secret = view["secret"]
+        for failure in await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]}):
+            raise ClusterError(failure)
         for request in requests:
-            _check_prompt(request, vocab, limit)
-        calls = []
-        for request in requests:
-            self._turn += 1
-            calls.append(self._generate_one(clients[self._turn % len(clients)], request))
-        return list(await asyncio.gather(*calls))
+            _check_prompt(request, view["model"]["vocab_size"], view["model"]["max_context"])
+        return list(await asyncio.gather(*(self._generate_one(request) for request in requests)))
 
-    async def _generate_one(self, client: TokenStreamClient, request: Request) -> Generation:
+    async def _generate_one(self, request: Request) -> Generation:
         outputs: list[TokenOutput] = []
         detokenizer = IncrementalDetokenizer(self._tokenizer, request.params.stop) if self._tokenizer else None
         text = ""
         reason: FinishReason = "length"
-        async with aclosing(client.generate(request)) as stream:
+        async with aclosing(self._pool.generate(request)) as stream:
             async for output in stream:
                 if output.finish_reason == "error":
                     raise ClusterError(output.error or "the engine failed")
@@ -187,17 +186,8 @@ class Cluster:
         text += detokenizer.flush() if detokenizer else ""
         return Generation(text, tuple(o.token_id for o in outputs if o.token_id is not None), reason, tuple(outputs))
 
-    async def _refresh_clients(self, view: dict[str, Any]) -> None:
-        wanted = {actor["address"] for actor in view["attention"]}
-        for address in [a for a, client in self._clients.items() if a not in wanted or client.lost]:
-            await self._clients.pop(address).close()
-        for address in sorted(wanted - set(self._clients)):
-            self._clients[address] = await TokenStreamClient.connect(address, secret=view["secret"], ingress_id=f"py-{uuid.uuid4().hex}")
-
-    async def _close_clients(self) -> None:
-        for client in self._clients.values():
-            await client.close()
-        self._clients = {}
+    async def _connect(self, address: str) -> TokenStreamClient:
+        return await TokenStreamClient.connect(address, secret=self._secret, ingress_id=f"py-{uuid.uuid4().hex[:8]}")
 
 
 class _EventLoop:
@@ -225,17 +215,19 @@ def start_ray(config: Config) -> None:
     most = config.autoscaling.max
     attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
     cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
-    ray.init(num_cpus=max(1, int(cpus + 0.999)), include_dashboard=False, log_to_driver=False, namespace=NAMESPACE, configure_logging=False)
+    ray.init(
+        num_cpus=max(1, int(cpus + 0.999)),
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace=NAMESPACE,
+        configure_logging=False,
+    )
 
 
 def create_controller(config: Config, name: str = NAME) -> Any:
     """The controller actor, new; raises ClusterError when one of that name lives."""
     try:
-        return (
-            ray.remote(Controller)
-            .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1000)
-            .remote(config)
-        )
+        return ray.remote(Controller).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1000).remote(config)
     except ValueError as error:
         raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
 
@@ -249,4 +241,3 @@ def _check_prompt(request: Request, vocab_size: int, max_context: int) -> None:
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise ValueError(f"prompt token ids must be from 0 to {vocab_size - 1}, got {outside}")
-

@@ -33,11 +33,13 @@ class Controller:
         self._state = "starting"
         self._changed = asyncio.Condition()
         self._watches: list[asyncio.Task[None]] = []
+        self._metrics: dict[str, Any] = {}
 
     @ray.method
     async def start(self) -> None:
-        """Reserve, start, load, connect, warm up. Raises in one line, with nothing left behind."""
-        await self._form(Shape.of(self._config))
+        """Reserve, start, load, connect, warm up; at once when that is done. Raises in one line, with nothing left behind."""
+        if self._bringup.epoch is None:
+            await self._form(Shape.of(self._config))
 
     @ray.method
     async def progress(self) -> str:
@@ -66,7 +68,9 @@ class Controller:
                 "vocab_size": model.vocab_size,
             },
             "attention": [
-                {"id": hand.name, "address": hand.identity["address"]} for hand in self._bringup.attention if hand.state == "running"
+                {"id": hand.name, "address": hand.identity["address"]}
+                for hand in self._bringup.attention
+                if hand.state == "running"
             ],
         }
 
@@ -98,6 +102,12 @@ class Controller:
         events = [StageEvent(*event) for actor in actors for event in actor["events"]]
         trace["otherData"] = {"overlap": round(overlap(events), 3), "epoch": self._bringup.epoch_number}
         return trace
+
+    @ray.method
+    async def exchange_metrics(self, replica: str, snapshot: Any) -> dict[str, Any]:
+        """Keep an ingress replica's metrics, and give those of the others: a scrape of one replica speaks for all."""
+        self._metrics[replica] = snapshot
+        return {other: kept for other, kept in self._metrics.items() if other != replica}
 
     @ray.method
     async def check_integrity(self) -> list[str]:

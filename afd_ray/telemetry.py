@@ -104,11 +104,15 @@ def chrome_trace(actors: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     origin = min((start for _, _, start in rows), default=0)
     names: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": actor["name"]}} for pid, actor in enumerate(actors)
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": actor["name"]}}
+        for pid, actor in enumerate(actors)
     ]
     lanes = sorted({(pid, *_lane(event)) for pid, event, _ in rows})
     names += [{"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}} for pid, tid, name in lanes]
-    return {"traceEvents": names + [_complete_event(pid, event, start - origin) for pid, event, start in rows], "displayTimeUnit": "ms"}
+    return {
+        "traceEvents": names + [_complete_event(pid, event, start - origin) for pid, event, start in rows],
+        "displayTimeUnit": "ms",
+    }
 
 
 def _lane(event: StageEvent) -> tuple[int, str]:

@@ -27,7 +27,9 @@ def test_auto_shares_nodes_when_they_fit_no_other_way() -> None:
 def test_separate_nodes_true_refuses_a_single_node_and_a_misfit() -> None:
     with pytest.raises(Infeasible, match="single node"):
         nodes_of([A, F2], [Node("a", 8)], separate=True)
-    with pytest.raises(Infeasible, match=r"needed: attention 3 CPUs in 3 group\(s\), ffn 2 CPUs in 1 group\(s\); free: 5 CPUs on 2 nodes"):
+    with pytest.raises(
+        Infeasible, match=r"needed: attention 3 CPUs in 3 group\(s\), ffn 2 CPUs in 1 group\(s\); free: 5 CPUs on 2 nodes"
+    ):
         nodes_of([A, A, A, F2], [Node("a", 4), Node("b", 1)], separate=True)
 
 
@@ -48,7 +50,9 @@ def test_labels_choose_the_nodes_and_a_missing_one_is_named() -> None:
 
 
 def test_too_few_cpus_says_what_is_needed_and_free() -> None:
-    with pytest.raises(Infeasible, match=r"needed: attention 1 CPUs in 1 group\(s\), ffn 2 CPUs in 1 group\(s\); free: 2 CPUs on 1 node"):
+    with pytest.raises(
+        Infeasible, match=r"needed: attention 1 CPUs in 1 group\(s\), ffn 2 CPUs in 1 group\(s\); free: 2 CPUs on 1 node"
+    ):
         nodes_of([A, F2], [Node("a", 2)])
 
 

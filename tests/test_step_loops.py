@@ -42,7 +42,9 @@ def expected(checkpoint: Checkpoint, requests: list[Request]) -> dict[str, list[
     return {request.id: reference.generate_greedy(request.prompt_token_ids, MAX_TOKENS) for request in requests}
 
 
-def cluster(checkpoint: Checkpoint, epoch: Epoch, load: Callable[[FFNShard], FFNHalf] | None = None, num_blocks: int = 400) -> LocalCluster:
+def cluster(
+    checkpoint: Checkpoint, epoch: Epoch, load: Callable[[FFNShard], FFNHalf] | None = None, num_blocks: int = 400
+) -> LocalCluster:
     chunked = {"max_tokens_per_micro_batch": 48, "num_blocks": num_blocks}
     return LocalCluster(load_attention(checkpoint), load or (lambda shard: load_ffn(checkpoint, shard)), epoch, **chunked)
 
@@ -55,7 +57,13 @@ def mismatches(local: LocalCluster, requests: list[Request], expected: dict[str,
 
 @pytest.mark.parametrize(("attention", "tensor", "expert", "micro_batches"), COVER)
 def test_equal_to_the_reference(
-    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], attention: int, tensor: int, expert: int, micro_batches: int
+    checkpoint: Checkpoint,
+    requests: list[Request],
+    expected: dict[str, list[int]],
+    attention: int,
+    tensor: int,
+    expert: int,
+    micro_batches: int,
 ) -> None:
     with cluster(checkpoint, Epoch(1, attention, tensor, expert, micro_batches)) as local:
         assert mismatches(local, requests, expected) == []
@@ -64,7 +72,9 @@ def test_equal_to_the_reference(
             assert check_integrity(loop.scheduler.allocator, loop.scheduler.sequences) == []
 
 
-def test_equal_to_the_reference_when_blocks_run_out(checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]) -> None:
+def test_equal_to_the_reference_when_blocks_run_out(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]
+) -> None:
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 3), num_blocks=24) as local:
         assert mismatches(local, requests, expected) == []
         assert local.attention[0].scheduler.preemptions > 0
@@ -120,7 +130,9 @@ def test_planted_faults_are_caught(checkpoint: Checkpoint, requests: list[Reques
             assert mismatches(local, requests, expected), f"a {fault} went unnoticed"
 
 
-def test_an_abort_frees_its_blocks_and_harms_nobody(checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]) -> None:
+def test_an_abort_frees_its_blocks_and_harms_nobody(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]
+) -> None:
     endless = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 2)) as local:
         loop = local.attention[0]

@@ -29,7 +29,9 @@ Publish = Callable[[list[TokenOutput]], None]
 class Flight:
     """A micro-batch on its way through the layers."""
 
-    def __init__(self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int) -> None:
+    def __init__(
+        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
+    ) -> None:
         self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0

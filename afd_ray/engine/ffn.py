@@ -189,7 +189,9 @@ class FFNLoop(StepLoop):
                 slot.reduction = Reduction(layer, wave.number, owned, rows)
                 self._reduce(index)
             else:
-                header = Header(Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows))
+                header = Header(
+                    Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows)
+                )
                 wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(wire.dtype),))
 
     def _reduce(self, index: int) -> None:
