@@ -20,7 +20,7 @@ from actors.token_frames import (
     decode_orders,
     encode_answers,
     encode_hello,
-    encode_orders,
+    encode_order,
 )
 from afd_ray.request import Request, TokenOutput
 
@@ -174,6 +174,8 @@ class TokenStreamServer:
         for order in decode_orders(frame):
             if isinstance(order, Submit):
                 self._admit(subscriber, order.request)
+            elif isinstance(order, Refused):
+                subscriber.outbox.put([order])
             elif order.request_id in subscriber.requests:
                 self._forget(order.request_id)
                 self._abort(order.request_id)
@@ -217,7 +219,7 @@ class TokenStreamClient:
         self.outstanding_tokens = 0
         self._channel = channel
         self._call = call
-        self._outbox: _Outbox[Submit | Abort] = _Outbox()
+        self._outbox: _Outbox[bytes] = _Outbox()
         self._pending: dict[str, _Pending] = {}
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
@@ -264,14 +266,14 @@ class TokenStreamClient:
         if self.lost is not None:
             pending.answers.put_nowait(_failed(request.id, self.lost))
             return pending.answers
+        self._outbox.put([encode_order(Submit(request))])
         self._pending[request.id] = pending
         self.outstanding_tokens += pending.tokens
-        self._outbox.put([Submit(request)])
         return pending.answers
 
     def abort(self, request_id: str) -> None:
         if self._forget(request_id) is not None and self.lost is None:
-            self._outbox.put([Abort(request_id)])
+            self._outbox.put([encode_order(Abort(request_id))])
 
     async def close(self) -> None:
         """Breaks the stream, which aborts its requests; idempotent."""
@@ -292,7 +294,7 @@ class TokenStreamClient:
         while True:
             orders = await self._outbox.take()
             try:
-                await self._call.write(encode_orders(orders))
+                await self._call.write(b"".join(orders))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reader hears of it too, and tells why
 
