@@ -186,23 +186,29 @@ class Experts(nn.Module):
         return out
 
 
+class Slice(NamedTuple):
+    """One of `parts` nearly equal, contiguous parts of a dimension."""
+
+    part: int = 0
+    parts: int = 1
+
+    def of(self, size: int) -> slice:
+        return slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
+
+    def width(self, size: int) -> int:
+        part = self.of(size)
+        return part.stop - part.start
+
+
 class FFNShard(NamedTuple):
-    """The part of every FFN that one rank holds: some of the experts, and a slice of each intermediate dimension."""
+    """The part of every FFN that one rank holds."""
 
     experts: tuple[int, ...]
     """Global ids of the routed experts held, ascending."""
-    tp_rank: int = 0
-    tp_size: int = 1
-    has_shared: bool = True
-    """Whether the shared expert and the dense layers are computed here (by exactly one instance)."""
-
-    def columns(self, intermediate: int) -> slice:
-        """This rank's slice of an intermediate dimension (sizes differ by one at most where it does not divide)."""
-        return slice(self.tp_rank * intermediate // self.tp_size, (self.tp_rank + 1) * intermediate // self.tp_size)
-
-    def width(self, intermediate: int) -> int:
-        columns = self.columns(intermediate)
-        return columns.stop - columns.start
+    routed: Slice = Slice()
+    """This rank's slice of each routed expert's intermediate dimension: tensor parallel inside its instance."""
+    dense: Slice = Slice()
+    """This rank's slice of the shared experts and dense layers: over the ranks of all instances, so that the partial sums count them once."""
 
 
 class FFNLayer(nn.Module):
@@ -211,18 +217,17 @@ class FFNLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, shard: FFNShard) -> None:
         super().__init__()
         hidden, moe = config.hidden_size, config.is_moe(layer)
-        self.moe = Experts(len(shard.experts), hidden, shard.width(config.moe_intermediate_size)) if moe else None
-        self.share_expert = DenseFFN(hidden, shard.width(config.share_expert_dim)) if moe and shard.has_shared else None
-        self.mlp = DenseFFN(hidden, shard.width(config.intermediate_size)) if not moe and shard.has_shared else None
+        self.moe = Experts(len(shard.experts), hidden, shard.routed.width(config.moe_intermediate_size)) if moe else None
+        self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe else None
+        self.mlp = None if moe else DenseFFN(hidden, shard.dense.width(config.intermediate_size))
 
     def forward(self, hidden: Tensor, local: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], local expert indices [N, K] (negative: held elsewhere), weights [N, K]: this rank's partial sum [N, H]."""
-        if self.moe is None:
-            return self.mlp(hidden) if self.mlp is not None else torch.zeros_like(hidden)
+        if self.mlp is not None:
+            return self.mlp(hidden)  # type: ignore[no-any-return]
         if local is None or weights is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        out: Tensor = self.moe(hidden, local, weights)
-        return out + self.share_expert(hidden) if self.share_expert is not None else out
+        return self.share_expert(hidden) + self.moe(hidden, local, weights)  # type: ignore[misc, no-any-return]
 
 
 class FFNHalf(nn.Module):

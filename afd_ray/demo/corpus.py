@@ -1,0 +1,121 @@
+"""The training text: questions in chat and plain form, alone or one after the other, packed into batches of similar length."""
+
+from collections.abc import Iterator
+from random import Random
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions
+from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_prompt, turn
+
+HELD_OUT_SEED: Final = 2507
+HELD_OUT_COUNT: Final = 3000
+SHARES: Final = {"arithmetic": 35, "counting": 14, "sorting": 16, "copying": 11, "lookup": 12, "story": 12}
+SYSTEM_TEXTS: Final = ("You are a helpful assistant.", "Answer the question.", "Be brief.", "You are a small model. Answer in one word.")
+EXAMPLES_PER_GROUP: Final = 24
+
+
+class Example(NamedTuple):
+    """Token ids, and for each whether it belongs to an answer the model should give."""
+
+    token_ids: list[int]
+    is_answer: list[bool]
+
+
+class Group(NamedTuple):
+    """Rows of a batch that attend together: `count` examples padded to `length`, example after example."""
+
+    count: int
+    length: int
+
+
+class Batch(NamedTuple):
+    """Examples sorted by length, flattened to N rows, as groups of similar length."""
+
+    token_ids: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    targets: Tensor  # [N] int64, the next token; -100 where there is none
+    is_answer: Tensor  # [N] bool, whether the target belongs to an answer
+    groups: list[Group]
+
+
+def held_out() -> frozenset[str]:
+    """Questions that training never shows."""
+    return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT))
+
+
+def _ask_unseen(rng: Random, excluded: frozenset[str]) -> Question:
+    kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    while (item := ask(kind, rng)).question in excluded:
+        pass
+    return item
+
+
+def _answered(prompt: list[int], answer: list[int]) -> Example:
+    return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def _joined(parts: list[Example]) -> Example:
+    return Example([token for part in parts for token in part.token_ids], [flag for part in parts for flag in part.is_answer])
+
+
+def chat_example(questions: list[Question], system: str | None) -> Example:
+    """A conversation of one or more turns."""
+    parts = [Example([BOS], [False])]
+    if system is not None:
+        message = turn("system", system)
+        parts.append(Example(message, [False] * len(message)))
+    parts += [_answered(chat_prompt(item.question)[1:], [*encode(item.answer), END]) for item in questions]
+    return _joined(parts)
+
+
+def plain_example(questions: list[Question], begins: bool) -> Example:
+    """Question and answer lines; the answers given before the last are followed by a line end."""
+    parts = [Example([BOS], [False])] if begins else []
+    for item in questions[:-1]:
+        line = [*plain_prompt(item.question), *encode(f" {item.answer}\n")]
+        parts.append(Example(line, [False] * len(line)))
+    last = questions[-1]
+    return _joined([*parts, _answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
+
+
+def example(rng: Random, excluded: frozenset[str]) -> Example:
+    """One training example: two in three are chats, one in eight has more than one question."""
+    questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(14, 1, 1))[0])]
+    if rng.random() < 0.67:
+        return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
+    return plain_example(questions, rng.random() < 0.4)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Sort, pad within groups and flatten."""
+    ordered = sorted(examples, key=lambda item: len(item.token_ids))
+    tokens: list[int] = []
+    targets: list[int] = []
+    answers: list[bool] = []
+    positions: list[int] = []
+    groups: list[Group] = []
+    for first in range(0, len(ordered), EXAMPLES_PER_GROUP):
+        members = ordered[first : first + EXAMPLES_PER_GROUP]
+        length = len(members[-1].token_ids) - 1
+        groups.append(Group(len(members), length))
+        for member in members:
+            padding = length + 1 - len(member.token_ids)
+            tokens += member.token_ids[:-1] + [PAD] * padding
+            targets += member.token_ids[1:] + [-100] * padding
+            answers += member.is_answer[1:] + [False] * padding
+            positions += range(length)
+    return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), torch.tensor(answers), groups)
+
+
+def batches(seed: int, examples_per_batch: int) -> Iterator[Batch]:
+    """Endless training batches; the stream shares nothing with `fresh_questions` of any seed."""
+    rng = Random(f"training {seed}")
+    excluded = held_out()
+    while True:
+        yield collate([example(rng, excluded) for _ in range(examples_per_batch)])
+
+
+assert set(SHARES) == set(KINDS)

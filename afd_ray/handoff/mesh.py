@@ -1,0 +1,5 @@
+"""The group as its members see it."""
+
+from afd_ray.handoff.message import LinkError, Mesh
+
+__all__ = ["LinkError", "Mesh"]
