@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -128,7 +128,11 @@ class TokenStreamServer:
         if server is not None:
             await server.stop(None)
 
-    def publish(self, outputs: Sequence[TokenOutput]) -> None:
+    def refuse(self, request_id: str, reason: str) -> None:
+        """For a request that `submit` accepted and that turns out never to be able to run; from any thread."""
+        self.publish([Refused(request_id, reason)])
+
+    def publish(self, outputs: Sequence[Answer]) -> None:
         """Sends each output to the stream that submitted its request; drops those whose stream is gone."""
         loop = self._loop
         if loop is None or not outputs:
@@ -138,14 +142,14 @@ class TokenStreamServer:
         except RuntimeError:
             logger.debug("token stream closed; %d outputs dropped", len(outputs))
 
-    def _route(self, outputs: Sequence[TokenOutput]) -> None:
+    def _route(self, outputs: Sequence[Answer]) -> None:
         batches: dict[_Subscriber, list[Answer]] = {}
         for output in outputs:
             subscriber = self._routes.get(output.request_id)
             if subscriber is None:
                 continue
             batches.setdefault(subscriber, []).append(output)
-            if output.finish_reason is not None:
+            if isinstance(output, Refused) or output.finish_reason is not None:
                 self._forget(output.request_id)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
@@ -245,7 +249,7 @@ class TokenStreamClient:
         """Requests in flight."""
         return len(self._pending)
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         """The tokens of one request; closing the iterator early aborts it. ValueError (one line) when the engine refuses it."""
         answers = self.submit(request)
         finished = False

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.http.auth import Keys
 from actors.http.backend import Backend
-from actors.http.errors import ApiError, bad_request, install_error_handlers
+from actors.http.errors import ApiError, as_refusal, bad_request, install_error_handlers
 from actors.http.generation import Generation
 from actors.http.metrics import CONTENT_TYPE, IngressMetrics, Snapshot, render
 from actors.http.protocol import ChatBody, CompletionBody, GenerationBody, parse_body, parse_json
@@ -110,7 +110,7 @@ def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, o
 def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     async def status(request: Request) -> Response:
         options.admin_keys.check(request)
-        return json_response(await backend.status())
+        return json_response(await _asked(backend.status()))
 
     async def scale(request: Request) -> Response:
         options.admin_keys.check(request)
@@ -118,12 +118,12 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
         attention, ffn = _count(body, "attention"), _count(body, "ffn")
         if attention is None and ffn is None:
             raise bad_request("body must give attention, ffn or both")
-        return json_response(await backend.scale(attention, ffn))
+        return json_response(await _asked(backend.scale(attention, ffn)))
 
     async def trace(request: Request) -> Response:
         options.admin_keys.check(request)
         steps = _count(parse_json(await _body(request, options) or b"{}"), "steps", MAX_TRACE_STEPS)
-        return json_response(await backend.trace(steps or 64))
+        return json_response(await _asked(backend.trace(steps or 64)))
 
     app.add_route("/admin/status", status, methods=["GET"])
     app.add_route("/admin/scale", scale, methods=["POST"])
@@ -135,6 +135,13 @@ async def _body(request: Request, options: Options) -> bytes:
         return await read_body(request, options.max_body_bytes)
     except BodyTooLarge:
         raise ApiError(413, f"body must be at most {options.max_body_bytes} bytes", code="body_too_large") from None
+
+
+async def _asked(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return await answer
+    except ValueError as error:
+        raise as_refusal(error) from None
 
 
 def _count(body: dict[str, Any], name: str, highest: int = 100_000) -> int | None:

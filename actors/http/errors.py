@@ -45,6 +45,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def as_refusal(error: ValueError) -> ApiError:
+    """Our ValueErrors open with the parameter they are about ("temperature must be ...")."""
+    name, _, rest = str(error).partition(" ")
+    return bad_request(str(error), param=name if rest.startswith("must ") else None)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What the client hears of any failure."""
     match error:

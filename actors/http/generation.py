@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from actors.http.backend import Backend, ModelCard, Unavailable
 from actors.http.choices import ChoiceReader, Delta, Deltas, gather, merged
-from actors.http.errors import ApiError, as_api_error, bad_request
+from actors.http.errors import ApiError, as_api_error, as_refusal, bad_request
 from actors.http.metrics import IngressMetrics
 from actors.http.protocol import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody, parse_prompts
 from actors.http.shapes import Shape, usage
@@ -114,7 +114,7 @@ class Generation:
                     tokens += len(delta.token_ids)
                     if first_s is None:
                         first_s = self._clock()
-                        self._metrics.first_token(first_s, first_s - started_s, len(request.prompt_token_ids))
+                        self._metrics.first_token(first_s - started_s, len(request.prompt_token_ids))
                     reason = delta.finish_reason or reason
                     yield delta
                     if delta.finished:
@@ -125,7 +125,7 @@ class Generation:
             raise
         finally:
             now_s = self._clock()
-            self._metrics.choice_ended(now_s, reason, tokens, now_s - (first_s or now_s))
+            self._metrics.choice_ended(reason, tokens, now_s - (first_s or now_s))
 
     async def _events(self, job: Job, first: Delta, rest: Deltas) -> AsyncIterator[bytes]:
         tokens = len(first.token_ids)
@@ -157,12 +157,6 @@ async def refusable(outputs: AsyncIterator[TokenOutput]) -> AsyncGenerator[Token
         close = getattr(outputs, "aclose", None)
         if close is not None:
             await close()
-
-
-def as_refusal(error: ValueError) -> ApiError:
-    """Our ValueErrors open with the parameter they are about ("temperature must be ...")."""
-    name, _, rest = str(error).partition(" ")
-    return bad_request(str(error), param=name if rest.startswith("must ") else None)
 
 
 async def read_prompts(body: GenerationBody, model: ModelCard) -> list[Prompt]:

@@ -1,15 +1,12 @@
 """What an ingress replica counts, and the Prometheus text over all replicas."""
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-RECENT_S = 60.0
-RECENT_SAMPLES = 2048
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TTFT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -18,21 +15,6 @@ _REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 1
 
 Snapshot = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 """Families of one replica: (name, help, type, [(sample name, labels, value)])."""
-
-
-class Recent:
-    """The newest samples, at most RECENT_S old."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, float]] = deque(maxlen=RECENT_SAMPLES)
-
-    def add(self, now_s: float, value: float) -> None:
-        self._samples.append((now_s, value))
-
-    def values(self, now_s: float) -> list[float]:
-        while self._samples and self._samples[0][0] < now_s - RECENT_S:
-            self._samples.popleft()
-        return [value for _, value in self._samples]
 
 
 class IngressMetrics:
@@ -58,7 +40,6 @@ class IngressMetrics:
         self._finished = Counter("afd_choices_finished", "Choices ended", ("reason",), registry=registry)
         self._prompt = Counter("afd_prompt_tokens", "Prompt tokens of started choices", registry=registry)
         self._generated = Counter("afd_generation_tokens", "Tokens generated", registry=registry)
-        self._recent = {"ttft_ms": Recent(), "tpot_ms": Recent()}
 
     def request_started(self) -> None:
         self._in_flight.inc()
@@ -68,21 +49,15 @@ class IngressMetrics:
         self._requests.labels(route, str(status)).inc()
         self._duration.labels(route).observe(duration_s)
 
-    def first_token(self, now_s: float, ttft_s: float, prompt_tokens: int) -> None:
+    def first_token(self, ttft_s: float, prompt_tokens: int) -> None:
         self._prompt.inc(prompt_tokens)
         self._ttft.observe(ttft_s)
-        self._recent["ttft_ms"].add(now_s, ttft_s * 1e3)
 
-    def choice_ended(self, now_s: float, reason: str, tokens: int, after_first_s: float) -> None:
+    def choice_ended(self, reason: str, tokens: int, after_first_s: float) -> None:
         self._finished.labels(reason).inc()
         self._generated.inc(tokens)
         if tokens > 1:
             self._tpot.observe(after_first_s / (tokens - 1))
-            self._recent["tpot_ms"].add(now_s, after_first_s * 1e3 / (tokens - 1))
-
-    def recent(self, now_s: float) -> dict[str, list[float]]:
-        """`ttft_ms` and `tpot_ms` of the last 60 s."""
-        return {name: samples.values(now_s) for name, samples in self._recent.items()}
 
     def snapshot(self) -> Snapshot:
         return [
@@ -98,14 +73,6 @@ class IngressMetrics:
 
 def _wanted(sample_name: str) -> bool:
     return not sample_name.endswith("_created")
-
-
-def percentiles(reports: Iterable[Mapping[str, Sequence[float]]], name: str) -> dict[str, float] | None:
-    """p50, p95 and p99 over the `recent` samples of all replicas; None when there are none."""
-    values = sorted(value for report in reports for value in report.get(name, ()))
-    if not values:
-        return None
-    return {f"p{level}": values[min(len(values) - 1, len(values) * level // 100)] for level in (50, 95, 99)}
 
 
 def render(snapshots: Mapping[str, Snapshot], gauges: Mapping[str, float]) -> bytes:
@@ -128,3 +95,17 @@ class _Merged(Collector):
         yield from families.values()
         for name, value in sorted(self._gauges.items()):
             yield GaugeMetricFamily(f"afd_{name}", f"Cluster: {name.replace('_', ' ')}", value)
+
+
+class MetricsBoard:
+    """The latest snapshot of each ingress replica, kept where all of them can reach it."""
+
+    def __init__(self, forget_after_s: float = 60.0) -> None:
+        self._forget_after_s = forget_after_s
+        self._posted: dict[str, tuple[float, Snapshot]] = {}
+
+    def exchange(self, replica: str, snapshot: Snapshot, now_s: float) -> dict[str, Snapshot]:
+        """Posts one, and gives all; replicas that have not posted for long are gone."""
+        self._posted[replica] = (now_s, snapshot)
+        self._posted = {name: (at_s, kept) for name, (at_s, kept) in self._posted.items() if now_s - at_s <= self._forget_after_s}
+        return {name: kept for name, (_, kept) in self._posted.items()}

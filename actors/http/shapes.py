@@ -80,11 +80,11 @@ def _chat_score(token_id: int, logprob: float, tokenizer: Tokenizer | None) -> d
 
 
 def _alternatives(score: Score, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """By text, most likely first; the chosen token is always among them."""
+    """By text, most likely first; the chosen token is always among them, and wins over another of the same text."""
     found: dict[str, float] = {}
-    for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
+    for token_id, logprob in score.top:
         found.setdefault(token_text(token_id, tokenizer), _clamped(logprob))
-    return found
+    return found | {token_text(score.token_id, tokenizer): _clamped(score.logprob)}
 
 
 def _clamped(logprob: float) -> float:
