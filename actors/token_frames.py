@@ -28,12 +28,16 @@ class Refused(NamedTuple):
 Answer = TokenOutput | Refused
 
 
-def encode_orders(orders: Sequence[Submit | Abort]) -> bytes:
-    return _pack([_encode_order(order) for order in orders])
+def encode_order(order: Submit | Abort) -> bytes:
+    """One order; a frame is any number of them, joined. Raises OverflowError for integers beyond 64 bits."""
+    return _pack(_order_fields(order))
 
 
-def decode_orders(frame: bytes) -> list[Submit | Abort]:
-    return [_decode_order(raw) for raw in msgpack.unpackb(frame, use_list=False)]
+def decode_orders(frame: bytes) -> list[Submit | Abort | Refused]:
+    """Refused: a request that this side cannot accept, such as sampling parameters out of range."""
+    unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=0)
+    unpacker.feed(frame)
+    return [_decode_order(raw) for raw in unpacker]
 
 
 def encode_answers(answers: Sequence[Answer]) -> bytes:
@@ -59,7 +63,7 @@ def _pack(value: Any) -> bytes:
     return packed
 
 
-def _encode_order(order: Submit | Abort) -> tuple[Any, ...]:
+def _order_fields(order: Submit | Abort) -> tuple[Any, ...]:
     if isinstance(order, Abort):
         return (order.request_id,)
     request = order.request
@@ -67,11 +71,14 @@ def _encode_order(order: Submit | Abort) -> tuple[Any, ...]:
     return (request.id, request.prompt_token_ids, params)
 
 
-def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort:
+def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort | Refused:
     if len(raw) == 1:
         return Abort(raw[0])
     request_id, prompt, params = raw
-    return Submit(Request(request_id, tuple(prompt), SamplingParams(**params)))
+    try:
+        return Submit(Request(request_id, tuple(prompt), SamplingParams(**params)))
+    except (TypeError, ValueError) as error:
+        return Refused(request_id, str(error))
 
 
 def _encode_answer(answer: Answer) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -20,7 +20,7 @@ from actors.token_frames import (
     decode_orders,
     encode_answers,
     encode_hello,
-    encode_orders,
+    encode_order,
 )
 from afd_ray.request import Request, TokenOutput
 
@@ -128,7 +128,11 @@ class TokenStreamServer:
         if server is not None:
             await server.stop(None)
 
-    def publish(self, outputs: Sequence[TokenOutput]) -> None:
+    def refuse(self, request_id: str, reason: str) -> None:
+        """For a request that `submit` accepted and that turns out never to be able to run; from any thread."""
+        self.publish([Refused(request_id, reason)])
+
+    def publish(self, outputs: Sequence[Answer]) -> None:
         """Sends each output to the stream that submitted its request; drops those whose stream is gone."""
         loop = self._loop
         if loop is None or not outputs:
@@ -138,14 +142,14 @@ class TokenStreamServer:
         except RuntimeError:
             logger.debug("token stream closed; %d outputs dropped", len(outputs))
 
-    def _route(self, outputs: Sequence[TokenOutput]) -> None:
+    def _route(self, outputs: Sequence[Answer]) -> None:
         batches: dict[_Subscriber, list[Answer]] = {}
         for output in outputs:
             subscriber = self._routes.get(output.request_id)
             if subscriber is None:
                 continue
             batches.setdefault(subscriber, []).append(output)
-            if output.finish_reason is not None:
+            if isinstance(output, Refused) or output.finish_reason is not None:
                 self._forget(output.request_id)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
@@ -174,6 +178,8 @@ class TokenStreamServer:
         for order in decode_orders(frame):
             if isinstance(order, Submit):
                 self._admit(subscriber, order.request)
+            elif isinstance(order, Refused):
+                subscriber.outbox.put([order])
             elif order.request_id in subscriber.requests:
                 self._forget(order.request_id)
                 self._abort(order.request_id)
@@ -217,7 +223,7 @@ class TokenStreamClient:
         self.outstanding_tokens = 0
         self._channel = channel
         self._call = call
-        self._outbox: _Outbox[Submit | Abort] = _Outbox()
+        self._outbox: _Outbox[bytes] = _Outbox()
         self._pending: dict[str, _Pending] = {}
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
@@ -243,7 +249,7 @@ class TokenStreamClient:
         """Requests in flight."""
         return len(self._pending)
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         """The tokens of one request; closing the iterator early aborts it. ValueError (one line) when the engine refuses it."""
         answers = self.submit(request)
         finished = False
@@ -264,14 +270,14 @@ class TokenStreamClient:
         if self.lost is not None:
             pending.answers.put_nowait(_failed(request.id, self.lost))
             return pending.answers
+        self._outbox.put([encode_order(Submit(request))])
         self._pending[request.id] = pending
         self.outstanding_tokens += pending.tokens
-        self._outbox.put([Submit(request)])
         return pending.answers
 
     def abort(self, request_id: str) -> None:
         if self._forget(request_id) is not None and self.lost is None:
-            self._outbox.put([Abort(request_id)])
+            self._outbox.put([encode_order(Abort(request_id))])
 
     async def close(self) -> None:
         """Breaks the stream, which aborts its requests; idempotent."""
@@ -292,7 +298,7 @@ class TokenStreamClient:
         while True:
             orders = await self._outbox.take()
             try:
-                await self._call.write(encode_orders(orders))
+                await self._call.write(b"".join(orders))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reader hears of it too, and tells why
 
