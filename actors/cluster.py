@@ -89,9 +89,11 @@ class Cluster:
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        concurrency: int | None = None,
         timeout_s: float = 600.0,
     ) -> list[Generation]:
-        """Continue every prompt (text, or token ids), all at once; in the order of the prompts.
+        """Continue every prompt (text, or token ids), `concurrency` at a time (None: all at once); in the order of the prompts.
 
         Raises ValueError (one line) for a prompt or parameter that cannot be served, ClusterError when an actor fails.
         """
@@ -99,7 +101,7 @@ class Cluster:
         requests = [
             Request(f"py-{uuid.uuid4().hex}", self._encode(prompt), one) for prompt, one in zip(prompts, each, strict=True)
         ]
-        return self._events.run(self._generate_all(requests), timeout_s)
+        return self._events.run(self._generate_all(requests, concurrency or len(requests)), timeout_s)
 
     def status(self) -> dict[str, Any]:
         """As `afd-ray status --json`."""
@@ -156,14 +158,20 @@ class Cluster:
             raise ValueError("prompt must be token ids, got text: the model has no tokenizer")
         return tuple(self._tokenizer.encode(prompt))
 
-    async def _generate_all(self, requests: list[Request]) -> list[Generation]:
+    async def _generate_all(self, requests: list[Request], concurrency: int) -> list[Generation]:
         view = await self.controller.ingress_view.remote()
         self._secret = view["secret"]
         for failure in await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]}):
             raise ClusterError(failure)
         for request in requests:
             _check_prompt(request, view["model"]["vocab_size"], view["model"]["max_context"])
-        return list(await asyncio.gather(*(self._generate_one(request) for request in requests)))
+        room = asyncio.Semaphore(max(1, concurrency))
+
+        async def one(request: Request) -> Generation:
+            async with room:
+                return await self._generate_one(request)
+
+        return list(await asyncio.gather(*map(one, requests)))
 
     async def _generate_one(self, request: Request) -> Generation:
         outputs: list[TokenOutput] = []
