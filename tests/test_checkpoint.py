@@ -105,7 +105,7 @@ def test_a_module_built_unallocated_takes_no_memory() -> None:
         half = FFNHalf(CONFIG, FFNShard((2, 5)))
         embedding = torch.nn.Embedding(4, 3)
     assert {p.device.type for p in (*half.parameters(), *embedding.parameters())} == {"meta"}
-    assert torch.equal(half.lookup, torch.tensor([-1, -1, 0, -1, -1, 1, -1, -1]))
+    assert torch.equal(half.get_buffer("lookup"), torch.tensor([-1, -1, 0, -1, -1, 1, -1, -1]))
 
 
 def test_a_dtype_may_be_asked_for_and_progress_is_told(written: Path) -> None:
