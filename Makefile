@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself; only Python 3.11 or 3.12, pip and make are needed.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do "$$p" -c '$(SUPPORTED)' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -10,10 +11,11 @@ install: $(STAMP)
 
 # pip is asked again whenever pyproject.toml changes.
 $(STAMP): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or 3.12, or give PYTHON=/path/to/python" >&2; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
-		{ echo "$(PYTHON): must be Python 3.11 or 3.12, got $$("$(PYTHON)" --version 2>&1)" >&2; exit 2; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@test -n "$(PYTHON)" || { echo "PYTHON: no Python 3.11 or 3.12 found, give PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(SUPPORTED)' || { echo "PYTHON: must be Python 3.11 or 3.12, $(PYTHON) is not" >&2; exit 2; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv || { \
+		echo "no ensurepip here: the environment gets pip from $(PYTHON)" >&2; \
+		"$(PYTHON)" -m venv --clear --without-pip .venv && "$(PYTHON)" -m pip --python $(BIN)/python install --disable-pip-version-check pip; }
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
 	@touch $(STAMP)
 

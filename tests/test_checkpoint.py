@@ -19,7 +19,7 @@ from afd_ray.models.checkpoint import (
     plan_reads,
     verify,
 )
-from afd_ray.models.layout import count_parameters, elements, expected_shapes, file_key, part_of, text_key
+from afd_ray.models.layout import Unallocated, count_parameters, elements, expected_shapes, file_key, part_of, text_key
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.shards import INDEX_NAME, write_checkpoint
 from afd_ray.models.step3 import FFNHalf, FFNShard, Routed, Slice
@@ -99,6 +99,14 @@ def test_a_role_reads_its_own_values_only(written: Path) -> None:
     assert sum(elements(read.shape) for read in reads) == parts["experts"] * 2 // 8 // 2 + (parts["shared"] + parts["dense"]) // 4
     down = next(read for read in reads if ".moe.down_proj." in read.stored.key)
     assert down.slices == (slice(None), slice(16, 32))
+
+
+def test_a_module_built_unallocated_takes_no_memory() -> None:
+    with Unallocated():
+        half = FFNHalf(CONFIG, FFNShard((2, 5)))
+        embedding = torch.nn.Embedding(4, 3)
+    assert {p.device.type for p in (*half.parameters(), *embedding.parameters())} == {"meta"}
+    assert torch.equal(half.get_buffer("lookup"), torch.tensor([-1, -1, 0, -1, -1, 1, -1, -1]))
 
 
 def test_a_dtype_may_be_asked_for_and_progress_is_told(written: Path) -> None:
@@ -192,8 +200,10 @@ def test_the_digest_tells_checkpoints_apart(directory: Path, written: Path) -> N
     same = digest(Checkpoint.open(written))
     assert digest(Checkpoint.open(directory)) == same
     assert 0 <= same < 2**64
+    change(directory)  # rewritten: another header, the same weights
+    rewritten = digest(Checkpoint.open(directory))
     change(directory, model__norm__weight=torch.full((64,), 1.5))
-    assert digest(Checkpoint.open(directory)) != same
+    assert digest(Checkpoint.open(directory)) not in (same, rewritten)
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

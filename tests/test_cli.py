@@ -187,6 +187,24 @@ def test_status_as_json_and_as_tables(url: str, capsys: pytest.CaptureFixture[st
     assert "89abcdef" not in out
 
 
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_watch_shows_the_status_until_interrupted(
+    form: list[str], url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    periods: list[float] = []
+
+    def sleep(period_s: float) -> None:
+        periods.append(period_s)
+        if len(periods) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("actors.commands.status.time.sleep", sleep)
+    assert main(["status", "--url", url, "--api-key", "right", "--watch", *form]) == 0
+    assert len(periods) == 3
+    out = capsys.readouterr().out
+    assert [json.loads(line) for line in out.splitlines()] == [STATUS] * 3 if form else "demo: ready, epoch 3" in out
+
+
 def test_a_wrong_key_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, 1, "status", "--url", url, "--api-key", "x") == f"afd-ray: {url}/admin/status: 401, wrong admin key\n"
 
