@@ -149,5 +149,6 @@ class RingReader:
             tail = leases.popleft().end
         if tail:
             self._words[_TAIL_WORD] = tail
-            if self.on_free is not None:
-                self.on_free()
+            on_free = self.on_free
+            if on_free is not None:
+                on_free()

@@ -110,6 +110,10 @@ class RingMesh:
     def wake(self) -> None:
         self._doorbell.wake()
 
+    def capacity_to(self, peer: int) -> int:
+        """Bytes of the ring that a connected peer has for this member: the largest message it takes, headers included."""
+        return self._wiring.capacity_to(peer)
+
     def warm_up(self, timeout_s: float) -> None:
         """Carry one large message over every edge, both ways, and check it; call on all members, before other messages.
 
@@ -117,9 +121,8 @@ class RingMesh:
         """
         deadline_s = time.monotonic() + timeout_s
         for peer in self._outbound:
-            capacity_bytes = self._wiring.capacity_to(peer)
             header = Header(Kind.WARMUP, epoch=self.epoch, source=self.rank)
-            self.send(peer, header, [_pattern(self.rank, peer, capacity_bytes)])
+            self.send(peer, header, [_pattern(self.rank, peer, self.capacity_to(peer))])
         silent = list(self._inbound)
         while silent := [edge for edge in silent if not self._warmed(edge)]:
             self._wiring.raise_broken()

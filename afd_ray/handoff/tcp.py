@@ -39,7 +39,6 @@ class TcpEdge:
         peer: int,
         connection: socket.socket,
         poller: Poller,
-        on_broken: OnBroken,
         *,
         capacity_bytes: int,
         digest: int,
@@ -52,7 +51,6 @@ class TcpEdge:
         self.size_bytes = 0
         self._connection = connection
         self._poller = poller
-        self._on_broken = on_broken
         self._capacity_bytes = capacity_bytes
         self._digest = digest
         self._send_timeout_s = send_timeout_s
@@ -120,7 +118,7 @@ class TcpEdge:
         except OSError as error:
             reason = f"{PEER_CLOSED} ({error.strerror})"
         self._poller.forget(self._connection)
-        self._on_broken(reason)
+        self.fail(reason)
 
     def _flush(self) -> None:
         with self._room:
@@ -163,7 +161,7 @@ class TcpInlet:
     def __init__(
         self, connection: socket.socket, memory: RingMemory, doorbell: Doorbell, poller: Poller, on_broken: OnBroken
     ) -> None:
-        self.stalled = False
+        self._stalled = False
         self._connection = connection
         self._data = memory.data
         self._limit_bytes = memory.capacity_bytes
@@ -180,10 +178,14 @@ class TcpInlet:
     def watch(self) -> None:
         self._poller.watch(self._connection, READ, self._on_readable)
 
-    def resume(self) -> None:
-        """On the poller's thread, after the reader has freed some of a full ring."""
-        if self.stalled and self._place():
-            self.stalled = False
+    def on_free(self) -> None:
+        """On the receiver's thread, after it has freed some of the ring."""
+        if self._stalled:
+            self._poller.call(self._resume)
+
+    def _resume(self) -> None:
+        if self._stalled and self._place():
+            self._stalled = False
             self.watch()
 
     def _on_readable(self, _events: int) -> None:
@@ -210,9 +212,9 @@ class TcpInlet:
         self._length_bytes = length_of(self._head, self._limit_bytes)
         if not self._place():
             self._poller.forget(self._connection)
-            self.stalled = True
+            self._stalled = True
             self._doorbell.ring()  # the ring's end may have been skipped, which the reader must pass first
-            self.resume()  # the reader may have freed bytes just before it could see `stalled`
+            self._resume()  # the reader may have freed bytes just before it could see that
 
     def _place(self) -> bool:
         self._offset = self._writer.reserve(self._length_bytes)

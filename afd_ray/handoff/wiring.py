@@ -138,13 +138,12 @@ class Wiring:
         if segment:
             self._connections.append(connection)
             edge = shm.ShmEdge(peer, segment, terms.rank, terms.digest, terms.send_timeout_s)
-            self._poller.call(partial(self._watch_life, connection, partial(self._break_outbound, peer)))
+            self._poller.call(partial(self._watch_life, connection, edge.fail))
             return edge
         socket_edge = TcpEdge(
             peer,
             connection,
             self._poller,
-            partial(self._break_outbound, peer),
             capacity_bytes=endpoint.rings[terms.rank],
             digest=terms.digest,
             send_timeout_s=terms.send_timeout_s,
@@ -177,13 +176,9 @@ class Wiring:
             edge.kind = "shm"
             return
         inlet = TcpInlet(connection, edge.memory, self.doorbell, self._poller, on_broken)
-        edge.reader.on_free = partial(self._on_free, inlet)
+        edge.reader.on_free = inlet.on_free
         inlet.watch()
         edge.kind = "tcp"
-
-    def _on_free(self, inlet: TcpInlet) -> None:
-        if inlet.stalled:
-            self._poller.call(inlet.resume)
 
     def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
         """The connection of a shm edge carries nothing: that it becomes readable means that the peer is gone."""
@@ -203,12 +198,9 @@ class Wiring:
         edge.broken = reason
         self.any_broken = True
         self.doorbell.wake()
-        self._break_outbound(edge.peer, reason)
-
-    def _break_outbound(self, peer: int, reason: str) -> None:
-        edge = self.outbound.get(peer)
-        if edge is not None:
-            edge.fail(reason)
+        outbound = self.outbound.get(edge.peer)
+        if outbound is not None:
+            outbound.fail(reason)
 
     def close(self) -> None:
         """Leave the group; harmless to repeat, from any thread."""
@@ -222,7 +214,14 @@ class Wiring:
             self._poller.forget(connection)
             connection.close()
         self._segment.unlink()
+        self._release()
         self.doorbell.wake()
+
+    def _release(self) -> None:
+        """Let go of what refers back here, so that the rings are unmapped with the last user and not at some collection."""
+        del self._gate
+        for edge in self.inbound:
+            edge.reader.on_free = None
 
 
 def _segment(kind: LinkKind, peers: Mapping[int, int], nonce: bytes) -> shm.Segment:
