@@ -161,8 +161,9 @@ def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAl
     """The KV cache that the configuration asks for; `num_blocks` auto is what all running requests could need, within memory."""
     wanted = config.attention.kv_cache
     dtype = model.dtype if wanted.dtype == "auto" else DTYPES[wanted.dtype]
-    num_blocks = wanted.num_blocks
-    if num_blocks == "auto":
+    if wanted.num_blocks != "auto":
+        num_blocks = wanted.num_blocks
+    else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.util.collective as col
@@ -48,15 +48,17 @@ class Member:
     ) -> dict[str, Any]:
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
         register_backend()
-        await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, BACKEND, group_name)
+        # Ray types the name of a backend as one of its own two.
+        await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)
         group: AFDGroup = col.get_group_handle(group_name)
         dtype = wire_dtype(self.config, model)
         rows = self.config.pipeline.max_tokens_per_micro_batch
         peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
         kind = self.config.handoff.kind
-        group.open(
-            secret=self._secret, host=ray.util.get_node_ip_address(), peers=peers, kind=kind, spin_us=spin_us, digest=digest
-        )
+        if kind in ("gloo", "nccl"):
+            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm or tcp")
+        host = ray.util.get_node_ip_address()
+        group.open(secret=self._secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=digest)
         self._group, self._group_name = group, group_name
         self._wire = Wire(group.mesh, epoch, rank, dtype)
         return group.endpoint.to_dict()
@@ -65,7 +67,6 @@ class Member:
         """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
         group = self._require_group()
         await asyncio.to_thread(group.connect, {rank: Endpoint.from_dict(e) for rank, e in endpoints.items()}, timeout_s)
-        await asyncio.to_thread(group.mesh.warm_up, timeout_s)
         return group.mesh.edge_kinds()
 
     def start(self, loop: StepLoop) -> None:
