@@ -127,7 +127,7 @@ class Bringup:
         self._doing(placing)
         config = self.config.placement
         placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), config.separate_nodes)
-        for reservation in await reserve(placed, f"afd-{self._uid}", config.timeout_s):
+        for reservation in await reserve(placed, f"afd-{self._uid}-e{self._number}", config.timeout_s):
             group = reservation.placed.group
             for bundle in range(group.actors):
                 hand = self._launch(reservation, bundle)
