@@ -10,8 +10,8 @@ from typing import Any
 import ray
 import torch
 
-from actors.memory import resident_bytes
 from actors.member import Member, compute_threads
+from actors.memory import resident_bytes
 from actors.token_stream import TokenStreamServer
 from actors.tracing import trace_steps
 from afd_ray.config import Config, model_directory
@@ -176,4 +176,3 @@ def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAl
 
 def _findings(scheduler: Scheduler) -> list[str]:
     return check_integrity(scheduler.allocator, scheduler.sequences)
-

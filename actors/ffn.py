@@ -6,8 +6,8 @@ from typing import Any
 import ray
 import torch
 
-from actors.memory import resident_bytes
 from actors.member import Member, compute_threads
+from actors.memory import resident_bytes
 from actors.tracing import trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.ffn import FFNLoop

@@ -43,7 +43,9 @@ class Member:
         """Group rank in the current epoch."""
         return self._wire.rank if self._wire else None
 
-    async def prepare(self, epoch: Epoch, rank: int, group_name: str, model: ModelConfig, digest: int, spin_us: float) -> dict[str, Any]:
+    async def prepare(
+        self, epoch: Epoch, rank: int, group_name: str, model: ModelConfig, digest: int, spin_us: float
+    ) -> dict[str, Any]:
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
         register_backend()
         await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, BACKEND, group_name)

@@ -104,31 +104,32 @@ def chrome_trace(actors: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     origin = min((start for _, _, start in rows), default=0)
     names: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": actor["name"]}} for pid, actor in enumerate(actors)
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": actor["name"]}}
+        for pid, actor in enumerate(actors)
     ]
-    slots = sorted({(pid, event.slot, _lane(event)) for pid, event, _ in rows})
-    names += [
-        {"ph": "M", "name": "thread_name", "pid": pid, "tid": slot * 2 + lane, "args": {"name": _thread_name(slot, lane)}}
-        for pid, slot, lane in slots
-    ]
-    return {"traceEvents": names + [_complete_event(pid, event, start - origin) for pid, event, start in rows], "displayTimeUnit": "ms"}
+    lanes = sorted({(pid, *_lane(event)) for pid, event, _ in rows})
+    names += [{"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}} for pid, tid, name in lanes]
+    return {
+        "traceEvents": names + [_complete_event(pid, event, start - origin) for pid, event, start in rows],
+        "displayTimeUnit": "ms",
+    }
 
 
-def _lane(event: StageEvent) -> int:
-    return 1 if event.stage in ("a2f", "f2a") else 0
-
-
-def _thread_name(slot: int, lane: int) -> str:
-    return f"micro-batch {slot}" + (" arriving" if lane else "")
+def _lane(event: StageEvent) -> tuple[int, str]:
+    """(thread id, name): stages and arrivals of each micro-batch apart, waiting on its own."""
+    if event.stage.endswith("_wait"):
+        return 0, "waiting"
+    arriving = event.stage in ("a2f", "f2a")
+    return 1 + event.slot * 2 + arriving, f"micro-batch {event.slot}" + (" arriving" if arriving else "")
 
 
 def _complete_event(pid: int, event: StageEvent, start_ns: int) -> dict[str, Any]:
     return {
         "ph": "X",
-        "name": event.stage if event.stage == "head" else f"{event.stage} L{event.layer}",
+        "name": f"{event.stage} L{event.layer}" if event.stage in ("attention", "ffn", "a2f", "f2a") else event.stage,
         "cat": event.stage,
         "pid": pid,
-        "tid": event.slot * 2 + _lane(event),
+        "tid": _lane(event)[0],
         "ts": start_ns / 1000,
         "dur": (event.end_ns - event.start_ns) / 1000,
         "args": {"slot": event.slot, "layer": event.layer, "step": event.step, "rows": event.rows, "peer": event.peer},

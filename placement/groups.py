@@ -91,7 +91,9 @@ async def _ready(reservation: Reservation, deadline_s: float, timeout_s: float) 
         if (table.get("stats") or {}).get("scheduling_state") == "INFEASIBLE":
             raise Infeasible(f"a placement group for {role} on node {node} can never be met: {_bundle(reservation)}")
         if time.monotonic() > deadline_s:
-            raise Infeasible(f"a placement group for {role} on node {node} was not ready in {timeout_s:g} s: {_bundle(reservation)}")
+            raise Infeasible(
+                f"a placement group for {role} on node {node} was not ready in {timeout_s:g} s: {_bundle(reservation)}"
+            )
         await asyncio.sleep(POLL_S)
 
 

@@ -136,4 +136,8 @@ def _shortage(groups: Sequence[Group], nodes: Sequence[Node]) -> str:
 def _demand(role: str, groups: Sequence[Group]) -> str:
     mine = [group for group in groups if group.role == role]
     gpus = sum(group.gpus for group in mine)
-    return f"{role} {sum(group.cpus for group in mine):g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "") + f" in {len(mine)} group(s)"
+    return (
+        f"{role} {sum(group.cpus for group in mine):g} CPUs"
+        + (f" and {gpus:g} GPUs" if gpus else "")
+        + f" in {len(mine)} group(s)"
+    )

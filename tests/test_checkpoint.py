@@ -1,6 +1,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from afd_ray.models.checkpoint import (
     plan_reads,
     verify,
 )
-from afd_ray.models.layout import count_parameters, elements, expected_shapes, file_key, part_of, text_key
+from afd_ray.models.layout import Unallocated, count_parameters, elements, expected_shapes, file_key, part_of, text_key
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.shards import INDEX_NAME, write_checkpoint
 from afd_ray.models.step3 import FFNHalf, FFNShard, Routed, Slice
@@ -100,6 +101,14 @@ def test_a_role_reads_its_own_values_only(written: Path) -> None:
     assert down.slices == (slice(None), slice(16, 32))
 
 
+def test_a_module_built_unallocated_takes_no_memory() -> None:
+    with Unallocated():
+        half = FFNHalf(CONFIG, FFNShard((2, 5)))
+        embedding = torch.nn.Embedding(4, 3)
+    assert {p.device.type for p in (*half.parameters(), *embedding.parameters())} == {"meta"}
+    assert torch.equal(half.get_buffer("lookup"), torch.tensor([-1, -1, 0, -1, -1, 1, -1, -1]))
+
+
 def test_a_dtype_may_be_asked_for_and_progress_is_told(written: Path) -> None:
     seen: list[tuple[int, int]] = []
     half = load_attention(Checkpoint.open(written), torch.bfloat16, lambda done, total: seen.append((done, total)))
@@ -147,7 +156,7 @@ def test_a_truncated_or_corrupt_file_is_named(directory: Path) -> None:
         "truncated, or not": whole[:100],
         "not a safetensors file": b"hello, world, this is no such thing",
         "not JSON": struct.pack("<Q", 20) + b"x" * 40,
-        "does not describe": struct.pack("<Q", 16) + b'{"a":{"dtype":1}' + b"x" * 40,
+        "does not describe": struct.pack("<Q", 17) + b'{"a":{"dtype":1}}' + b"x" * 40,
         "(0 bytes)": b"",
     }
     for expected, content in broken.items():
@@ -191,12 +200,14 @@ def test_the_digest_tells_checkpoints_apart(directory: Path, written: Path) -> N
     same = digest(Checkpoint.open(written))
     assert digest(Checkpoint.open(directory)) == same
     assert 0 <= same < 2**64
+    change(directory)  # rewritten: another header, the same weights
+    rewritten = digest(Checkpoint.open(directory))
     change(directory, model__norm__weight=torch.full((64,), 1.5))
-    assert digest(Checkpoint.open(directory)) != same
+    assert digest(Checkpoint.open(directory)) not in (same, rewritten)
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    def failing():  # type: ignore[no-untyped-def]
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(random_tensors(CONFIG, 0))[:4]
         raise OSError("disk full")
 

@@ -13,7 +13,12 @@ from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_pro
 HELD_OUT_SEED: Final = 2507
 HELD_OUT_COUNT: Final = 3000
 SHARES: Final = {"arithmetic": 35, "counting": 14, "sorting": 16, "copying": 11, "lookup": 12, "story": 12}
-SYSTEM_TEXTS: Final = ("You are a helpful assistant.", "Answer the question.", "Be brief.", "You are a small model. Answer in one word.")
+SYSTEM_TEXTS: Final = (
+    "You are a helpful assistant.",
+    "Answer the question.",
+    "Be brief.",
+    "You are a small model. Answer in one word.",
+)
 EXAMPLES_PER_GROUP: Final = 24
 
 
@@ -25,9 +30,9 @@ class Example(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Rows of a batch that attend together: `count` examples padded to `length`, example after example."""
+    """Rows of a batch that attend together: `examples` padded to `length`, example after example."""
 
-    count: int
+    examples: int
     length: int
 
 

@@ -3,7 +3,7 @@
 N rows, H hidden, A heads, D head_dim, E experts, K top-k.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ class Losses(NamedTuple):
 def attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> Tensor:
     """Causal attention inside every example: q [N, A, D], k and v [N, D] to [N, A, D]; padding comes after what it could harm."""
     _, heads, dim = q.shape
-    sizes = [group.count * group.length for group in groups]
+    sizes = [group.examples * group.length for group in groups]
     out = []
-    for group, qg, kg, vg in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        shape = (group.count, group.length, -1, dim)
+    for group, qg, kg, vg in zip(
+        groups, q.split_with_sizes(sizes), k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True
+    ):
+        shape = (group.examples, group.length, -1, dim)
         query = qg.view(shape).transpose(1, 2)  # [B, A, T, D]
         key, value = (x.reshape(shape).transpose(1, 2).expand(-1, heads, -1, -1) for x in (kg, vg))
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -43,7 +45,7 @@ def run_experts(experts: Experts, routed: Routed) -> Tensor:
     order = routed.experts.flatten().argsort(stable=True)
     counts = routed.experts.flatten().bincount(minlength=experts.gate_proj.shape[0]).tolist()
     rows = order // top_k
-    parts = routed.hidden.index_select(0, rows).split(counts)
+    parts = routed.hidden.index_select(0, rows).split_with_sizes(counts)
     weights = zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
     y = torch.cat([swiglu(x, gate, up, down) for x, (gate, up, down) in zip(parts, weights, strict=True)])
     y = y * routed.weights.flatten()[order, None]
@@ -63,10 +65,10 @@ def losses(model: Step3Model, batch: Batch, prompt_weight: float, balance_weight
     residual = attention.embed_tokens(batch.token_ids)
     cos, sin = attention.rotary(batch.positions)
     balance = torch.zeros(())
-    for index, layer in enumerate(attention.layers):
+    layers: list[tuple[Any, Any]] = list(zip(attention.layers, model.ffn.layers, strict=True))
+    for layer, ffn in layers:
         q, k, v = layer.before(residual, cos, sin)
         residual, routed = layer.after(residual, attend_groups(q, k, v, batch.groups))
-        ffn = model.ffn.layers[index]
         if routed.experts is None:
             residual = residual + ffn.mlp(routed.hidden)
             continue

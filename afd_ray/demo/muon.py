@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, float], shape: tuple[int, int], parameters: list[Parameter]) -> None:
         updates = [self._momentum(parameter, group["momentum"]).reshape(-1, *shape) for parameter in parameters]
-        steps = orthogonalised(torch.cat(updates)).split([len(update) for update in updates])
+        steps = orthogonalised(torch.cat(updates)).split_with_sizes([len(update) for update in updates])
         scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
         for parameter, step in zip(parameters, steps, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view_as(parameter), alpha=scale)

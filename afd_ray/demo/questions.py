@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Final
 
-WORDS: Final = tuple(
-    "apple bean cat cup dog egg fig fish goat hat ink jam kite lamp leaf map milk nut owl pear pen pig plum "
-    "quilt rice ring sock sun tea tree urn van wolf yak zebra".split()
+# fmt: off
+WORDS: Final = (
+    "apple", "bean", "cat", "cup", "dog", "egg", "fig", "fish", "goat", "hat", "ink", "jam", "kite", "lamp", "leaf", "map",
+    "milk", "nut", "owl", "pear", "pen", "pig", "plum", "quilt", "rice", "ring", "sock", "sun", "tea", "tree", "urn", "van",
+    "wolf", "yak", "zebra",
 )
+# fmt: on
 NAMES: Final = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon")
 PLACES: Final = ("park", "shop", "lake", "barn", "school", "beach", "mill", "farm")
 COLOURS: Final = ("red", "blue", "green", "black", "white", "pink")
@@ -80,13 +83,13 @@ def story(rng: Random) -> tuple[str, str]:
 def _story_of_gifts(rng: Random) -> tuple[str, str]:
     (who, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
     had, more = rng.randint(2, 9), rng.randint(2, 9)
-    return f"{who} has {had} {thing}s. {other} gives {who} {more} more. How many {thing}s does {who} have?", str(had + more)
+    return (f"{who} has {had} {thing}s. {other} gives {who} {more} more. How many {thing}s does {who} have?", str(had + more))
 
 
 def _story_of_losses(rng: Random) -> tuple[str, str]:
     who, thing = rng.choice(NAMES), rng.choice(THINGS)
     left, lost = rng.randint(2, 9), rng.randint(2, 9)
-    return f"{who} has {left + lost} {thing}s. {who} loses {lost}. How many {thing}s does {who} have?", str(left)
+    return (f"{who} has {left + lost} {thing}s. {who} loses {lost}. How many {thing}s does {who} have?", str(left))
 
 
 def _story_of_places(rng: Random) -> tuple[str, str]:
@@ -97,7 +100,7 @@ def _story_of_places(rng: Random) -> tuple[str, str]:
 
 
 def _story_of_colours(rng: Random) -> tuple[str, str]:
-    people, colours, things = rng.sample(NAMES, 2), rng.sample(COLOURS, 2), rng.sample(THINGS, 2)
+    people, colours, things = (rng.sample(NAMES, 2), rng.sample(COLOURS, 2), rng.sample(THINGS, 2))
     asked = rng.randrange(2)
     told = " ".join(f"{people[i]} has a {colours[i]} {things[i]}." for i in range(2))
     if rng.random() < 0.5:

@@ -19,7 +19,7 @@ from afd_ray.models.step3 import Step3Model
 
 STEPS: Final = 4000
 WARMUP_STEPS: Final = 50
-EXAMPLES_PER_BATCH: Final = 144
+EXAMPLES_PER_BATCH: Final = 64
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
@@ -42,7 +42,8 @@ def initialise(model: Step3Model, generator: torch.Generator) -> None:
 
 def optimizers(model: Step3Model) -> list[Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embedding, head, routers and norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim >= 2 and ".layers." in name and ".gate.weight" not in name
         (matrices if inside else others).append(parameter)

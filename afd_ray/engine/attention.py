@@ -29,7 +29,9 @@ Publish = Callable[[list[TokenOutput]], None]
 class Flight:
     """A micro-batch on its way through the layers."""
 
-    def __init__(self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int) -> None:
+    def __init__(
+        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
+    ) -> None:
         self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0
@@ -52,7 +54,7 @@ class AttentionLoop(StepLoop):
     def __init__(
         self, half: AttentionHalf, cache: PagedCache, scheduler: Scheduler, publish: Publish, pace: Pace | None = None
     ) -> None:
-        super().__init__(arrival="f2a")
+        super().__init__(arrival="f2a", waiting="attention_wait")
         self.half, self.cache, self.scheduler, self.pace = half, cache, scheduler, pace
         self.ttft, self.tpot = LatencyWindow(), LatencyWindow()
         self._publish = publish
@@ -93,6 +95,9 @@ class AttentionLoop(StepLoop):
             return self._fill_idle_slots()
         self._advance(slot)
         return True
+
+    def _under_way(self) -> bool:
+        return any(flight is not None for flight in self._flights)
 
     def _submit(self, request: Request) -> None:
         self.scheduler.add(request)

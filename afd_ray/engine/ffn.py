@@ -60,7 +60,7 @@ class FFNLoop(StepLoop):
     """One FFN rank; the first of all is also the conductor of the waves."""
 
     def __init__(self, half: FFNHalf, pace: Pace | None = None) -> None:
-        super().__init__(arrival="a2f")
+        super().__init__(arrival="a2f", waiting="ffn_wait")
         self.half, self.pace = half, pace
         self._instance = self._tp_rank = 0
         self._slots: list[SlotState] = []
@@ -82,6 +82,9 @@ class FFNLoop(StepLoop):
         self._turns.append(slot)
         self._compute(slot)
         return True
+
+    def _under_way(self) -> bool:
+        return any(slot.wave is not None for slot in self._slots)
 
     # --- messages ---------------------------------------------------------------------------------------------------------
 
@@ -186,7 +189,9 @@ class FFNLoop(StepLoop):
                 slot.reduction = Reduction(layer, wave.number, owned, rows)
                 self._reduce(index)
             else:
-                header = Header(Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows))
+                header = Header(
+                    Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows)
+                )
                 wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(wire.dtype),))
 
     def _reduce(self, index: int) -> None:

@@ -110,7 +110,11 @@ def _cache_and_scheduler(
     config: ModelConfig, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
 ) -> tuple[PagedCache, Scheduler]:
     cache = PagedCache(
-        layers=config.num_hidden_layers, num_blocks=num_blocks, block_size=block_size, head_dim=config.head_dim, dtype=config.dtype
+        layers=config.num_hidden_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
     )
     scheduler = Scheduler(
         allocator=BlockAllocator(num_blocks, block_size),

@@ -30,9 +30,9 @@ class Wire(NamedTuple):
 class StepLoop:
     """The frame of a step loop: `run(wire)` serves one epoch until `stop`."""
 
-    def __init__(self, arrival: str) -> None:
+    def __init__(self, arrival: str, waiting: str) -> None:
         self.recorder = Recorder()
-        self._arrival = arrival
+        self._arrival, self._waiting = arrival, waiting
         self._commands: deque[Callable[[], None]] = deque()
         self._offset_ns = clock_offset_ns()
         self._wire: Wire | None = None
@@ -73,7 +73,15 @@ class StepLoop:
         while self._running:
             progressed = self._take_commands() | self._receive()
             if self._running and not self._run_stage() and not progressed:
-                wire.mesh.wait(None)
+                self._wait()
+
+    def _wait(self) -> None:
+        """Until a message or a command comes; time spent with work under way is recorded as waiting."""
+        started_ns = time.monotonic_ns()
+        under_way = self._under_way()
+        self.wire.mesh.wait(None)
+        if under_way:
+            self._record(self._waiting, 0, 0, 0, 0, started_ns)
 
     def _enter(self, wire: Wire) -> None:
         raise NotImplementedError
@@ -83,6 +91,10 @@ class StepLoop:
 
     def _run_stage(self) -> bool:
         """Run one stage; False when none can."""
+        raise NotImplementedError
+
+    def _under_way(self) -> bool:
+        """Whether a message is due."""
         raise NotImplementedError
 
     def _stop(self) -> None:

@@ -19,6 +19,7 @@ MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
 _FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
+_PREFIX = struct.Struct("<IHBBQQ")
 _DESCRIPTORS = struct.Struct("<8B16I")
 _DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
@@ -223,6 +224,16 @@ def pack(header: Header, layout: Layout, digest: int) -> bytes:
     frame = bytearray(HEADER_BYTES)
     pack_into(memoryview(frame), 0, header, layout, digest)
     return bytes(frame)
+
+
+def length_of(head: bytes | bytearray, limit_bytes: int) -> int:
+    """A frame's length from its header, before the rest has come; ValueError when it cannot be one."""
+    magic, version, _, _, _, length_bytes = _PREFIX.unpack_from(head)
+    if magic != MAGIC or version != VERSION:
+        raise ValueError(f"frame begins with magic {magic:#x} and version {version}, not {MAGIC:#x} and {VERSION}")
+    if not HEADER_BYTES <= length_bytes <= limit_bytes or length_bytes % ALIGNMENT:
+        raise ValueError(f"frame length is {length_bytes} bytes, allowed: multiples of {ALIGNMENT} up to {limit_bytes}")
+    return int(length_bytes)
 
 
 def unpack_from(buffer: memoryview | bytes | bytearray, offset: int, digest: int) -> Frame:

@@ -12,11 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from afd_ray.models.config import DTYPES, ModelConfig
-from afd_ray.models.layout import elements, expected_shapes, file_key, part_of, text_key
+from afd_ray.models.layout import Unallocated, elements, expected_shapes, file_key, part_of, text_key
 from afd_ray.models.shards import DTYPE_NAMES, CheckpointError, StoredTensor, read_header, shard_files, write_checkpoint
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard, Step3Model
 
-__all__ = ["Checkpoint", "CheckpointError", "digest", "load_attention", "load_ffn", "load_model", "verify", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "digest",
+    "file_findings",
+    "load_attention",
+    "load_ffn",
+    "load_model",
+    "verify",
+    "write_checkpoint",
+]
 
 Progress = Callable[[int, int], None]
 """Called with values loaded so far and in all."""
@@ -88,7 +98,7 @@ class Read(NamedTuple):
 
 
 def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None = None) -> list[Read]:
-    """What to read for `half` (built on the meta device): whole tensors, or those slices that `shard` holds."""
+    """What to read for `half` (built `Unallocated`): whole tensors, or those slices that `shard` holds."""
     reads = []
     for name, parameter in half.named_parameters():
         key = file_key(name)
@@ -107,7 +117,7 @@ def load_attention(checkpoint: Checkpoint, dtype: torch.dtype | None = None, pro
     """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN."""
     checkpoint.require_sound()
     config = _in_dtype(checkpoint.config, dtype)
-    with torch.device("meta"):
+    with Unallocated():
         half = AttentionHalf(config)
     _fill(half, plan_reads(checkpoint, half), config.dtype, progress)
     return half
@@ -120,17 +130,15 @@ def load_ffn(
     checkpoint.require_sound()
     config = _in_dtype(checkpoint.config, dtype)
     _check_shard(shard, config)
-    with torch.device("meta"):
+    with Unallocated():
         half = FFNHalf(config, shard)
-    # The expert lookup is computed, not stored: take the one of a model without layers, made on the CPU.
-    half.lookup = FFNHalf(replace(config, num_hidden_layers=0), shard).lookup
     _fill(half, plan_reads(checkpoint, half, shard), config.dtype, progress)
     return half
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Step3Model:
     """Both halves in one process: the reference."""
-    with torch.device("meta"):
+    with Unallocated():
         model = Step3Model(_in_dtype(checkpoint.config, dtype))
     model.attention = load_attention(checkpoint, dtype, progress)
     model.ffn = load_ffn(checkpoint, FFNShard(tuple(range(checkpoint.config.moe_num_experts))), dtype, progress)
@@ -208,6 +216,25 @@ def _samples(stored: StoredTensor) -> list[tuple[int, int]]:
         return [(stored.start, size)]
     stride = (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
     return [(stored.start + i * stride, _SAMPLE_BYTES) for i in range(_SAMPLES)]
+
+
+def file_findings(directory: Path) -> list[str]:
+    """What keeps the directory from being opened: every file that is missing, truncated or corrupt."""
+    found: list[str] = []
+    try:
+        ModelConfig.from_directory(directory)
+    except (ValueError, OSError) as error:
+        found.append(str(error))
+    try:
+        files = shard_files(directory)
+    except CheckpointError as error:
+        return [*found, str(error)]
+    for file in files:
+        try:
+            read_header(file)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
 
 
 def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator[str]:

@@ -18,7 +18,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16"
 _MAX_HEADER_BYTES = 100_000_000
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RuntimeError):
     """One line: the directory, file or tensor, and what is wrong with it."""
 
 
@@ -135,6 +135,7 @@ def _write_shards(
         part = directory / f"shard-{len(written) + 1:05d}.tmp"
         written.append((part, list(shard)))
         save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors writes for the owner alone; the actors may be another user
         shard.clear()
 
     for key, tensor in tensors:
