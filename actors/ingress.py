@@ -17,7 +17,7 @@ from ray.serve.schema import LoggingConfig
 from actors.attention_pool import AttentionPool
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
-from actors.http.backend import ModelCard, Unavailable
+from actors.http.backend import ModelCard, Rejected, Unavailable
 from actors.http.metrics import IngressMetrics, Snapshot
 from actors.token_stream import TokenStreamClient
 from afd_ray.request import Request, TokenOutput
@@ -156,11 +156,8 @@ def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
 
 def _cause(error: RayTaskError) -> Exception:
     cause = error.cause
-    return (
-        cause
-        if isinstance(cause, (ValueError, Unavailable))
-        else RuntimeError(str(cause).splitlines()[0] if str(cause) else repr(cause))
-    )
+    line = " ".join(str(cause).split()) or type(cause).__name__
+    return ValueError(line) if isinstance(cause, ValueError) else Rejected(line)
 
 
 @serve.ingress()

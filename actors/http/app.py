@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.http.auth import Keys
@@ -46,7 +47,8 @@ def create_app(backend: Backend, options: Options | None = None, metrics: Ingres
     _add_openai_routes(app, backend, Generation(backend, metrics), options)
     _add_watch_routes(app, backend, metrics, options)
     _add_admin_routes(app, backend, options)
-    app.add_middleware(Counted, metrics=metrics)
+    routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(Counted, metrics=metrics, routes=routes)
     return app
 
 
@@ -159,12 +161,18 @@ def _model(backend: Backend) -> dict[str, Any]:
 
 
 class Counted:
-    """ASGI middleware: counts requests by route and status."""
+    """ASGI middleware: counts requests by route and status; paths that are no route share one label."""
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: IngressMetrics, routes: frozenset[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
         self._clock = clock
+
+    def _route(self, path: str) -> str:
+        return path if path in self._routes else "other"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -186,5 +194,4 @@ class Counted:
             status = 500
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.request_ended(route, status, self._clock() - started_s)
+            self._metrics.request_ended(self._route(scope["path"]), status, self._clock() - started_s)
