@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from afd_ray.demo.corpus import batches
 from afd_ray.demo.forward import losses
@@ -17,15 +18,15 @@ from afd_ray.demo.muon import Muon
 from afd_ray.demo.weights import CONFIG, save
 from afd_ray.models.step3 import Step3Model
 
-STEPS: Final = 4000
+STEPS: Final = 2200
 WARMUP_STEPS: Final = 50
-EXAMPLES_PER_BATCH: Final = 64
+EXAMPLES_PER_BATCH: Final = 112
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
-PROMPT_WEIGHT: Final = 0.1
 BALANCE_WEIGHT: Final = 0.01
 CLIP_NORM: Final = 1.0
+AVERAGE_DECAY: Final = 0.98
 
 
 def initialise(model: Step3Model, generator: torch.Generator) -> None:
@@ -64,18 +65,20 @@ def train(seed: int, steps: int, out: Path, save_every: int) -> Iterator[str]:
     torch.manual_seed(seed)
     model = Step3Model(CONFIG)
     initialise(model, torch.Generator().manual_seed(seed))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     tuned = optimizers(model)
     base = [optimizer.param_groups[0]["lr"] for optimizer in tuned]
     began_s, rows = time.monotonic(), 0
     for step, batch in zip(range(steps), batches(seed, EXAMPLES_PER_BATCH), strict=False):
         for optimizer, lr in zip(tuned, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
-        loss = losses(model, batch, PROMPT_WEIGHT, BALANCE_WEIGHT)
+        loss = losses(model, batch, BALANCE_WEIGHT)
         loss.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         for optimizer in tuned:
             optimizer.step()
             optimizer.zero_grad()
+        average.update_parameters(model)
         rows += len(batch.token_ids)
         if step % 50 == 49:
             passed_s = time.monotonic() - began_s
@@ -84,8 +87,8 @@ def train(seed: int, steps: int, out: Path, save_every: int) -> Iterator[str]:
                 f"{rows / passed_s:,.0f} tokens/s  {passed_s / 60:.1f} min"
             )
         if save_every and step % save_every == save_every - 1:
-            save(model, out)
-    save(model, out)
+            save(average.module, out)
+    save(average.module, out)
     yield f"saved {out}"
 
 
