@@ -115,9 +115,9 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), torch.tensor(answers), groups)
 
 
-def batches(seed: int, examples_per_batch: int) -> Iterator[Batch]:
-    """Endless training batches; the stream shares nothing with `fresh_questions` of any seed."""
-    rng = Random(f"training {seed}")
+def batches(stream: str, examples_per_batch: int) -> Iterator[Batch]:
+    """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
+    rng = Random(f"training {stream}")
     excluded = held_out()
     while True:
         yield collate([example(rng, excluded) for _ in range(examples_per_batch)])

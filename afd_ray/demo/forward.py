@@ -26,7 +26,9 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> Tenso
     _, heads, dim = q.shape
     sizes = [group.examples * group.length for group in groups]
     out = []
-    for group, qg, kg, vg in zip(groups, q.split_with_sizes(sizes), k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
+    for group, qg, kg, vg in zip(
+        groups, q.split_with_sizes(sizes), k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True
+    ):
         shape = (group.examples, group.length, -1, dim)
         query = qg.view(shape).transpose(1, 2)  # [B, A, T, D]
         key, value = (x.reshape(shape).transpose(1, 2).expand(-1, heads, -1, -1) for x in (kg, vg))
