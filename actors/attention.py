@@ -63,9 +63,14 @@ class AttentionActor:
 
     @ray.method
     async def halt(self) -> None:
-        """Stop serving and leave the epoch; requests in progress end with an error."""
+        """Stop serving; requests in progress end with an error."""
         await self._member.halt()
         self._fail_requests("the attention actor left its epoch")
+
+    @ray.method
+    async def leave(self) -> None:
+        """Leave the epoch's group, once every member has halted."""
+        await self._member.leave()
 
     @ray.method
     async def lost(self) -> str:

@@ -102,7 +102,9 @@ class Bringup:
         if self.epoch is not None:
             self._doing("leaving the old epoch")
             self.epoch = None
-            await ask([hand for hand in self.hands if hand.state != "dead"], "halt", timeout_s=30)
+            living = [hand for hand in self.hands if hand.state != "dead"]
+            for method in ("halt", "leave"):
+                await ask(living, method, timeout_s=30)
         dead = [hand for hand in self.hands if hand.state == "dead"]
         await self._stop(dead)
         self.attention = [hand for hand in self.attention if hand not in dead]

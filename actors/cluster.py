@@ -220,7 +220,8 @@ class _EventLoop:
     def close(self) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=5)
+            self._thread.join()
+            self._loop.close()
 
 
 def start_ray(config: Config) -> None:

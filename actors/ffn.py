@@ -49,8 +49,13 @@ class FFNActor:
 
     @ray.method
     async def halt(self) -> None:
-        """Stop serving and leave the epoch."""
+        """Stop serving."""
         await self._member.halt()
+
+    @ray.method
+    async def leave(self) -> None:
+        """Leave the epoch's group, once every member has halted."""
+        await self._member.leave()
 
     @ray.method
     async def lost(self) -> str:

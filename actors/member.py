@@ -80,14 +80,19 @@ class Member:
         self._thread.start()
 
     async def halt(self) -> None:
-        """Stop the step loop and leave the group; harmless when there is none."""
-        if self._loop is not None and self._thread is not None and self._thread.is_alive():
-            await asyncio.wrap_future(self._loop.stop())
-            await asyncio.to_thread(self._thread.join)
+        """End the step loop; harmless when there is none. Members leave only when all have halted, or they would miss each other."""
+        thread, self._thread = self._thread, None
+        if self._loop is not None and thread is not None:
+            self._loop.stop()
+            await asyncio.to_thread(thread.join)
+
+    async def leave(self) -> None:
+        """Leave the epoch's group; harmless when there is none."""
+        await self.halt()
         if self._group is not None:
             self._group.mesh.close()
             await asyncio.to_thread(col.destroy_collective_group, self._group_name)
-        self._group = self._wire = self._thread = None
+        self._group = self._wire = None
 
     async def lost(self) -> str:
         """Return the reason once the step loop has failed; never while it is well."""
