@@ -175,7 +175,7 @@ def test_close_wakes_a_waiting_reader_after_what_was_sent(opened: Open, kind: Li
         except LinkError as error:
             outcome.append(str(error))
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     second.send(0, Header(Kind.STOP, epoch=0, source=1), [torch.zeros(1000)])
     second.close()
@@ -189,11 +189,46 @@ def test_close_wakes_a_waiting_reader_after_what_was_sent(opened: Open, kind: Li
 
 def test_wake_from_another_thread_ends_a_wait(opened: Open) -> None:
     first, _ = pair(opened, "shm")
-    waiter = threading.Thread(target=first.wait, args=(None,))
-    waiter.start()
+    waiter = waiting(first)
     first.wake()
     waiter.join(timeout=10)
     assert not waiter.is_alive()
+
+
+def waiting(mesh: RingMesh) -> threading.Thread:
+    waiter = threading.Thread(target=mesh.wait, args=(None,), daemon=True)
+    waiter.start()
+    return waiter
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_nobody_waits_on_a_broken_edge(opened: Open, kind: LinkKind) -> None:
+    first, second = pair(opened, kind)
+    second.close()
+    for _ in range(2):
+        waiter = waiting(first)
+        waiter.join(timeout=10)
+        assert not waiter.is_alive()
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_a_parked_reader_passes_the_end_of_its_ring(opened: Open, kind: LinkKind) -> None:
+    first, second = pair(opened, kind)
+    sizes = [RING_BYTES // 2, RING_BYTES - 1024] * 3
+    arrived: list[int] = []
+
+    def read() -> None:
+        for _ in sizes:
+            message = next_message(second)
+            arrived.append(message.tensors[0].numel())
+            message.release()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for size_bytes in sizes:
+        first.send(1, Header(Kind.TENSOR, epoch=0, source=0), [torch.zeros(size_bytes, dtype=torch.uint8)])
+    reader.join(timeout=10)
+    assert arrived == sizes
 
 
 def test_strangers_are_refused_while_the_group_forms(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
