@@ -55,7 +55,7 @@ class Member:
         rows = self.config.pipeline.max_tokens_per_micro_batch
         peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
         kind = self.config.handoff.kind
-        if kind in ("gloo", "nccl"):
+        if kind == "gloo" or kind == "nccl":  # spelled out: it narrows the type
             raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm or tcp")
         host = ray.util.get_node_ip_address()
         group.open(secret=self._secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=digest)
