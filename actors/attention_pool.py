@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 
 from actors.http.backend import Overloaded, Unavailable
@@ -61,7 +61,7 @@ class AttentionPool:
         await self._close_idle()
         return failures
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         """Overloaded when the queue is full, Unavailable when no actor is connected, ValueError when the engine refuses the request."""
         if self._queued >= self._max_queued:
             raise Overloaded(f"the queue is full: {self._queued} requests wait")

@@ -79,7 +79,9 @@ def test_a_template_refusal_is_one_line(tokenizer: Tokenizer) -> None:
 
 
 def test_templates_see_special_tokens_time_and_json() -> None:
-    source = "{{ bos_token }}{{ strftime_now('%Y') }}{{ tools | tojson }}{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    source = (
+        "{{ bos_token }}{{ strftime_now('%Y') }}{{ tools | tojson }}{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    )
     template = ChatTemplate(source, {"bos_token": "<s>"}, now=lambda: datetime(2031, 1, 1))
     assert template.render([{"role": "user", "content": "<b>"}], tools=[{"a": "<"}]) == '<s>2031[{"a": "<"}]<b>'
 

@@ -72,15 +72,24 @@ async def collect(client: TokenStreamClient, request: Request) -> list[TokenOutp
 
 
 def test_frames_keep_every_field() -> None:
-    params = SamplingParams(max_tokens=None, temperature=0.25, seed=2**64 - 1, stop=("a", "\u00e9"), stop_token_ids=(3,), logprobs=2)
+    params = SamplingParams(
+        max_tokens=None, temperature=0.25, seed=2**64 - 1, stop=("a", "\u00e9"), stop_token_ids=(3,), logprobs=2
+    )
     orders = [Submit(Request("r", (1, 2, 70000), params)), Abort("r")]
     assert decode_orders(b"".join(map(encode_order, orders))) == orders
-    answers = [TokenOutput("r", 5, -0.5, ((5, -0.5), (6, float("-inf"))), "stop"), TokenOutput("r", None, error="x"), Refused("r", "no")]
+    answers = [
+        TokenOutput("r", 5, -0.5, ((5, -0.5), (6, float("-inf"))), "stop"),
+        TokenOutput("r", None, error="x"),
+        Refused("r", "no"),
+    ]
     assert decode_answers(encode_answers(answers)) == answers
 
 
 def test_an_order_out_of_range_is_refused_alone() -> None:
-    good, bad = encode_order(Submit(Request("a", (1,)))), encode_order(Submit(Request("b", (1,)))).replace(b"\xabtemperature\xcb?", b"\xabtemperature\xcb\xbf")
+    good, bad = (
+        encode_order(Submit(Request("a", (1,)))),
+        encode_order(Submit(Request("b", (1,)))).replace(b"\xabtemperature\xcb?", b"\xabtemperature\xcb\xbf"),
+    )
     decoded = decode_orders(bad + good)
     assert isinstance(decoded[0], Refused)
     assert "temperature" in decoded[0].reason
@@ -102,7 +111,10 @@ async def test_tokens_reach_their_request_in_order(actor: Actor, client: TokenSt
 
 async def test_each_stream_gets_only_its_own(actor: Actor, client: TokenStreamClient) -> None:
     other = await actor.connect()
-    mine, theirs = asyncio.create_task(collect(client, Request("a", (1,)))), asyncio.create_task(collect(other, Request("b", (1,))))
+    mine, theirs = (
+        asyncio.create_task(collect(client, Request("a", (1,)))),
+        asyncio.create_task(collect(other, Request("b", (1,)))),
+    )
     await actor.until(submitted=2)
     actor.server.publish([token("a", 1, last=True), token("b", 2, last=True), token("nobody", 3)])
     assert [output.token_id for output in await mine + await theirs] == [1, 2]
