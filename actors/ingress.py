@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ ROOM_FOR_RUNNING_REQUESTS = 65_536
 class ClusterBackend:
     """The cluster as the HTTP interface sees it. `follow` keeps the view of it fresh."""
 
-    def __init__(self, controller_name: str, *, ingress_id: str, max_queued: int) -> None:
-        self._controller_name = controller_name
+    def __init__(self, find_controller: Callable[[], Any], *, ingress_id: str, max_queued: int) -> None:
+        """`find_controller` gives the controller's handle, or raises ValueError while there is none."""
+        self._find_controller = find_controller
         self._ingress_id = ingress_id
         self._pool = AttentionPool(self._connect, max_queued=max_queued)
         self._controller: Any = None
@@ -80,15 +82,19 @@ class ClusterBackend:
 
     async def ask(self, method: str, *args: Any) -> Any:
         """A controller method's answer; ValueError and Rejected tell what it said, a controller that is gone is Unavailable."""
+        if self._controller is None:
+            try:
+                self._controller = self._find_controller()
+            except ValueError as error:
+                raise Unavailable(f"no controller: {_line(error)}") from None
         try:
-            if self._controller is None:
-                self._controller = ray.get_actor(self._controller_name, namespace=NAMESPACE)
             return await getattr(self._controller, method).remote(*args)
         except RayTaskError as error:
-            raise _cause(error) from None
-        except (RayActorError, ValueError) as error:  # ValueError: no actor of that name
+            line = _line(error.cause)
+            raise (ValueError(line) if isinstance(error.cause, ValueError) else Rejected(line)) from None
+        except RayActorError as error:
             self._controller = None
-            raise Unavailable(f"the controller does not answer: {str(error).splitlines()[0]}") from None
+            raise Unavailable(f"the controller does not answer: {_line(error)}") from None
 
     async def refresh(self) -> list[str]:
         """Takes the cluster's present view; tells which attention actors could not be reached."""
@@ -154,10 +160,8 @@ def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     return {**sums, **actors, "epoch": float(status["epoch"])}
 
 
-def _cause(error: RayTaskError) -> Exception:
-    cause = error.cause
-    line = " ".join(str(cause).split()) or type(cause).__name__
-    return ValueError(line) if isinstance(cause, ValueError) else Rejected(line)
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @serve.ingress()
@@ -169,7 +173,8 @@ class Ingress:
         self._id = f"ingress-{uuid.uuid4().hex[:8]}"
         self._metrics = IngressMetrics()
         max_queued = -(-server["max_queued_requests"] // server["replicas"])
-        self._backend = ClusterBackend(controller_name, ingress_id=self._id, max_queued=max_queued)
+        find = partial(ray.get_actor, controller_name, namespace=NAMESPACE)
+        self._backend = ClusterBackend(find, ingress_id=self._id, max_queued=max_queued)
         self._tasks = [asyncio.create_task(self._backend.follow())]
         if server["replicas"] > 1:
             self._tasks.append(asyncio.create_task(self._share_metrics()))
@@ -224,15 +229,16 @@ def build(controller_name: str, server: dict[str, Any]) -> serve.Application:
 
 def app(args: dict[str, str]) -> serve.Application:
     """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it."""
-    from actors.controller import Controller
+    # Imported here: a replica imports this module, and needs neither the engine nor torch.
+    from actors.cluster import create_controller
     from afd_ray.config import check_supported, load_config
 
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
     config = load_config(args.get("config"), overrides)
     check_supported(config)
-    make = ray.remote(Controller).options(
-        name=CONTROLLER_NAME, namespace=NAMESPACE, num_cpus=0, lifetime="detached", get_if_exists=True
-    )
-    controller = make.remote(config)
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+    except ValueError:
+        controller = create_controller(config)
     ray.get(controller.start.remote())
     return build(CONTROLLER_NAME, config.server.model_dump())

@@ -170,6 +170,8 @@ class TokenStreamServer:
         try:
             async for frame in frames:
                 self._obey(subscriber, frame)
+        except asyncio.CancelledError:
+            pass  # the stream broke: the usual end, and gRPC would log it as a failure
         finally:
             writer.cancel()
             self._detach(subscriber)
