@@ -13,7 +13,7 @@ import torch
 from actors.member import Member, compute_threads
 from actors.memory import resident_bytes
 from actors.token_stream import TokenStreamServer
-from actors.tracing import trace_steps
+from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
@@ -98,8 +98,12 @@ class AttentionActor:
     @ray.method
     async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
         """The stage events of the next `steps` micro-batches, or of those that came within the timeout."""
-        recorder = self._ready_loop().recorder
-        return self._member.identity() | {"events": await trace_steps(recorder, "head", steps, timeout_s)}
+        return self._member.identity() | {"events": await trace_steps(self._ready_loop(), "head", steps, timeout_s)}
+
+    @ray.method
+    async def count_ray_calls(self, steps: int, timeout_s: float) -> dict[str, int]:
+        """Calls on the step loop's thread over the next `steps` micro-batches, and how many of them go into Ray."""
+        return await count_calls(self._ready_loop(), "head", steps, timeout_s)
 
     @ray.method
     async def check_integrity(self) -> list[str]:

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.cluster import Cluster, ClusterError
 from afd_ray.config import Config, parse_config
@@ -125,6 +126,29 @@ def test_status_tells_stage_times_and_latencies(cluster: Cluster, prompts: list[
     assert set(status["tpot_ms"]) == set(status["ttft_ms"]) == {"p50", "p95", "p99"}
     assert all(status["stages_us"][stage] > 0 for stage in ("attention", "ffn", "a2f", "f2a"))
     assert all(actor["running"] == actor["waiting"] == actor["kv_used"] == 0 for actor in status["attention"])
+
+
+def test_the_decode_loop_makes_no_ray_call(cluster: Cluster, prompts: list[list[int]]) -> None:
+    counting = cluster.controller.count_ray_calls.remote(16)
+    while not ray.wait([counting], timeout=0)[0]:
+        cluster.generate(prompts[:4], GREEDY)
+    for actor, counts in ray.get(counting).items():
+        assert counts["calls"] > 1000, actor
+        assert counts["ray_calls"] == 0, actor
+
+
+def test_a_trace_shows_every_stage_of_every_actor(cluster: Cluster, prompts: list[list[int]]) -> None:
+    tracing = cluster.controller.trace.remote(8)
+    while not ray.wait([tracing], timeout=0)[0]:
+        cluster.generate(prompts, GREEDY)
+    trace = ray.get(tracing)
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    seen = {(event["pid"], event["cat"]) for event in events}
+    actors = {event["pid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
+    for pid, name in actors.items():
+        assert {(pid, stage) for stage in (("attention", "f2a") if name.startswith("attention") else ("ffn", "a2f"))} <= seen
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events)
+    assert trace["otherData"]["overlap"] > 0
 
 
 def test_bad_prompts_are_refused_in_one_line_and_harm_nobody(cluster: Cluster, prompts: list[list[int]]) -> None:
