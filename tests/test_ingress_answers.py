@@ -15,7 +15,7 @@ from actors.http.app import Options, create_app
 from actors.http.backend import Unavailable
 from actors.http.metrics import IngressMetrics, MetricsBoard
 from afd_ray.text import Tokenizer
-from tests.ingress_fake import MAX_CONTEXT, FakeBackend, byte_ids, write_tokenizer
+from tests.ingress_fake import MAX_CONTEXT, VOCAB_SIZE, FakeBackend, byte_ids, write_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -91,6 +91,20 @@ async def test_sampling_parameters_reach_the_engine(client: httpx.AsyncClient, b
     params = backend.requests[0].params
     assert {name: getattr(params, name) for name in given} == given
     assert (params.max_tokens, params.stop, params.stop_token_ids, params.logprobs) == (3, ("x",), (9,), 2)
+
+
+async def test_a_top_k_beyond_the_vocabulary_keeps_every_token(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    await complete(client, top_k=10**30)
+    assert backend.requests[0].params.top_k == VOCAB_SIZE
+
+
+async def test_the_token_that_ends_a_request_is_no_text(
+    client: httpx.AsyncClient, backend: FakeBackend, tokenizer: Tokenizer
+) -> None:
+    (backend.end,) = byte_ids(tokenizer, b"!")
+    answer = await complete(client, stop_token_ids=[backend.end], return_token_ids=True)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["token_ids"][-1], answer["usage"]["completion_tokens"]) == ("caf\u00e9 ok", backend.end, 9)
 
 
 async def test_null_means_the_default(client: httpx.AsyncClient, backend: FakeBackend) -> None:
