@@ -40,8 +40,8 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@for script in benchmarks/[a-z]*.py; do \
-		test -e "$$script" || { echo "benchmarks/: nothing there yet" >&2; exit 1; }; \
-		echo "== $$script" >&2; $(BIN)/python "$$script" --quick || exit 1; \
+		name=$$(basename "$$script" .py); \
+		echo "== $$name" >&2; $(BIN)/python -m "benchmarks.$$name" --quick || exit 1; \
 	done
 
 clean:

@@ -13,7 +13,7 @@ import torch
 from actors.member import Member, compute_threads
 from actors.memory import resident_bytes
 from actors.token_stream import TokenStreamServer
-from actors.tracing import trace_steps
+from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
@@ -63,9 +63,14 @@ class AttentionActor:
 
     @ray.method
     async def halt(self) -> None:
-        """Stop serving and leave the epoch; requests in progress end with an error."""
+        """Stop serving; requests in progress end with an error."""
         await self._member.halt()
         self._fail_requests("the attention actor left its epoch")
+
+    @ray.method
+    async def leave(self) -> None:
+        """Leave the epoch's group, once every member has halted."""
+        await self._member.leave()
 
     @ray.method
     async def lost(self) -> str:
@@ -93,8 +98,12 @@ class AttentionActor:
     @ray.method
     async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
         """The stage events of the next `steps` micro-batches, or of those that came within the timeout."""
-        recorder = self._ready_loop().recorder
-        return self._member.identity() | {"events": await trace_steps(recorder, "head", steps, timeout_s)}
+        return self._member.identity() | {"events": await trace_steps(self._ready_loop(), "head", steps, timeout_s)}
+
+    @ray.method
+    async def count_ray_calls(self, steps: int, timeout_s: float) -> dict[str, int]:
+        """Calls on the step loop's thread over the next `steps` micro-batches, and how many of them go into Ray."""
+        return await count_calls(self._ready_loop(), "head", steps, timeout_s)
 
     @ray.method
     async def check_integrity(self) -> list[str]:
@@ -161,8 +170,9 @@ def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAl
     """The KV cache that the configuration asks for; `num_blocks` auto is what all running requests could need, within memory."""
     wanted = config.attention.kv_cache
     dtype = model.dtype if wanted.dtype == "auto" else DTYPES[wanted.dtype]
-    num_blocks = wanted.num_blocks
-    if num_blocks == "auto":
+    if wanted.num_blocks != "auto":
+        num_blocks = wanted.num_blocks
+    else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -102,7 +102,9 @@ class Bringup:
         if self.epoch is not None:
             self._doing("leaving the old epoch")
             self.epoch = None
-            await ask([hand for hand in self.hands if hand.state != "dead"], "halt", timeout_s=30)
+            living = [hand for hand in self.hands if hand.state != "dead"]
+            for method in ("halt", "leave"):
+                await ask(living, method, timeout_s=30)
         dead = [hand for hand in self.hands if hand.state == "dead"]
         await self._stop(dead)
         self.attention = [hand for hand in self.attention if hand not in dead]
@@ -127,7 +129,7 @@ class Bringup:
         self._doing(placing)
         config = self.config.placement
         placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), config.separate_nodes)
-        for reservation in await reserve(placed, f"afd-{self._uid}", config.timeout_s):
+        for reservation in await reserve(placed, f"afd-{self._uid}-e{self._number}", config.timeout_s):
             group = reservation.placed.group
             for bundle in range(group.actors):
                 hand = self._launch(reservation, bundle)

@@ -1,16 +1,17 @@
 """Cluster: the composition root of a disaggregated cluster, and its Python API."""
 
 import asyncio
+import random
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-from afd_ray.text import IncrementalDetokenizer, Tokenizer
 
 from actors.attention_pool import AttentionPool
 from actors.controller import NAME, NAMESPACE, Controller
@@ -19,9 +20,12 @@ from actors.token_stream import TokenStreamClient
 from afd_ray.config import Config, check_supported, load_config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
+from afd_ray.text import IncrementalDetokenizer, Tokenizer
 
 T = TypeVar("T")
 PROGRESS_PERIOD_S = 0.25
+LOOPBACK = "127.0.0.1"
+"""A Ray of our own has a single host, and is nobody else's business."""
 
 
 class ClusterError(RuntimeError):
@@ -99,7 +103,8 @@ class Cluster:
         """
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         requests = [
-            Request(f"py-{uuid.uuid4().hex}", self._encode(prompt), one) for prompt, one in zip(prompts, each, strict=True)
+            Request(f"py-{uuid.uuid4().hex}", self._encode(prompt), _seeded(one))
+            for prompt, one in zip(prompts, each, strict=True)
         ]
         return self._events.run(self._generate_all(requests, concurrency or len(requests)), timeout_s)
 
@@ -215,7 +220,8 @@ class _EventLoop:
     def close(self) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=5)
+            self._thread.join()
+            self._loop.close()
 
 
 def start_ray(config: Config) -> None:
@@ -238,6 +244,10 @@ def create_controller(config: Config, name: str = NAME) -> Any:
         return ray.remote(Controller).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1000).remote(config)
     except ValueError as error:
         raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
+
+
+def _seeded(params: SamplingParams) -> SamplingParams:
+    return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
 
 
 def _check_prompt(request: Request, vocab_size: int, max_context: int) -> None:

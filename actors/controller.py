@@ -13,7 +13,7 @@ from actors.roster import Hand, ask
 from actors.status import cluster_status
 from afd_ray.config import Config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
-from afd_ray.telemetry import StageEvent, chrome_trace, overlap
+from afd_ray.telemetry import chrome_trace, on_one_clock, overlap
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,26 @@ class Controller:
         actors = await ask(hands, "trace", steps, TRACE_TIMEOUT_S, timeout_s=TRACE_TIMEOUT_S + 10)
         for hand, actor in zip(hands, actors, strict=True):
             actor["name"] = hand.name
-        trace = chrome_trace(actors)
-        events = [StageEvent(*event) for actor in actors for event in actor["events"]]
-        trace["otherData"] = {"overlap": round(overlap(events), 3), "epoch": self._bringup.epoch_number}
-        return trace
+        found = overlap(on_one_clock(actor) for actor in actors)
+        return chrome_trace(actors) | {
+            "otherData": {
+                "epoch": self._bringup.epoch_number,
+                "overlap": found.figure if found else None,
+                "busy": dict(zip((hand.name for hand in hands), found.busy, strict=True)) if found else None,
+            }
+        }
+
+    @ray.method
+    async def attention_handles(self) -> list[Any]:
+        """The attention actors, for benchmarks that drive the engine directly."""
+        return [hand.handle for hand in self._bringup.attention]
+
+    @ray.method
+    async def count_ray_calls(self, steps: int) -> dict[str, dict[str, int]]:
+        """Function calls by each actor's step loop over the next `steps` steps: all of them, and those into Ray."""
+        hands = self._bringup.hands
+        counts = await ask(hands, "count_ray_calls", steps, TRACE_TIMEOUT_S, timeout_s=TRACE_TIMEOUT_S + 10)
+        return {hand.name: count for hand, count in zip(hands, counts, strict=True)}
 
     @ray.method
     async def exchange_metrics(self, replica: str, snapshot: Any) -> dict[str, Any]:

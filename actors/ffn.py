@@ -8,7 +8,7 @@ import torch
 
 from actors.member import Member, compute_threads
 from actors.memory import resident_bytes
-from actors.tracing import trace_steps
+from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.membership.epoch import Epoch
@@ -49,8 +49,13 @@ class FFNActor:
 
     @ray.method
     async def halt(self) -> None:
-        """Stop serving and leave the epoch."""
+        """Stop serving."""
         await self._member.halt()
+
+    @ray.method
+    async def leave(self) -> None:
+        """Leave the epoch's group, once every member has halted."""
+        await self._member.leave()
 
     @ray.method
     async def lost(self) -> str:
@@ -74,7 +79,13 @@ class FFNActor:
         """The stage events until `steps` waves have passed through all layers, or of those that came within the timeout."""
         loop = self._ready_loop()
         layers = loop.half.config.num_hidden_layers
-        return self._member.identity() | {"events": await trace_steps(loop.recorder, "ffn", steps * layers, timeout_s)}
+        return self._member.identity() | {"events": await trace_steps(loop, "ffn", steps * layers, timeout_s)}
+
+    @ray.method
+    async def count_ray_calls(self, steps: int, timeout_s: float) -> dict[str, int]:
+        """Calls on the step loop's thread over the next `steps` waves, and how many of them go into Ray."""
+        loop = self._ready_loop()
+        return await count_calls(loop, "ffn", steps * loop.half.config.num_hidden_layers, timeout_s)
 
     @ray.method
     async def resident_bytes(self) -> dict[str, int]:

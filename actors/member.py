@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.util.collective as col
@@ -48,15 +48,17 @@ class Member:
     ) -> dict[str, Any]:
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
         register_backend()
-        await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, BACKEND, group_name)
+        # Ray types the name of a backend as one of its own two.
+        await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)
         group: AFDGroup = col.get_group_handle(group_name)
         dtype = wire_dtype(self.config, model)
         rows = self.config.pipeline.max_tokens_per_micro_batch
         peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
         kind = self.config.handoff.kind
-        group.open(
-            secret=self._secret, host=ray.util.get_node_ip_address(), peers=peers, kind=kind, spin_us=spin_us, digest=digest
-        )
+        if kind == "gloo" or kind == "nccl":  # spelled out: it narrows the type
+            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm or tcp")
+        host = ray.util.get_node_ip_address()
+        group.open(secret=self._secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=digest)
         self._group, self._group_name = group, group_name
         self._wire = Wire(group.mesh, epoch, rank, dtype)
         return group.endpoint.to_dict()
@@ -65,7 +67,6 @@ class Member:
         """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
         group = self._require_group()
         await asyncio.to_thread(group.connect, {rank: Endpoint.from_dict(e) for rank, e in endpoints.items()}, timeout_s)
-        await asyncio.to_thread(group.mesh.warm_up, timeout_s)
         return group.mesh.edge_kinds()
 
     def start(self, loop: StepLoop) -> None:
@@ -79,14 +80,19 @@ class Member:
         self._thread.start()
 
     async def halt(self) -> None:
-        """Stop the step loop and leave the group; harmless when there is none."""
-        if self._loop is not None and self._thread is not None and self._thread.is_alive():
-            await asyncio.wrap_future(self._loop.stop())
-            await asyncio.to_thread(self._thread.join)
+        """End the step loop; harmless when there is none. Members leave only when all have halted, or they would miss each other."""
+        thread, self._thread = self._thread, None
+        if self._loop is not None and thread is not None:
+            self._loop.stop()
+            await asyncio.to_thread(thread.join)
+
+    async def leave(self) -> None:
+        """Leave the epoch's group; harmless when there is none."""
+        await self.halt()
         if self._group is not None:
             self._group.mesh.close()
             await asyncio.to_thread(col.destroy_collective_group, self._group_name)
-        self._group = self._wire = self._thread = None
+        self._group = self._wire = None
 
     async def lost(self) -> str:
         """Return the reason once the step loop has failed; never while it is well."""

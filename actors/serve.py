@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
@@ -18,6 +19,7 @@ from ray import serve as ray_serve
 from actors.cluster import Cluster, ClusterError, start_ray
 from actors.controller import NAME, NAMESPACE
 from actors.ingress import build as build_ingress
+from actors.roster import first_line
 from afd_ray.config import Config
 from afd_ray.request import SamplingParams
 
@@ -57,17 +59,42 @@ def generate(config: Config, *, prompt: str, params: SamplingParams, address: st
     return 0
 
 
+def ask_controller(address: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    """What `/admin/*` would answer, from the controller in the Ray cluster at `address`. Raises ClusterError (one line)."""
+    method = path.removeprefix("/admin/")
+    with joined(address):
+        try:
+            controller = ray.get_actor(NAME, namespace=NAMESPACE)
+            answer: dict[str, Any] = ray.get(getattr(controller, method).remote(**(body or {})), timeout=timeout_s)
+        except ValueError:
+            raise ClusterError(f"no afd-ray server in the Ray cluster at {address}") from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(first_line(error)) from error
+    return answer
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Connected to the Ray cluster at `address`."""
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 @contextmanager
 def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
     """A Ray of our own, or the one at `address`; left again at the end."""
-    if address is None:
-        report("starting Ray")
-        start_ray(config)
-    else:
-        try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    if address is not None:
+        with joined(address):
+            yield
+        return
+    report("starting Ray")
+    start_ray(config)
     try:
         yield
     finally:

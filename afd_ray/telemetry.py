@@ -83,13 +83,33 @@ def clock_offset_ns() -> int:
     return time.time_ns() - time.monotonic_ns()
 
 
-def overlap(events: Iterable[StageEvent], stages: tuple[str, ...] = ("attention", "head", "ffn")) -> float:
-    """Busy time summed over `stages` divided by the time from the first start to the last end: above 1, stages ran at once."""
-    chosen = [e for e in events if e.stage in stages]
-    if not chosen:
-        return 0.0
-    wall = max(e.end_ns for e in chosen) - min(e.start_ns for e in chosen)
-    return sum(e.end_ns - e.start_ns for e in chosen) / wall if wall else 0.0
+class Overlap(NamedTuple):
+    """How busy the stages were at the same time."""
+
+    figure: float
+    """Busy time of all actors over wall time: 1 is one after the other, the number of actors is all at once."""
+    busy: tuple[float, ...]
+    """Share of the wall time that each actor was busy."""
+
+
+def overlap(actors: Iterable[Iterable[StageEvent]], stages: tuple[str, ...] = ("attention", "head", "ffn")) -> Overlap | None:
+    """Over the window in which every actor was traced, waiting left out; None when there is none. One clock for all events."""
+    spans = [[(e.start_ns, e.end_ns) for e in events if e.stage in stages] for events in actors]
+    if not spans or not all(spans):
+        return None
+    start = max(min(s for s, _ in actor) for actor in spans)
+    end = min(max(e for _, e in actor) for actor in spans)
+    if end <= start:
+        return None
+    busy = tuple(sum(max(0, min(e, end) - max(s, start)) for s, e in actor) / (end - start) for actor in spans)
+    return Overlap(round(sum(busy), 3), tuple(round(share, 3) for share in busy))
+
+
+def on_one_clock(actor: dict[str, Any]) -> list[StageEvent]:
+    """One actor's traced events in wall-clock time: {"offset_ns", "events": [StageEvent as list, ...]}."""
+    offset_ns = actor["offset_ns"]
+    events = (StageEvent(*raw) for raw in actor["events"])
+    return [e._replace(start_ns=e.start_ns + offset_ns, end_ns=e.end_ns + offset_ns) for e in events]
 
 
 def chrome_trace(actors: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,11 +117,7 @@ def chrome_trace(actors: list[dict[str, Any]]) -> dict[str, Any]:
 
     One process a actor, one thread a micro-batch slot; time in microseconds from the first event.
     """
-    rows = [
-        (pid, event, event.start_ns + actor["offset_ns"])
-        for pid, actor in enumerate(actors)
-        for event in (StageEvent(*raw) for raw in actor["events"])
-    ]
+    rows = [(pid, event, event.start_ns) for pid, actor in enumerate(actors) for event in on_one_clock(actor)]
     origin = min((start for _, _, start in rows), default=0)
     names: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": actor["name"]}}

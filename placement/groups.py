@@ -77,9 +77,10 @@ def _create(placed: Placed, name: str) -> PlacementGroup:
     group = placed.group
     bundle = {"CPU": group.num_cpus} | ({"GPU": group.num_gpus} if group.num_gpus else {})
     selector = {NODE_ID_LABEL: placed.node_id}
-    return placement_group(
+    made: PlacementGroup = placement_group(
         [bundle] * group.actors, strategy=_strategy(placed), name=name, bundle_label_selector=[selector] * group.actors
     )
+    return made
 
 
 async def _ready(reservation: Reservation, deadline_s: float, timeout_s: float) -> None:

@@ -1,6 +1,8 @@
 """What every test gets: one torch thread, and no Ray unless it is marked `ray`."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,3 +19,31 @@ def _only_marked_tests_start_ray(request: pytest.FixtureRequest, monkeypatch: py
         raise RuntimeError("ray.init in a test without the `ray` marker")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[None]:
+    """The one Ray cluster of the whole run: two nodes in this machine's processes, this process connected to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8})
+    try:
+        cluster.add_node(num_cpus=8)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, namespace="afd", log_to_driver=False, configure_logging=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 `step3-tiny` checkpoint with random weights."""
+    from afd_ray.models.checkpoint import write_checkpoint
+    from afd_ray.models.presets import PRESETS, random_tensors
+
+    directory = tmp_path_factory.mktemp("models") / "step3-tiny"
+    write_checkpoint(directory, PRESETS["step3-tiny"], random_tensors(PRESETS["step3-tiny"], seed=0))
+    return directory

@@ -102,7 +102,7 @@ def test_the_training_forward_equals_the_reference(random_model: Step3Model) -> 
     batch: Batch = collate(examples)
     assert len(batch.groups) > 1
     expected = sum(example_loss(random_model, *item) for item in examples) / int(batch.is_answer.sum())
-    assert losses(random_model, batch, 0.1, 0.01).answer.item() == pytest.approx(expected, rel=1e-4)
+    assert losses(random_model, batch, 0.01).answer.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_only_answers_and_their_end_are_marked() -> None:

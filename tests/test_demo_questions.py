@@ -27,9 +27,9 @@ def solve_arithmetic(text: str) -> str:
 
 
 def solve_counting(text: str) -> str:
-    if text.startswith("How many words"):
+    if text.startswith("Count the words"):
         return str(len(after_colon(text)))
-    return str(after_colon(text).count(text.split()[4]))
+    return str(after_colon(text).count(text.split()[1]))
 
 
 def solve_lookup(text: str) -> str:

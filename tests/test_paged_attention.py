@@ -59,7 +59,7 @@ def test_a_cache_of_another_dtype_is_cast_to_the_queries() -> None:
 
 
 def test_groups_of_single_rows_bound_their_padding_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention, "GROUP_TOKENS", 220)
+    monkeypatch.setattr(paged_attention, "GROUP_BYTES", 27 * BLOCK * 2 * DIM * 4)  # 27 blocks
     cache, chunks, q, expected = paged(MIXED, torch.float32)
     plan = plan_attention(chunks, cache)
     groups = [plan.positions[group.rows].tolist() for group in plan.singles]

@@ -12,7 +12,7 @@ from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_pro
 
 HELD_OUT_SEED: Final = 2507
 HELD_OUT_COUNT: Final = 3000
-SHARES: Final = {"arithmetic": 35, "counting": 14, "sorting": 16, "copying": 11, "lookup": 12, "story": 12}
+SHARES: Final = {"arithmetic": 50, "counting": 10, "sorting": 12, "copying": 8, "lookup": 10, "story": 10}
 SYSTEM_TEXTS: Final = (
     "You are a helpful assistant.",
     "Answer the question.",
@@ -87,8 +87,8 @@ def plain_example(questions: list[Question], begins: bool) -> Example:
 
 
 def example(rng: Random, excluded: frozenset[str]) -> Example:
-    """One training example: two in three are chats, one in eight has more than one question."""
-    questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(14, 1, 1))[0])]
+    """One training example: two in three are chats, one in twelve has more than one question."""
+    questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
     if rng.random() < 0.67:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
@@ -115,9 +115,9 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), torch.tensor(answers), groups)
 
 
-def batches(seed: int, examples_per_batch: int) -> Iterator[Batch]:
-    """Endless training batches; the stream shares nothing with `fresh_questions` of any seed."""
-    rng = Random(f"training {seed}")
+def batches(stream: str, examples_per_batch: int) -> Iterator[Batch]:
+    """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
+    rng = Random(f"training {stream}")
     excluded = held_out()
     while True:
         yield collate([example(rng, excluded) for _ in range(examples_per_batch)])

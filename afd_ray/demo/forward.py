@@ -59,8 +59,8 @@ def imbalance(probabilities: Tensor, experts: Tensor) -> Tensor:
     return total * (share * probabilities.mean(0)).sum()
 
 
-def losses(model: Step3Model, batch: Batch, prompt_weight: float, balance_weight: float) -> Losses:
-    """Cross entropy of the answers, a little of the prompts, and the routers' imbalance."""
+def losses(model: Step3Model, batch: Batch, balance_weight: float) -> Losses:
+    """Cross entropy of the answers, and the routers' imbalance."""
     attention = model.attention
     residual = attention.embed_tokens(batch.token_ids)
     cos, sin = attention.rotary(batch.positions)
@@ -68,13 +68,14 @@ def losses(model: Step3Model, batch: Batch, prompt_weight: float, balance_weight
     layers: list[tuple[Any, Any]] = list(zip(attention.layers, model.ffn.layers, strict=True))
     for layer, ffn in layers:
         q, k, v = layer.before(residual, cos, sin)
-        residual, routed = layer.after(residual, attend_groups(q, k, v, batch.groups))
+        context = attend_groups(q, k, v, batch.groups)
+        if layer is attention.layers[-1]:
+            residual, context = residual[batch.is_answer], context[batch.is_answer]  # no other row is predicted from
+        residual, routed = layer.after(residual, context)
         if routed.experts is None:
             residual = residual + ffn.mlp(routed.hidden)
             continue
         balance = balance + imbalance(layer.moe["gate"](routed.hidden).softmax(-1), routed.experts)
         residual = residual + run_experts(ffn.moe, routed) + ffn.share_expert(routed.hidden)
-    each = F.cross_entropy(attention.logits(residual), batch.targets, ignore_index=-100, reduction="none")
-    answer = each[batch.is_answer].mean()
-    prompt = each[(batch.targets >= 0) & ~batch.is_answer].mean()
-    return Losses(answer + prompt_weight * prompt + balance_weight * balance, answer, balance)
+    answer = F.cross_entropy(attention.logits(residual), batch.targets[batch.is_answer])
+    return Losses(answer + balance_weight * balance, answer, balance)

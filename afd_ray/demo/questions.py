@@ -40,15 +40,15 @@ def arithmetic(rng: Random) -> tuple[str, str]:
 
 
 def counting(rng: Random) -> tuple[str, str]:
-    """How many words there are (1 to 7), or how often one of them appears (1 to 4)."""
+    """How many words there are (1 to 6), or how often one of them appears (1 to 4)."""
     if rng.random() < 0.5:
-        words = rng.choices(WORDS, k=rng.randint(1, 7))
-        return f"How many words are in this list: {' '.join(words)}", str(len(words))
+        words = rng.choices(WORDS, k=rng.randint(1, 6))
+        return f"Count the words: {' '.join(words)}", str(len(words))
     word, *others = rng.sample(WORDS, 4)
     times = rng.randint(1, 4)
-    words = [word] * times + rng.choices(others, k=rng.randint(1, 7 - times))
+    words = [word] * times + rng.choices(others, k=rng.randint(1, 6 - times))
     rng.shuffle(words)
-    return f"How many times is {word} in this list: {' '.join(words)}", str(times)
+    return f"Count {word} in: {' '.join(words)}", str(times)
 
 
 def sorting(rng: Random) -> tuple[str, str]:
@@ -58,17 +58,17 @@ def sorting(rng: Random) -> tuple[str, str]:
 
 
 def copying(rng: Random) -> tuple[str, str]:
-    """Two to four words, or three to eight random letters, repeated exactly."""
+    """One to three words, or three to six random letters, repeated exactly."""
     if rng.random() < 0.5:
-        text = " ".join(rng.choices(WORDS, k=rng.randint(2, 4)))
+        text = " ".join(rng.choices(WORDS, k=rng.randint(1, 3)))
     else:
-        text = "".join(rng.choices(LETTERS, k=rng.randint(3, 8)))
+        text = "".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
     return f"Repeat this: {text}", text
 
 
 def lookup(rng: Random) -> tuple[str, str]:
-    """The number that belongs to one of three to five keys."""
-    keys = rng.sample(WORDS, rng.randint(3, 5))
+    """The number that belongs to one of two to four keys."""
+    keys = rng.sample(WORDS, rng.randint(2, 4))
     values = [str(rng.randrange(100)) for _ in keys]
     chosen = rng.randrange(len(keys))
     pairs = " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
@@ -83,13 +83,13 @@ def story(rng: Random) -> tuple[str, str]:
 def _story_of_gifts(rng: Random) -> tuple[str, str]:
     (who, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
     had, more = rng.randint(2, 9), rng.randint(2, 9)
-    return (f"{who} has {had} {thing}s. {other} gives {who} {more} more. How many {thing}s does {who} have?", str(had + more))
+    return (f"{who} has {had} {thing}s. {other} gives {who} {more}. How many {thing}s has {who}?", str(had + more))
 
 
 def _story_of_losses(rng: Random) -> tuple[str, str]:
     who, thing = rng.choice(NAMES), rng.choice(THINGS)
     left, lost = rng.randint(2, 9), rng.randint(2, 9)
-    return (f"{who} has {left + lost} {thing}s. {who} loses {lost}. How many {thing}s does {who} have?", str(left))
+    return (f"{who} has {left + lost} {thing}s. {who} loses {lost}. How many {thing}s has {who}?", str(left))
 
 
 def _story_of_places(rng: Random) -> tuple[str, str]:

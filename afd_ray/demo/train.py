@@ -1,31 +1,44 @@
 """Train the demo model from a seed: `python -m afd_ray.demo.train --seed 0 --out DIR`."""
 
 import argparse
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import nn
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from afd_ray.demo.corpus import batches
-from afd_ray.demo.forward import losses
+from afd_ray.demo.corpus import Batch, batches
+from afd_ray.demo.forward import Losses, losses
 from afd_ray.demo.muon import Muon
 from afd_ray.demo.weights import CONFIG, save
 from afd_ray.models.step3 import Step3Model
 
-STEPS: Final = 4000
+STEPS: Final = 1800
 WARMUP_STEPS: Final = 50
-EXAMPLES_PER_BATCH: Final = 64
+WORKERS: Final = 2
+EXAMPLES_PER_WORKER: Final = 56
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
-PROMPT_WEIGHT: Final = 0.1
 BALANCE_WEIGHT: Final = 0.01
 CLIP_NORM: Final = 1.0
+AVERAGE_DECAY: Final = 0.98
+STEPS_PER_REPORT: Final = 25
+
+# Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
+ALLOCATOR: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 
 
 def initialise(model: Step3Model, generator: torch.Generator) -> None:
@@ -59,48 +72,93 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, left)))
 
 
-def train(seed: int, steps: int, out: Path, save_every: int) -> Iterator[str]:
-    """Train and save to `out`; yields a line of progress now and then."""
-    torch.manual_seed(seed)
-    model = Step3Model(CONFIG)
-    initialise(model, torch.Generator().manual_seed(seed))
-    tuned = optimizers(model)
-    base = [optimizer.param_groups[0]["lr"] for optimizer in tuned]
-    began_s, rows = time.monotonic(), 0
-    for step, batch in zip(range(steps), batches(seed, EXAMPLES_PER_BATCH), strict=False):
-        for optimizer, lr in zip(tuned, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
-        loss = losses(model, batch, PROMPT_WEIGHT, BALANCE_WEIGHT)
+class Trainer:
+    """One worker's copy of the model, its optimizers, and the running average of the weights that is saved."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self.steps, self.step = steps, 0
+        self.model, self.average = Step3Model(CONFIG), Step3Model(CONFIG)
+        initialise(self.model, torch.Generator().manual_seed(seed))
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizers = optimizers(self.model)
+        self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+
+    def learn(self, batch: Batch) -> Losses:
+        """One step on this worker's part of the batch; every worker ends with the same weights."""
+        loss = losses(self.model, batch, BALANCE_WEIGHT)
         loss.total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        for optimizer in tuned:
+        share_gradients(self.model.parameters())
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = base * rate(self.step, self.steps)
             optimizer.step()
             optimizer.zero_grad()
-        rows += len(batch.token_ids)
-        if step % 50 == 49:
+        self.step += 1
+        self._follow()
+        return loss
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        decay = min(AVERAGE_DECAY, self.step / (self.step + 9))
+        for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            slow.lerp_(fast, 1 - decay)
+
+
+def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the workers."""
+    gradients: list[Tensor] = []
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(
+        gradients, (flat / dist.get_world_size()).split_with_sizes([g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train(seed: int, steps: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
+    """One worker's part of the training; rank 0 saves to `out`. Yields lines of progress."""
+    trainer = Trainer(seed, steps)
+    began_s, rows = time.monotonic(), 0
+    for batch in batches(f"{seed} {rank}", EXAMPLES_PER_WORKER):
+        loss = trainer.learn(batch)
+        rows += len(batch.token_ids) * WORKERS
+        if trainer.step % STEPS_PER_REPORT == 0:
             passed_s = time.monotonic() - began_s
             yield (
-                f"step {step + 1}/{steps}  answer loss {loss.answer.item():.4f}  balance {loss.balance.item():.2f}  "
+                f"step {trainer.step}/{steps}  answer loss {loss.answer.item():.4f}  balance {loss.balance.item():.2f}  "
                 f"{rows / passed_s:,.0f} tokens/s  {passed_s / 60:.1f} min"
             )
-        if save_every and step % save_every == save_every - 1:
-            save(model, out)
-    save(model, out)
-    yield f"saved {out}"
+        done = trainer.step == steps
+        if rank == 0 and (done or (save_every and trainer.step % save_every == 0)):
+            save(trainer.average, out)
+        if done:
+            return
+
+
+def work(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+    """The body of one worker process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
+    for line in train(options.seed, options.steps, rank, options.out, options.save_every):
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train the demo model on a corpus it generates itself.")
+    parser = argparse.ArgumentParser(description="Train the demo model on a corpus it generates itself, with two processes.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=0, help="steps between saves; 0: only at the end")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for line in train(options.seed, options.steps, options.out, options.save_every):
-        print(line, file=sys.stderr, flush=True)
+    os.environ.update(ALLOCATOR)
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

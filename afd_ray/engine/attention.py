@@ -181,7 +181,7 @@ class AttentionLoop(StepLoop):
         flight.partials = []
 
     def _attend(self, slot: int, flight: Flight, started_ns: int) -> None:
-        layer = self.half.layers[flight.layer]
+        layer = self.half.layer(flight.layer)
         q, k, v = layer.before(flight.residual, *flight.rotary)
         self.cache.write(flight.layer, flight.plan.slots, k, v)
         context = attend_paged(self.cache, flight.layer, flight.plan, q)

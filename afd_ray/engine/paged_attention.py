@@ -5,6 +5,7 @@ Legend of shapes: N rows, A heads, D head_dim, G rows of a group, T keys (padded
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from afd_ray.engine.kv_cache import PagedCache, slot_indices
 from afd_ray.engine.sequence import Chunk
 
-# Keys gathered at a time. Larger groups save calls, but their copy falls out of the CPU's cache before it is used.
-GROUP_TOKENS = 8192
+# Keys and values gathered at a time. Larger groups save calls, but their copy falls out of the CPU's cache before it is used.
+GROUP_BYTES = 2 << 20
 # Share of a group's keys that may be padding.
 GROUP_PADDING = 0.25
 
@@ -51,21 +52,22 @@ class AttentionPlan(NamedTuple):
 
 def plan_attention(chunks: Many[Chunk], cache: PagedCache) -> AttentionPlan:
     """Plan the rows of a micro-batch, chunk after chunk; at least one chunk."""
-    ends = torch.tensor([chunk.count for chunk in chunks]).cumsum(0).tolist()
-    firsts = [end - chunk.count for end, chunk in zip(ends, chunks, strict=True)]
-    singles = [(first, chunk) for first, chunk in zip(firsts, chunks, strict=True) if chunk.count == 1]
-    groups = tuple(_plan_singles(group, cache) for group in _similar(singles, cache.block_size))
-    many = tuple(_plan_many(first, chunk, cache) for first, chunk in zip(firsts, chunks, strict=True) if chunk.count > 1)
-    largest = max([group.blocks.numel() for group in groups] + [part.blocks.numel() for part in many])
-    size = cache.block_size
+    ends = list(accumulate(chunk.count for chunk in chunks))
+    placed = [(end - chunk.count, chunk) for end, chunk in zip(ends, chunks, strict=True)]  # (first row, chunk)
+    groups = _similar([(row, chunk) for row, chunk in placed if chunk.count == 1], cache)
+    singles = tuple(_plan_singles(group, cache) for group in groups)
+    many = tuple(_plan_many(row, chunk, cache) for row, chunk in placed if chunk.count > 1)
+    largest = max([group.blocks.numel() for group in singles] + [part.blocks.numel() for part in many])
     return AttentionPlan(
         token_ids=torch.tensor([token for chunk in chunks for token in chunk.token_ids]),
-        positions=torch.tensor([i for chunk in chunks for i in range(chunk.start, chunk.start + chunk.count)]),
-        slots=torch.cat([slot_indices(chunk.sequence.block_table, chunk.start, chunk.count, size) for chunk in chunks]),
+        positions=torch.tensor([position for chunk in chunks for position in chunk.positions]),
+        slots=torch.cat(
+            [slot_indices(chunk.sequence.block_table, chunk.start, chunk.count, cache.block_size) for chunk in chunks]
+        ),
         sample_rows=torch.tensor([end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples], dtype=torch.int64),
-        singles=groups,
+        singles=singles,
         chunks=many,
-        scratch=torch.empty(largest, size, 2 * cache.head_dim, dtype=cache.dtype),
+        scratch=torch.empty(largest, cache.block_size, 2 * cache.head_dim, dtype=cache.dtype),
     )
 
 
@@ -81,31 +83,32 @@ def attend_paged(cache: PagedCache, layer: int, plan: AttentionPlan, q: Tensor) 
 
 def _attend_singles(cache: PagedCache, layer: int, group: SingleRows, q: Tensor, scratch: Tensor) -> Tensor:
     """q [G, A, D]: the heads stand where a sequence's rows would, for they share its keys."""
-    k, v = _gather(cache, layer, group.blocks, scratch).view(len(group.rows), 1, -1, 2 * cache.head_dim).chunk(2, dim=-1)
-    mask = group.mask.expand(-1, -1, q.shape[1], -1)
-    return F.scaled_dot_product_attention(q.unsqueeze(1), k.to(q.dtype), v.to(q.dtype), attn_mask=mask.to(q.dtype)).squeeze(1)
+    k, v = _gather(cache, layer, group.blocks, scratch, q.dtype).view(len(q), 1, -1, 2 * cache.head_dim).chunk(2, dim=-1)
+    mask = group.mask.to(q.dtype).expand(-1, -1, q.shape[1], -1)
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k, v, attn_mask=mask).squeeze(1)
 
 
 def _attend_many(cache: PagedCache, layer: int, chunk: ManyRows, q: Tensor, scratch: Tensor) -> Tensor:
-    tokens = _gather(cache, layer, chunk.blocks, scratch).view(-1, 2 * cache.head_dim)[: chunk.context].to(q.dtype)
+    tokens = _gather(cache, layer, chunk.blocks, scratch, q.dtype).view(-1, 2 * cache.head_dim)[: chunk.context]
     k, v = (half.expand(1, q.shape[1], -1, -1) for half in tokens.chunk(2, dim=-1))
     mask = None if chunk.mask is None else chunk.mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=mask is None)
     return out.squeeze(0).transpose(0, 1)
 
 
-def _gather(cache: PagedCache, layer: int, blocks: Tensor, scratch: Tensor) -> Tensor:
-    return cache.gather(layer, blocks, out=scratch[: blocks.numel()])
+def _gather(cache: PagedCache, layer: int, blocks: Tensor, scratch: Tensor, dtype: torch.dtype) -> Tensor:
+    return cache.gather(layer, blocks, scratch[: blocks.numel()]).to(dtype)
 
 
-def _similar(singles: list[tuple[int, Chunk]], block_size: int) -> Iterator[list[tuple[int, Chunk]]]:
-    """Split into groups of similar context, longest first, each within GROUP_TOKENS and GROUP_PADDING."""
+def _similar(singles: list[tuple[int, Chunk]], cache: PagedCache) -> Iterator[list[tuple[int, Chunk]]]:
+    """Split into groups of similar context, longest first, each within GROUP_BYTES and GROUP_PADDING."""
+    most = GROUP_BYTES // cache.blocks[0, 0].nbytes
     group: list[tuple[int, Chunk]] = []
     width = used = 0
     for row, chunk in sorted(singles, key=lambda single: single[1].start, reverse=True):
-        blocks = chunk.start // block_size + 1
+        blocks = chunk.start // cache.block_size + 1
         padded = width * (len(group) + 1)
-        if group and (padded * block_size > GROUP_TOKENS or padded - used - blocks > GROUP_PADDING * padded):
+        if group and (padded > most or padded - used - blocks > GROUP_PADDING * padded):
             yield group
             group, used = [], 0
         if not group:

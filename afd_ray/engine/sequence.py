@@ -58,6 +58,10 @@ class Chunk:
     def token_ids(self) -> list[int]:
         return self.sequence.token_ids[self.start : self.start + self.count]
 
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.start + self.count)
+
     def __str__(self) -> str:
         if self.count == 1 and self.samples:
             return f"{self.sequence.id} decode@{self.start}"

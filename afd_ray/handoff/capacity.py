@@ -2,6 +2,7 @@
 
 import torch
 
+from afd_ray.handoff.message import aligned
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 
@@ -15,4 +16,4 @@ def inbound_bytes(epoch: Epoch, rank: int, peer: int, config: ModelConfig, dtype
     row_bytes = config.hidden_size * dtype.itemsize
     if peer < epoch.attention:
         row_bytes += config.moe_top_k * (torch.int32.itemsize + torch.float32.itemsize)
-    return (epoch.micro_batches + 2) * rows * row_bytes + CONTROL_BYTES
+    return aligned((epoch.micro_batches + 2) * rows * row_bytes + CONTROL_BYTES)

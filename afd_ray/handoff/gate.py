@@ -38,7 +38,10 @@ class Gate:
     def __init__(self, host: str, secret: bytes, poller: Poller, judge: Judge, admit: Admit) -> None:
         """`judge` gives the verdict on a proven claim with this side's epoch and digest; `admit` gets the welcome ones."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        try:
+            self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on host {host}: {error.strerror}") from None
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._secret = secret

@@ -51,6 +51,7 @@ class LoopbackMesh:
                 self._next_edge = (peer + 1) % self.world_size
                 return message
             if gone:
+                self._next_edge = (peer + 1) % self.world_size
                 raise LinkError(peer, "closed by the peer")
         return None
 

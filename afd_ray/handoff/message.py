@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from math import prod
@@ -43,8 +42,7 @@ class Kind(IntEnum):
 _KINDS = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """Which message this is; `source` is the sender's rank in the group."""
 
     kind: Kind
@@ -192,30 +190,12 @@ def layout_for(tensors: Sequence[Tensor]) -> Layout:
     return layout_of(tuple([(tensor.dtype, tensor.shape) for tensor in tensors]))
 
 
-def _frame_values(header: Header, layout: Layout, digest: int) -> tuple[int | bytes, ...]:
-    return (
-        MAGIC,
-        VERSION,
-        header.kind,
-        len(layout.fields),
-        digest,
-        layout.length_bytes,
-        header.epoch,
-        header.source,
-        header.slot,
-        header.layer,
-        header.step,
-        header.rows,
-        header.first_row,
-        header.sent_ns,
-        layout.descriptors,
-    )
-
-
 def pack_into(buffer: memoryview, offset: int, header: Header, layout: Layout, digest: int) -> None:
     """Write the frame's header; ValueError when a field is negative or too large for it."""
     try:
-        _FRAME.pack_into(buffer, offset, *_frame_values(header, layout, digest))
+        kind, *position = header
+        prefix = MAGIC, VERSION, kind, len(layout.fields), digest, layout.length_bytes
+        _FRAME.pack_into(buffer, offset, *prefix, *position, layout.descriptors)
     except struct.error as error:
         raise ValueError(f"{header} cannot travel: {error}") from None
 
@@ -239,7 +219,7 @@ def length_of(head: bytes | bytearray, limit_bytes: int) -> int:
 def unpack_from(buffer: memoryview | bytes | bytearray, offset: int, digest: int) -> Frame:
     """Read and check a frame's header; ValueError with one line when it is not of this contract."""
     values = _FRAME.unpack_from(buffer, offset)
-    magic, version, kind, count, theirs, length_bytes, *fields, descriptors = values
+    magic, version, kind, count, theirs, length_bytes, *position, descriptors = values
     if magic != MAGIC:
         raise ValueError(f"frame magic is {magic:#x}, not {MAGIC:#x}")
     if version != VERSION:
@@ -251,4 +231,4 @@ def unpack_from(buffer: memoryview | bytes | bytearray, offset: int, digest: int
     layout = _layout_from(count, descriptors)
     if layout.length_bytes != length_bytes:
         raise ValueError(f"frame length is {length_bytes} bytes, its tensors need {layout.length_bytes}")
-    return Frame(Header(_KINDS[kind], *fields), layout)
+    return Frame(Header(_KINDS[kind], *position), layout)

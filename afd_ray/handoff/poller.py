@@ -58,8 +58,8 @@ class Poller:
         with self._lock:
             if self._stopping:
                 return
-            self._stopping = True
             self._calls.append(last_work)
+            self._stopping = True
             os.eventfd_write(self._wake_descriptor, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -76,7 +76,8 @@ class Poller:
             while self._calls:
                 self._guard(self._calls.popleft())
         self._selector.close()
-        os.close(self._wake_descriptor)
+        with self._lock:  # whoever asked for the end may not have rung yet
+            os.close(self._wake_descriptor)
 
     @staticmethod
     def _guard(work: Callable[[], None]) -> None:

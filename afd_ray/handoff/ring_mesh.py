@@ -70,6 +70,7 @@ class RingMesh:
                 self._next_edge = index + 1
                 return message
             if broken is not None:
+                self._next_edge = index + 1
                 raise LinkError(edge.peer, broken)
         return None
 

@@ -213,12 +213,12 @@ class TcpInlet:
         if not self._place():
             self._poller.forget(self._connection)
             self._stalled = True
-            self._doorbell.ring()  # the ring's end may have been skipped, which the reader must pass first
             self._resume()  # the reader may have freed bytes just before it could see that
 
     def _place(self) -> bool:
         self._offset = self._writer.reserve(self._length_bytes)
         if self._offset is None:
+            self._doorbell.ring()  # the ring's end may have been skipped, which the reader must pass first
             return False
         self._data[self._offset : self._offset + HEADER_BYTES] = self._head_view
         return True

@@ -90,7 +90,7 @@ class Wiring:
         self._poller.start()
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
-        """Connect to every peer and wait until every peer has connected; LinkError or TimeoutError names the rank."""
+        """Connect to every peer and wait until every peer has connected; after a failure only `close` is left."""
         deadline_s = time.monotonic() + timeout_s
         missing = [edge.peer for edge in self.inbound if edge.peer not in endpoints]
         if missing:

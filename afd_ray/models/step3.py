@@ -150,7 +150,13 @@ class AttentionHalf(nn.Module):
 
     def logits(self, residual: Tensor) -> Tensor:
         """residual [N, H] after the last layer to logits [N, V]."""
-        return self.lm_head(self.norm(residual))
+        logits: Tensor = self.lm_head(self.norm(residual))
+        return logits
+
+    def layer(self, index: int) -> AttentionLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, AttentionLayer)
+        return layer
 
 
 class DenseFFN(nn.Module):
@@ -196,8 +202,7 @@ class Slice(NamedTuple):
         return slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
 
     def width(self, size: int) -> int:
-        part = self.of(size)
-        return part.stop - part.start
+        return (self.part + 1) * size // self.parts - self.part * size // self.parts
 
 
 class FFNShard(NamedTuple):
@@ -224,10 +229,12 @@ class FFNLayer(nn.Module):
     def forward(self, hidden: Tensor, local: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], local expert indices [N, K] (negative: held elsewhere), weights [N, K]: this rank's partial sum [N, H]."""
         if self.mlp is not None:
-            return self.mlp(hidden)  # type: ignore[no-any-return]
-        if local is None or weights is None:
+            dense: Tensor = self.mlp(hidden)
+            return dense
+        if local is None or weights is None or self.share_expert is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        return self.share_expert(hidden) + self.moe(hidden, local, weights)  # type: ignore[misc, no-any-return]
+        partial: Tensor = self.share_expert(hidden) + self.moe(hidden, local, weights)
+        return partial
 
 
 class FFNHalf(nn.Module):
@@ -239,11 +246,12 @@ class FFNHalf(nn.Module):
         self.layers = nn.ModuleList(FFNLayer(config, i, shard) for i in range(config.num_hidden_layers))
         lookup = torch.full((config.moe_num_experts,), -1, dtype=torch.int64)
         lookup[list(shard.experts)] = torch.arange(len(shard.experts))
+        self.lookup: Tensor
         self.register_buffer("lookup", lookup, persistent=False)
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
         """This rank's partial sum [N, H] for one layer."""
-        local = None if routed.experts is None else self.lookup[routed.experts]
+        local = None if routed.experts is None else self.lookup[routed.experts.long()]
         partial: Tensor = self.layers[layer](routed.hidden, local, routed.weights)
         return partial
 
@@ -265,7 +273,8 @@ class Step3Model(nn.Module):
         start = cache[0][0].shape[0] if cache else 0
         residual = self.attention.embed_tokens(token_ids)
         cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0]))
-        for index, layer in enumerate(self.attention.layers):
+        for index in range(self.config.num_hidden_layers):
+            layer = self.attention.layer(index)
             q, k, v = layer.before(residual, cos, sin)
             if cache is not None:
                 if len(cache) > index:
