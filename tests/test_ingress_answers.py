@@ -116,6 +116,11 @@ async def test_null_means_the_default(client: httpx.AsyncClient, backend: FakeBa
     assert rest_of_context.max_tokens == MAX_CONTEXT - 2
 
 
+async def test_the_default_limit_gives_way_to_the_context(client: httpx.AsyncClient) -> None:
+    answer = await complete(client, prompt=[1] * (MAX_CONTEXT - 3))
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (3, "length")
+
+
 async def test_every_request_has_a_seed_of_its_own(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     await complete(client, n=2)
     await complete(client, n=2, seed=2**64 - 1)
