@@ -147,7 +147,9 @@ class AttentionActor:
 
     def _refuse(self, request_id: str, submitted: "Future[None]") -> None:
         error = submitted.exception()
-        if error is not None:
+        if isinstance(error, ValueError):
+            self._tokens.refuse(request_id, str(error))
+        elif error is not None:
             self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
 
     def _abort(self, request_id: str) -> None:
