@@ -75,7 +75,8 @@ class AttentionLoop(StepLoop):
         return self.call(lambda: self._abort(request_id))
 
     def abandon(self) -> list[str]:
-        """Forget every request, once `run` has ended; gives their ids."""
+        """Forget every request, once `run` has ended, those still on their way in too; gives their ids."""
+        self._take_commands()
         for flight in self._flights:
             if flight is not None:
                 self.scheduler.cancel(flight.batch)

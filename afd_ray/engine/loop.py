@@ -1,6 +1,7 @@
 """What both step loops share: a thread of their own, reached from others through `call` alone."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ class Wire(NamedTuple):
     """Of the rows in both directions."""
 
 
-class StepLoop:
+class StepLoop(ABC):
     """The frame of a step loop: `run(wire)` serves one epoch until `stop`."""
 
     def __init__(self, arrival: str, waiting: str) -> None:
@@ -83,19 +84,21 @@ class StepLoop:
         if under_way:
             self._record(self._waiting, 0, 0, 0, 0, started_ns)
 
+    @abstractmethod
     def _enter(self, wire: Wire) -> None:
-        raise NotImplementedError
+        """Begin an epoch."""
 
+    @abstractmethod
     def _receive(self) -> bool:
-        raise NotImplementedError
+        """Take in every message that has arrived; False when there was none."""
 
+    @abstractmethod
     def _run_stage(self) -> bool:
         """Run one stage; False when none can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _under_way(self) -> bool:
         """Whether a message is due."""
-        raise NotImplementedError
 
     def _stop(self) -> None:
         self._running = False
