@@ -20,6 +20,7 @@ from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention
+from afd_ray.models.checkpoint import digest as checkpoint_digest
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.request import Request, TokenOutput
 
@@ -33,6 +34,7 @@ class AttentionActor:
 
     def __init__(self, name: str, config: Config, secret: bytes) -> None:
         self._config = config
+        self._model_digest = 0
         self._member = Member(name, config, secret, on_failure=self._fail_requests)
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
@@ -44,12 +46,13 @@ class AttentionActor:
         if self._loop is None:
             self._loop = await asyncio.to_thread(self._build)
             self._port = await self._tokens.start()
-        return self._member.identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
+        address = f"{ray.util.get_node_ip_address()}:{self._port}"
+        return self._member.identity() | {"address": address, "model_digest": self._model_digest}
 
     @ray.method
-    async def prepare(self, epoch: Epoch, rank: int, group_name: str, digest: int, spin_us: float) -> dict[str, Any]:
+    async def prepare(self, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> dict[str, Any]:
         """Open this actor's side of the epoch's group; gives its endpoint."""
-        return await self._member.prepare(epoch, rank, group_name, self._ready_loop().half.config, digest, spin_us)
+        return await self._member.prepare(epoch, rank, group_name, self._ready_loop().half.config, self._model_digest, spin_us)
 
     @ray.method
     async def connect(self, endpoints: dict[int, dict[str, Any]], timeout_s: float) -> dict[int, str]:
@@ -123,6 +126,7 @@ class AttentionActor:
         config = self._config
         torch.set_num_threads(compute_threads(config.attention.num_cpus))
         checkpoint = Checkpoint.open(model_directory(config.model))
+        self._model_digest = checkpoint_digest(checkpoint)
         dtype = checkpoint.config.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
         half = load_attention(checkpoint, dtype)
         cache, allocator = build_cache(config, half.config)
@@ -143,7 +147,9 @@ class AttentionActor:
 
     def _refuse(self, request_id: str, submitted: "Future[None]") -> None:
         error = submitted.exception()
-        if error is not None:
+        if isinstance(error, ValueError):
+            self._tokens.refuse(request_id, str(error))
+        elif error is not None:
             self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
 
     def _abort(self, request_id: str) -> None:

@@ -14,9 +14,9 @@ from actors.attention import AttentionActor
 from actors.ffn import FFNActor
 from actors.roster import Hand, ask, gather_named
 from afd_ray.config import Config
+from afd_ray.membership.contract import check_same_model
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint
-from afd_ray.models.checkpoint import digest as checkpoint_digest
 from placement.groups import Reservation, inventory, release, reserve
 from placement.planner import Group, Placed, plan
 
@@ -63,7 +63,6 @@ class Bringup:
     _uid: str = field(default_factory=lambda: secrets.token_hex(4))
     _started: int = 0
     _number: int = 0
-    _digest: int | None = None
 
     @property
     def hands(self) -> list[Hand]:
@@ -155,23 +154,19 @@ class Bringup:
 
     async def _load(self, epoch: Epoch) -> None:
         self._doing(f"loading {self.config.model.served_name} into {len(self.hands)} actors")
-        if self._digest is None:
-            self._digest = await asyncio.to_thread(checkpoint_digest, self.checkpoint)
         calls = {hand.name: hand.handle.load.remote() for hand in self.attention}
         for rank, hand in zip(epoch.ffn_ranks, self.ffn, strict=True):
             calls[hand.name] = hand.handle.load.remote(epoch.shard(rank, self.checkpoint.config))
         for hand, identity in zip(self.hands, await gather_named(calls, "load"), strict=True):
             hand.identity = identity
+        check_same_model({hand.name: hand.identity["model_digest"] for hand in self.hands})
 
     async def _connect(self, epoch: Epoch) -> None:
         self._doing(f"connecting {epoch.attention} attention and {epoch.ffn} FFN ranks")
         timeout_s = self.config.handoff.start_timeout_s
         name = f"afd-{self._uid}-e{epoch.number}"
         spin_us = self._spin_us()
-        calls = {
-            hand.name: hand.handle.prepare.remote(epoch, rank, name, self._digest, spin_us)
-            for rank, hand in enumerate(self.hands)
-        }
+        calls = {hand.name: hand.handle.prepare.remote(epoch, rank, name, spin_us) for rank, hand in enumerate(self.hands)}
         endpoints: dict[int, dict[str, Any]] = dict(enumerate(await gather_named(calls, "prepare", timeout_s)))
         await ask(self.hands, "connect", endpoints, timeout_s, timeout_s=timeout_s + 5)
 

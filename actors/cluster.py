@@ -24,8 +24,6 @@ from afd_ray.text import IncrementalDetokenizer, Tokenizer
 
 T = TypeVar("T")
 PROGRESS_PERIOD_S = 0.25
-LOOPBACK = "127.0.0.1"
-"""A Ray of our own has a single host, and is nobody else's business."""
 
 
 class ClusterError(RuntimeError):

@@ -13,6 +13,7 @@ from afd_ray.config import Config, model_directory
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_ffn
+from afd_ray.models.checkpoint import digest as checkpoint_digest
 from afd_ray.models.config import DTYPES
 from afd_ray.models.step3 import FFNShard
 
@@ -22,6 +23,7 @@ class FFNActor:
 
     def __init__(self, name: str, config: Config, secret: bytes) -> None:
         self._config = config
+        self._model_digest = 0
         self._member = Member(name, config, secret)
         self._loop: FFNLoop | None = None
 
@@ -30,12 +32,12 @@ class FFNActor:
         """Load this shard's tensors, unless it is held already; gives where the actor runs."""
         if self._loop is None or self._loop.half.shard != shard:
             self._loop = await asyncio.to_thread(self._build, shard)
-        return self._member.identity()
+        return self._member.identity() | {"model_digest": self._model_digest}
 
     @ray.method
-    async def prepare(self, epoch: Epoch, rank: int, group_name: str, digest: int, spin_us: float) -> dict[str, Any]:
+    async def prepare(self, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> dict[str, Any]:
         """Open this actor's side of the epoch's group; gives its endpoint."""
-        return await self._member.prepare(epoch, rank, group_name, self._ready_loop().half.config, digest, spin_us)
+        return await self._member.prepare(epoch, rank, group_name, self._ready_loop().half.config, self._model_digest, spin_us)
 
     @ray.method
     async def connect(self, endpoints: dict[int, dict[str, Any]], timeout_s: float) -> dict[int, str]:
@@ -95,6 +97,7 @@ class FFNActor:
     def _build(self, shard: FFNShard) -> FFNLoop:
         torch.set_num_threads(compute_threads(self._config.ffn.num_cpus))
         checkpoint = Checkpoint.open(model_directory(self._config.model))
+        self._model_digest = checkpoint_digest(checkpoint)
         dtype = checkpoint.config.dtype if self._config.model.dtype == "auto" else DTYPES[self._config.model.dtype]
         return FFNLoop(load_ffn(checkpoint, shard, dtype), self._config.ffn.pace)
 

@@ -214,7 +214,15 @@ class Ingress:
 
 
 def build(controller_name: str, server: dict[str, Any]) -> serve.Application:
-    """The Serve application of a cluster whose controller runs, or will run, under this name."""
+    """The Serve application of a cluster whose controller runs, or will run, under this name.
+
+    Raises ValueError (one line) for keys files that are missing or empty: a replica could only fail later, and at length.
+    """
+    server = {
+        **server,
+        "api_keys_file": _keys_path(server["api_keys_file"]),
+        "admin_keys_file": _keys_path(server["admin_keys_file"]),
+    }
     options = {
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
@@ -225,6 +233,12 @@ def build(controller_name: str, server: dict[str, Any]) -> serve.Application:
     }
     deployment: serve.Deployment = serve.deployment(name="ingress", **options)(Ingress)
     return deployment.bind(controller_name, server)
+
+
+def _keys_path(path: str | None) -> str | None:
+    """Absolute: a replica has another working directory."""
+    Keys.from_file(path)
+    return None if path is None else str(Path(path).absolute())
 
 
 def app(args: dict[str, str]) -> serve.Application:

@@ -16,6 +16,7 @@ from afd_ray.config import Config
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint
+from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.telemetry import clock_offset_ns
@@ -44,9 +45,10 @@ class Member:
         return self._wire.rank if self._wire else None
 
     async def prepare(
-        self, epoch: Epoch, rank: int, group_name: str, model: ModelConfig, digest: int, spin_us: float
+        self, epoch: Epoch, rank: int, group_name: str, model: ModelConfig, model_digest: int, spin_us: float
     ) -> dict[str, Any]:
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
+        digest = contract_digest(model_digest, epoch, wire_dtype(self.config, model))
         register_backend()
         # Ray types the name of a backend as one of its own two.
         await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)

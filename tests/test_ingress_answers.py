@@ -15,7 +15,7 @@ from actors.http.app import Options, create_app
 from actors.http.backend import Unavailable
 from actors.http.metrics import IngressMetrics, MetricsBoard
 from afd_ray.text import Tokenizer
-from tests.ingress_fake import MAX_CONTEXT, FakeBackend, byte_ids, write_tokenizer
+from tests.ingress_fake import MAX_CONTEXT, VOCAB_SIZE, FakeBackend, byte_ids, write_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -93,6 +93,20 @@ async def test_sampling_parameters_reach_the_engine(client: httpx.AsyncClient, b
     assert (params.max_tokens, params.stop, params.stop_token_ids, params.logprobs) == (3, ("x",), (9,), 2)
 
 
+async def test_a_top_k_beyond_the_vocabulary_keeps_every_token(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    await complete(client, top_k=10**30)
+    assert backend.requests[0].params.top_k == VOCAB_SIZE
+
+
+async def test_the_token_that_ends_a_request_is_no_text(
+    client: httpx.AsyncClient, backend: FakeBackend, tokenizer: Tokenizer
+) -> None:
+    (backend.end,) = byte_ids(tokenizer, b"!")
+    answer = await complete(client, stop_token_ids=[backend.end], return_token_ids=True)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["token_ids"][-1], answer["usage"]["completion_tokens"]) == ("caf\u00e9 ok", backend.end, 9)
+
+
 async def test_null_means_the_default(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     names = ("temperature", "top_p", "top_k", "seed", "stop", "n", "stream", "logprobs", "stream_options", "ignore_eos", "model")
     await complete(client, **dict.fromkeys(names))
@@ -100,6 +114,11 @@ async def test_null_means_the_default(client: httpx.AsyncClient, backend: FakeBa
     defaults, rest_of_context = (request.params for request in backend.requests)
     assert (defaults.temperature, defaults.max_tokens, defaults.logprobs) == (1.0, 16, None)
     assert rest_of_context.max_tokens == MAX_CONTEXT - 2
+
+
+async def test_the_default_limit_gives_way_to_the_context(client: httpx.AsyncClient) -> None:
+    answer = await complete(client, prompt=[1] * (MAX_CONTEXT - 3))
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (3, "length")
 
 
 async def test_every_request_has_a_seed_of_its_own(client: httpx.AsyncClient, backend: FakeBackend) -> None:

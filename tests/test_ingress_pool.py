@@ -175,6 +175,7 @@ class Controller:
     def __init__(self, directory: Path, actors: list[Actor]) -> None:
         self.actors = actors
         self.epoch = 1
+        self.views = 0
         self.condition = asyncio.Condition()
         self.directory = str(directory)
         names = ("ingress_view", "changed", "status", "scale")
@@ -187,6 +188,7 @@ class Controller:
             self.condition.notify_all()
 
     async def _ingress_view(self) -> dict[str, Any]:
+        self.views += 1
         model = {"name": "m", "directory": self.directory, "max_context": 64, "vocab_size": 300}
         attention = [{"id": f"A{index}", "address": actor.address} for index, actor in enumerate(self.actors)]
         return {"state": "ready", "epoch": self.epoch, "secret": SECRET, "model": model, "attention": attention}
@@ -237,6 +239,9 @@ async def test_the_backend_follows_the_cluster(actors: list[Actor], tmp_path: Pa
     assert (await backend.metrics())["ready"] == 1.0
     with pytest.raises(ValueError, match="at most 2"):
         await backend.scale(9, None)
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert controller.views <= 3  # one a change, and one for the stream that was let go of
     following.cancel()
     await backend.close()
     await eventually(lambda: actors[1].server.streams == 0)

@@ -136,12 +136,11 @@ def test_what_was_held_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
 
 
 def test_the_stop_string_complete_first_cuts(tokenizer: Tokenizer) -> None:
-    """However the text was split into tokens: 'the' is one token here, and bytes there."""
-    whole = IncrementalDetokenizer(tokenizer, [" then", "th"])
-    split = IncrementalDetokenizer(tokenizer, [" then", "th"])
-    assert "".join(feed_all(whole, tokenizer.encode("x then"))) == "x "
-    assert "".join(feed_all(split, byte_ids(tokenizer, b"x then"))) == "x "
-    assert whole.stopped == split.stopped == "th"
+    """However the text was split into tokens: ' the' is one token here, and bytes there."""
+    for token_ids in (tokenizer.encode("x then"), byte_ids(tokenizer, b"x then")):
+        detokenizer = IncrementalDetokenizer(tokenizer, ["he", " th"])
+        assert "".join(feed_all(detokenizer, token_ids)) == "x"
+        assert detokenizer.stopped == " th"
 
 
 def test_offsets_count_whole_characters(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 import pytest_asyncio
 
-from actors.token_frames import Abort, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
+from actors.token_frames import Abort, Answer, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
 from actors.token_stream import StreamLost, TokenStreamClient, TokenStreamServer
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
@@ -75,9 +75,9 @@ def test_frames_keep_every_field() -> None:
     params = SamplingParams(
         max_tokens=None, temperature=0.25, seed=2**64 - 1, stop=("a", "\u00e9"), stop_token_ids=(3,), logprobs=2
     )
-    orders = [Submit(Request("r", (1, 2, 70000), params)), Abort("r")]
-    assert decode_orders(b"".join(map(encode_order, orders))) == orders
-    answers = [
+    orders: list[Submit | Abort] = [Submit(Request("r", (1, 2, 70000), params)), Abort("r")]
+    assert decode_orders(b"".join(encode_order(order) for order in orders)) == orders
+    answers: list[Answer] = [
         TokenOutput("r", 5, -0.5, ((5, -0.5), (6, float("-inf"))), "stop"),
         TokenOutput("r", None, error="x"),
         Refused("r", "no"),
@@ -100,7 +100,12 @@ async def test_tokens_reach_their_request_in_order(actor: Actor, client: TokenSt
     tasks = [asyncio.create_task(collect(client, Request(name, (1,)))) for name in ("a", "b")]
     await actor.until(submitted=2)
     steps = [[token("a", 1), token("b", 11)], [token("b", 12), token("a", 2, last=True)], [token("b", 13, last=True)]]
-    publisher = threading.Thread(target=lambda: [actor.server.publish(step) for step in steps])
+
+    def publish() -> None:
+        for step in steps:
+            actor.server.publish(step)
+
+    publisher = threading.Thread(target=publish)
     publisher.start()
     first, second = await asyncio.gather(*tasks)
     publisher.join()

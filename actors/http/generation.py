@@ -74,7 +74,7 @@ class Generation:
             raise as_refusal(error) from None
         _known_ids(params.stop_token_ids, model.vocab_size, "stop_token_ids")
         job_id = shape.id_prefix + uuid.uuid4().hex
-        requests = self._requests(job_id, body.choices, prompts, params, model)
+        requests = self._requests(job_id, body, prompts, params, model)
         return Job(job_id, shape, body, prompts, requests, int(self._wall_clock()), started_s)
 
     async def answer(self, job: Job, receive: Receive) -> Response:
@@ -88,15 +88,16 @@ class Generation:
         return EventStream(self._events(job, first, deltas))
 
     def _requests(
-        self, job_id: str, copies: int, prompts: list[Prompt], params: SamplingParams, model: ModelCard
+        self, job_id: str, body: GenerationBody, prompts: list[Prompt], params: SamplingParams, model: ModelCard
     ) -> list[Request]:
+        copies = body.choices
         if len(prompts) * copies > MAX_CHOICES:
             raise bad_request(
                 f"prompt must ask for at most {MAX_CHOICES} choices in all, got {len(prompts) * copies}", param="prompt"
             )
         requests: list[Request] = []
         for prompt in prompts:
-            limit = fit_context(len(prompt), params.max_tokens, model.max_context)
+            limit = fit_context(len(prompt), params.max_tokens, model.max_context, by_default=not body.limits_tokens)
             for copy in range(copies):
                 seed = self._draw_seed() if params.seed is None else _nth_seed(params.seed, copy)
                 request_id = f"{job_id}-{len(requests)}"
@@ -175,13 +176,16 @@ async def read_prompts(body: GenerationBody, model: ModelCard) -> list[Prompt]:
     return prompts
 
 
-def fit_context(prompt_tokens: int, max_tokens: int | None, max_context: int) -> int:
-    """New tokens at most; raises ApiError when the context is too short for the request."""
+def fit_context(prompt_tokens: int, max_tokens: int | None, max_context: int, *, by_default: bool = False) -> int:
+    """New tokens at most; a limit that the client did not ask for (`by_default`) gives way to the context.
+
+    Raises ApiError when the context is too short for the request.
+    """
     room = max_context - prompt_tokens
-    wanted = max_tokens or 1
+    wanted = 1 if max_tokens is None or by_default else max_tokens
     if wanted <= room:
-        return max_tokens or room
-    asked = f"{prompt_tokens} in the prompt" + (f" and max_tokens {max_tokens}" if max_tokens else "")
+        return room if max_tokens is None else min(max_tokens, room)
+    asked = f"{prompt_tokens} in the prompt" + (f" and max_tokens {max_tokens}" if not by_default and max_tokens else "")
     message = f"prompt and output must fit the model's context of {max_context} tokens, got {asked}"
     raise bad_request(message, param="prompt" if room < 1 else "max_tokens", code="context_length_exceeded")
 

@@ -48,6 +48,11 @@ class GenerationBody(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether the client asked for a number of tokens."""
+        return self.max_tokens is not None
+
     def token_limit(self) -> int | None:
         """None: the rest of the context."""
         raise NotImplementedError
@@ -126,6 +131,10 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def limits_tokens(self) -> bool:
+        return self.token_limit() is not None
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

@@ -1,4 +1,4 @@
-"""The training text: questions in chat and plain form, alone or one after the other, packed into batches of similar length."""
+"""The training text: drills and questions in chat and plain form, packed into batches of similar length."""
 
 from collections.abc import Iterator
 from random import Random
@@ -7,19 +7,21 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions
+from afd_ray.demo.questions import KINDS, LETTERS, Question, ask, fresh_questions
 from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_prompt, turn
 
 HELD_OUT_SEED: Final = 2507
 HELD_OUT_COUNT: Final = 3000
-SHARES: Final = {"arithmetic": 50, "counting": 10, "sorting": 12, "copying": 8, "lookup": 10, "story": 10}
+SHARES: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
+DRILL_SHARE: Final = 0.6
 SYSTEM_TEXTS: Final = (
     "You are a helpful assistant.",
     "Answer the question.",
     "Be brief.",
     "You are a small model. Answer in one word.",
 )
-EXAMPLES_PER_GROUP: Final = 24
+LENGTH_SPREAD: Final = 1.2
+"""The longest example of a group over the shortest: padding against the number of attention calls."""
 
 
 class Example(NamedTuple):
@@ -86,12 +88,43 @@ def plain_example(questions: list[Question], begins: bool) -> Example:
     return _joined([*parts, _answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
 
 
+def drill(rng: Random) -> Example:
+    """A bare sum, copy or lookup: the skill of a question in a third of its tokens."""
+    skill = rng.choices(("sum", "copy", "lookup"), weights=(60, 20, 20))[0]
+    if skill == "sum":
+        a, b = rng.randrange(100), rng.randrange(100)
+        prompt, answer = (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
+        return _answered(encode(prompt), [*encode(answer), END])
+    if skill == "copy":
+        text = "".join(rng.choices(LETTERS, k=rng.randint(3, 12)))
+        return _answered(encode(f"{text}:"), [*encode(text), END])
+    keys = rng.sample(LETTERS, rng.randint(2, 4))
+    pairs = [(key, str(rng.randrange(100))) for key in keys]
+    parts = [Example(listed := encode(" ".join(f"{key}={value}" for key, value in pairs)), [False] * len(listed))]
+    asked = rng.sample(pairs, len(pairs))
+    return _joined(parts + [_answered(encode(f" {key}?"), [*encode(value), END]) for key, value in asked])
+
+
 def example(rng: Random, excluded: frozenset[str]) -> Example:
-    """One training example: two in three are chats, one in twelve has more than one question."""
+    """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
+    if rng.random() < DRILL_SHARE:
+        return drill(rng)
     questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
     if rng.random() < 0.67:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
+
+
+def of_similar_length(ordered: list[Example]) -> Iterator[list[Example]]:
+    """Cut a list sorted by length where the spread grows too wide."""
+    members: list[Example] = []
+    for item in ordered:
+        if members and len(item.token_ids) > LENGTH_SPREAD * len(members[0].token_ids):
+            yield members
+            members = []
+        members.append(item)
+    if members:
+        yield members
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -102,8 +135,7 @@ def collate(examples: list[Example]) -> Batch:
     answers: list[bool] = []
     positions: list[int] = []
     groups: list[Group] = []
-    for first in range(0, len(ordered), EXAMPLES_PER_GROUP):
-        members = ordered[first : first + EXAMPLES_PER_GROUP]
+    for members in of_similar_length(ordered):
         length = len(members[-1].token_ids) - 1
         groups.append(Group(len(members), length))
         for member in members:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -21,10 +22,10 @@ from afd_ray.demo.muon import Muon
 from afd_ray.demo.weights import CONFIG, save
 from afd_ray.models.step3 import Step3Model
 
-STEPS: Final = 1800
+STEPS: Final = 1700
 WARMUP_STEPS: Final = 50
 WORKERS: Final = 2
-EXAMPLES_PER_WORKER: Final = 56
+EXAMPLES_PER_WORKER: Final = 96
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
@@ -157,8 +158,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=0, help="steps between saves; 0: only at the end")
     options = parser.parse_args()
     os.environ.update(ALLOCATOR)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the workers, the signal's default would not
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS)  # type: ignore[no-untyped-call]
+        mp.spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS, daemon=True)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class AttentionLoop(StepLoop):
         self._answers: dict[int, int] = {}
         self._flights: list[Flight | None] = []
         self._parked: list[bool] = []
+        self._work_came = False
         self._arrivals = 0
         self._steps = 0
 
@@ -90,6 +91,9 @@ class AttentionLoop(StepLoop):
         self._answers = {}
 
     def _run_stage(self) -> bool:
+        if self._work_came:
+            self._work_came = False
+            self._fill_idle_slots()
         slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
         if slot is None:
             return self._fill_idle_slots()
@@ -101,6 +105,7 @@ class AttentionLoop(StepLoop):
 
     def _submit(self, request: Request) -> None:
         self.scheduler.add(request)
+        self._work_came = True
         self._clocks[request.id] = RequestClock(time.monotonic())
 
     def _abort(self, request_id: str) -> None:
@@ -225,6 +230,7 @@ class AttentionLoop(StepLoop):
         self._take_commands()
         if self._running:
             self._begin(slot)
+            self._work_came = True
 
     # --- measuring ----------------------------------------------------------------------------------------------------------
 

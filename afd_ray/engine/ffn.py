@@ -100,6 +100,8 @@ class FFNLoop(StepLoop):
         slot = self._slots[header.slot]
         if header.kind is Kind.DISPATCH:
             self._record_arrival(header)
+            if header.source in slot.arrived:
+                raise RuntimeError(f"rank {header.source} sent slot {header.slot} rows twice")
             slot.arrived[header.source] = message
         elif header.kind is Kind.REDUCE:
             slot.shares[header.source] = message
@@ -200,6 +202,11 @@ class FFNLoop(StepLoop):
         reduction = slot.reduction
         if reduction is None or len(slot.shares) < wire.epoch.tensor_parallel - 1:
             return
+        for share in slot.shares.values():
+            if share.header.layer != reduction.layer:
+                raise RuntimeError(
+                    f"rank {share.header.source} reduces layer {share.header.layer} where {reduction.layer} is due"
+                )
         total = self._sum_shares(slot, reduction.rows).to(wire.dtype)
         slot.reduction = None
         place = {"slot": index, "layer": reduction.layer, "step": reduction.step}

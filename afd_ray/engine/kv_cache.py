@@ -1,7 +1,9 @@
 """The paged KV cache: blocks handed out to sequences, and the tensor that they index."""
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +61,9 @@ class PagedCache:
     def __init__(self, *, layers: int, num_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
         self.layers, self.num_blocks, self.block_size, self.head_dim, self.dtype = layers, num_blocks, block_size, head_dim, dtype
         # Zeros, not empty: padding rows of a gather are masked with weight 0, and 0 * NaN of stale memory is NaN.
-        self.blocks = torch.zeros(layers, num_blocks, block_size, 2 * head_dim, dtype=dtype)
+        # NumPy's, not torch's: they come from the kernel untouched, so that blocks never used take no memory.
+        shape = (layers, num_blocks, block_size, 2 * head_dim)
+        self.blocks = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
         self._tokens = self.blocks.view(layers, num_blocks * block_size, 2 * head_dim)
 
     @property
