@@ -227,8 +227,11 @@ def start_ray(config: Config) -> None:
     most = config.autoscaling.max
     attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
     cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
+    # "local": without it Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` on this machine names.
     ray.init(
+        address="local",
         num_cpus=max(1, int(cpus + 0.999)),
+        _node_ip_address=LOOPBACK,
         include_dashboard=False,
         log_to_driver=False,
         namespace=NAMESPACE,

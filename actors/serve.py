@@ -20,7 +20,8 @@ from actors.cluster import Cluster, ClusterError, start_ray
 from actors.controller import NAME, NAMESPACE
 from actors.ingress import build as build_ingress
 from actors.roster import first_line
-from afd_ray.config import Config
+from afd_ray.config import Config, model_directory
+from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import SamplingParams
 
 READY_TIMEOUT_S = 60.0
@@ -33,6 +34,8 @@ def serve(config: Config, address: str | None = None) -> int:
 
     Raises ClusterError (one line) for a taken port, too few resources, or a bring-up that fails.
     """
+    # First what can be known without Ray: a mistake is told at once.
+    Checkpoint.open(model_directory(config.model)).require_sound()
     host = config.server.host
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
@@ -95,6 +98,7 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
         return
     report("starting Ray")
     start_ray(config)
+    report(f"Ray is at {ray.get_runtime_context().gcs_address}")
     try:
         yield
     finally:

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.live_server import LiveServer
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +51,12 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "step3-tiny"
     write_checkpoint(directory, PRESETS["step3-tiny"], random_tensors(PRESETS["step3-tiny"], seed=0))
     return directory
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator["LiveServer"]:
+    """The one `afd-ray serve` of the whole run."""
+    from tests.live_server import live_server
+
+    with live_server() as server:
+        yield server
