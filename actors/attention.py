@@ -69,7 +69,7 @@ class AttentionActor(Member):
     def _build(self) -> AttentionLoop:
         config = self._config
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
-        half = load_attention(checkpoint, dtype)
+        half = load_attention(checkpoint, dtype, self._note_progress)
         cache, allocator = build_cache(config, half.config)
         scheduler = Scheduler(
             allocator=allocator,

@@ -22,8 +22,11 @@ from placement.planner import Group, Placed, plan
 
 logger = logging.getLogger(__name__)
 
+LOADING = "loading"
 SPIN_US = 200.0
 """How long an actor spins for the next message before it parks, where the host has a core for each actor."""
+LOAD_TIMEOUT_S = 3600.0
+"""For an actor to start and read its tensors: hundreds of gigabytes from a network disk at worst."""
 AUTO_MICRO_BATCHES = {True: 2, False: 3}
 """By whether all actors share a host: there the transfer is short beside either stage."""
 
@@ -90,6 +93,16 @@ class Bringup:
         self.epoch = epoch
         self._doing("ready")
 
+    async def progress(self) -> str:
+        """What is being done, with how far the loading has come to a tenth."""
+        if not self.doing.startswith(LOADING):
+            return self.doing
+        try:
+            shares = await ask(self.hands, "loaded", timeout_s=0.5)
+        except (RuntimeError, TimeoutError):
+            return self.doing  # actors that are still starting do not answer yet
+        return f"{self.doing}: {int(10 * sum(shares) / len(shares)) * 10}%"
+
     async def dissolve(self) -> None:
         """Stop everything and give the resources back."""
         await self._stop(self.hands)
@@ -153,11 +166,11 @@ class Bringup:
         return Hand(name, group.role, handle, reservation, bundle)
 
     async def _load(self, epoch: Epoch) -> None:
-        self._doing(f"loading {self.config.model.served_name} into {len(self.hands)} actors")
+        self._doing(f"{LOADING} {self.config.model.served_name} into {len(self.hands)} actors")
         calls = {hand.name: hand.handle.load.remote() for hand in self.attention}
         for rank, hand in zip(epoch.ffn_ranks, self.ffn, strict=True):
             calls[hand.name] = hand.handle.load.remote(epoch.shard(rank, self.checkpoint.config))
-        for hand, identity in zip(self.hands, await gather_named(calls, "load"), strict=True):
+        for hand, identity in zip(self.hands, await gather_named(calls, "load", LOAD_TIMEOUT_S), strict=True):
             hand.identity = identity
         check_same_model({hand.name: hand.identity["model_digest"] for hand in self.hands})
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 
 from actors.attention_pool import AttentionPool
+from actors.bringup import Shape
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.roster import first_line
 from actors.token_stream import TokenStreamClient
-from afd_ray.config import Config, check_supported, load_config, model_directory
+from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
 from afd_ray.text import IncrementalDetokenizer, Tokenizer
@@ -63,7 +64,7 @@ class Cluster:
         """
         config = config or load_config()
         check_supported(config)
-        Checkpoint.open(model_directory(config.model)).require_sound()
+        check_fits(config, Checkpoint.open(model_directory(config.model)))
         owns_ray = not ray.is_initialized()
         if owns_ray:
             on_progress("starting Ray")
@@ -222,6 +223,18 @@ class _EventLoop:
             self._loop.close()
 
 
+def check_fits(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a checkpoint that cannot be loaded, ConfigError for settings that this model cannot have."""
+    checkpoint.require_sound()
+    model, wanted = checkpoint.config, config.model.max_context
+    if wanted is not None and wanted > model.max_position_embedding:
+        raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
+    try:
+        Shape.of(config).epoch(1, one_host=True).check(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def start_ray(config: Config) -> None:
     """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none."""
     most = config.autoscaling.max
@@ -230,8 +243,7 @@ def start_ray(config: Config) -> None:
     # "local": without it Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` on this machine names.
     ray.init(
         address="local",
-        num_cpus=max(1, int(cpus + 0.999)),
-        _node_ip_address=LOOPBACK,
+        num_cpus=max(1, math.ceil(cpus)),
         include_dashboard=False,
         log_to_driver=False,
         namespace=NAMESPACE,

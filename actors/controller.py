@@ -44,7 +44,7 @@ class Controller:
     @ray.method
     async def progress(self) -> str:
         """What the bring-up is doing now, in a few words."""
-        return self._bringup.doing
+        return await self._bringup.progress()
 
     @ray.method
     async def reshape(self, attention: int, tensor_parallel: int, expert_parallel: int, micro_batches: int | None = None) -> None:

@@ -37,7 +37,7 @@ class FFNActor(Member):
 
     def _build(self, shard: FFNShard) -> FFNLoop:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        return FFNLoop(load_ffn(checkpoint, shard, dtype), self._config.ffn.pace)
+        return FFNLoop(load_ffn(checkpoint, shard, dtype, self._note_progress), self._config.ffn.pace)
 
     def _ready_loop(self) -> FFNLoop:
         if self._loop is None:

@@ -40,6 +40,7 @@ class Member(ABC):
         self._wire: Wire | None = None
         self._thread: threading.Thread | None = None
         self._model_digest = 0
+        self._loaded = 0.0
 
     @abstractmethod
     def _ready_loop(self) -> StepLoop:
@@ -56,6 +57,11 @@ class Member(ABC):
     def _ended(self, reason: str) -> None:
         """The step loop is over, for this reason; called on the event loop."""
         logger.info("%s: the step loop is over: %s", self._name, reason)
+
+    @ray.method
+    async def loaded(self) -> float:
+        """Share of this role's tensors that is loaded, 0 to 1."""
+        return self._loaded
 
     @ray.method
     async def prepare(self, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> dict[str, Any]:
@@ -167,6 +173,9 @@ class Member(ABC):
         checkpoint = Checkpoint.open(model_directory(model))
         self._model_digest = digest(checkpoint)
         return checkpoint, checkpoint.config.dtype if model.dtype == "auto" else DTYPES[model.dtype]
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._loaded = done / total if total else 1.0
 
     def _run(self, loop: StepLoop, wire: Wire, events: asyncio.AbstractEventLoop) -> None:
         try:

@@ -75,7 +75,8 @@ def _strategy(placed: Placed) -> str:
 
 def _create(placed: Placed, name: str) -> PlacementGroup:
     group = placed.group
-    bundle = {"CPU": group.num_cpus} | ({"GPU": group.num_gpus} if group.num_gpus else {})
+    # Ray refuses a bundle of nothing.
+    bundle = {"CPU": max(group.num_cpus, 0.001)} | ({"GPU": group.num_gpus} if group.num_gpus else {})
     selector = {NODE_ID_LABEL: placed.node_id}
     made: PlacementGroup = placement_group(
         [bundle] * group.actors, strategy=_strategy(placed), name=name, bundle_label_selector=[selector] * group.actors

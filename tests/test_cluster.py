@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from actors.cluster import Cluster, ClusterError
-from afd_ray.config import Config, parse_config
+from afd_ray.config import Config, ConfigError, parse_config
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from afd_ray.models.presets import PRESETS
 from afd_ray.request import SamplingParams
@@ -182,11 +182,27 @@ def test_a_dead_ffn_actor_fails_requests_and_degrades_the_cluster_without_a_hang
     [
         ({"attention": {"replicas": 40}}, r"needed: attention 40 CPUs in 40 group\(s\)"),
         ({"attention": {"labels": {"zone": "moon"}}}, r"no node carries the labels zone=moon"),
-        ({"ffn": {"expert_parallel": 9}}, r"ffn.expert_parallel must be at most the model's 8 experts, got 9"),
     ],
 )
 def test_a_bring_up_that_cannot_be_says_why_and_leaves_nothing(
     tiny_directory: Path, changes: dict[str, dict[str, object]], said: str
 ) -> None:
+    before = ray.util.list_named_actors(all_namespaces=True)
     with pytest.raises(ClusterError, match=said):
         Cluster.start(config_for(tiny_directory, **changes), name="afd-impossible")
+    assert ray.util.list_named_actors(all_namespaces=True) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ffn": {"expert_parallel": 9}}, r"ffn.expert_parallel must be at most the model's 8 experts, got 9"),
+        ({"model": {"max_context": 4096}}, r"model.max_context: 4096 must be at most the model's 1024"),
+    ],
+)
+def test_a_setting_that_the_model_cannot_have_is_refused_before_anything_starts(
+    tiny_directory: Path, changes: dict[str, dict[str, object]], said: str
+) -> None:
+    raw = {"model": {"path": str(tiny_directory)} | changes.get("model", {})}
+    with pytest.raises(ConfigError, match=said):
+        Cluster.start(parse_config(changes | raw))
