@@ -1,6 +1,7 @@
 """Cluster: the composition root of a disaggregated cluster, and its Python API."""
 
 import asyncio
+import math
 import random
 import sys
 import threading

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 
-from afd_ray.handoff.message import Header, Kind, layout_for, pack_into, unpack_from
+from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, layout_for, pack_into, unpack_from
 from afd_ray.handoff.ring import CONTROL_BYTES, Lease, RingReader, RingWriter, ring_memory
 
 
@@ -60,7 +60,7 @@ def test_the_tail_waits_for_the_oldest_message() -> None:
     writer, reader = ring(1024)
     leases = []
     for step in range(4):
-        assert write(writer, reader, step, torch.zeros(128, dtype=torch.uint8))
+        assert write(writer, reader, step, torch.zeros(256 - HEADER_BYTES, dtype=torch.uint8))
         assert reader.peek() is not None
         leases.append(reader.take(256))
     for lease in (leases[2], leases[1], leases[1]):
@@ -75,12 +75,12 @@ def test_the_tail_waits_for_the_oldest_message() -> None:
 
 def test_a_message_as_large_as_the_ring_fits_once_the_reader_passed_the_end() -> None:
     writer, reader = ring(1024)
-    assert write(writer, reader, 0, torch.zeros(128, dtype=torch.uint8))
+    assert write(writer, reader, 0, torch.zeros(256 - HEADER_BYTES, dtype=torch.uint8))
     reader.peek()
     reader.take(256)()
-    assert not write(writer, reader, 1, torch.zeros(896, dtype=torch.uint8))
+    assert not write(writer, reader, 1, torch.zeros(1024 - HEADER_BYTES, dtype=torch.uint8))
     assert reader.peek() is None  # passes the skipped end
-    assert write(writer, reader, 1, torch.zeros(896, dtype=torch.uint8))
+    assert write(writer, reader, 1, torch.zeros(1024 - HEADER_BYTES, dtype=torch.uint8))
     assert reader.peek() == 0
 
 
@@ -93,7 +93,7 @@ def test_views_lie_on_the_ring_itself() -> None:
     frame = unpack_from(reader._memory.data, offset, 0)
     view = reader.view(offset, frame.layout.fields[0])
     assert torch.equal(view, values.t())
-    assert view.data_ptr() == reader._memory.address + offset + 128
+    assert view.data_ptr() == reader._memory.address + offset + HEADER_BYTES
     assert view.data_ptr() % 64 == 0
 
 

@@ -90,16 +90,14 @@ class AttentionLoop(StepLoop):
         self._flights = [None] * slots
         self._parked = [True] * slots
         self._answers = {}
+        self._work_came = True
 
     def _run_stage(self) -> bool:
-        if self._work_came:
-            self._work_came = False
-            self._fill_idle_slots()
+        filled = self._work_came and self._fill_idle_slots()
         slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
-        if slot is None:
-            return self._fill_idle_slots()
-        self._advance(slot)
-        return True
+        if slot is not None:
+            self._advance(slot)
+        return filled or slot is not None
 
     def _under_way(self) -> bool:
         return any(flight is not None for flight in self._flights)
@@ -111,6 +109,7 @@ class AttentionLoop(StepLoop):
 
     def _abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
+        self._work_came = True  # its blocks may let another in
         self._clocks.pop(request_id, None)
 
     def _receive(self) -> bool:
@@ -128,14 +127,16 @@ class AttentionLoop(StepLoop):
             what = f"{header.kind.name} of slot {header.slot} layer {header.layer}"
             raise RuntimeError(f"rank {header.source} sent {what}, which is not awaited")
         self._record_arrival(header)
-        flight.partials.append(message)
         flight.awaited -= 1
+        # Only what completes the set stays in its edge's buffer: the slot may wait long for the others.
+        flight.partials.append(message if flight.awaited == 0 else message.copied())
         if flight.awaited == 0:
             flight.layer += 1
             self._arrivals += 1
             flight.since = self._arrivals
 
     def _fill_idle_slots(self) -> bool:
+        self._work_came = False
         filled = False
         for slot, flight in enumerate(self._flights):
             if flight is None and self.scheduler.has_work:

@@ -103,14 +103,20 @@ class FFNLoop(StepLoop):
             if header.source in slot.arrived:
                 raise RuntimeError(f"rank {header.source} sent slot {header.slot} rows twice")
             slot.arrived[header.source] = message
+            self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
-            slot.shares[header.source] = message
+            slot.shares[header.source] = message if slot.reduction is not None else message.copied()
             self._reduce(header.slot)
         elif header.kind is Kind.WAVE:
             self._begin(Wave(header.slot, header.step, tuple(message.tensors[0].tolist())))
             message.release()
         else:
             self._conduct(message)
+
+    def _free_edges(self, slot: SlotState) -> None:
+        """Rows that wait for other ranks' rows leave the edge's buffer: other slots may go round many times meanwhile."""
+        if not slot.ready:
+            slot.arrived = {rank: message.copied() if message.borrowed else message for rank, message in slot.arrived.items()}
 
     def _conduct(self, message: Message) -> None:
         header = message.header

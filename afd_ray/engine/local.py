@@ -11,6 +11,7 @@ from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.loopback import loopback_group
+from afd_ray.handoff.mesh import Mesh
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -32,11 +33,13 @@ class LocalCluster:
         block_size: int = 16,
         max_tokens_per_micro_batch: int = 512,
         max_running_requests: int = 256,
+        meshes: Sequence[Mesh] | None = None,
     ) -> None:
+        """`meshes`: connected, in the order of the group ranks; None: a loopback group."""
         self.epoch, self.config = epoch, attention.config
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self._meshes = loopback_group(epoch.world_size, epoch.number)
+        self._meshes = list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
         self.attention = [
             AttentionLoop(
                 attention,

@@ -57,12 +57,27 @@ class Header(NamedTuple):
     """The sender's wall clock."""
 
 
+def _nothing_to_release() -> None:
+    pass
+
+
 class Message(NamedTuple):
     """A header and views of the receive buffer, which are valid until `release()`; releasing twice is harmless."""
 
     header: Header
     tensors: tuple[Tensor, ...]
     release: Callable[[], None]
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether its tensors lie in the edge's buffer."""
+        return self.release is not _nothing_to_release
+
+    def copied(self) -> "Message":
+        """The same message in memory of its own, its buffer released: for what cannot be used yet, lest it hold up the edge."""
+        tensors = tuple([tensor.clone() for tensor in self.tensors])
+        self.release()
+        return Message(self.header, tensors, _nothing_to_release)
 
 
 class LinkError(RuntimeError):
