@@ -231,7 +231,6 @@ def start_ray(config: Config) -> None:
     ray.init(
         address="local",
         num_cpus=max(1, int(cpus + 0.999)),
-        _node_ip_address=LOOPBACK,
         include_dashboard=False,
         log_to_driver=False,
         namespace=NAMESPACE,
