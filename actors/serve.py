@@ -10,8 +10,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 import ray
 from ray import serve as ray_serve
@@ -26,6 +26,7 @@ from afd_ray.request import SamplingParams
 
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
+CONNECT_TIMEOUT_S = 5.0
 APPLICATION = "afd"
 
 
@@ -39,13 +40,14 @@ def serve(config: Config, address: str | None = None) -> int:
     host = config.server.host
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
-    with ray_cluster(config, address), stop_signals() as stop, Cluster.start(config, on_progress=report) as _:
+    # Ray prints what it finds worth telling to stdout: that line is ours.
+    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, Cluster.start(config, on_progress=report):
         report("starting the ingress")
         with ingress(config, host, port):
             await_ready(host, port, stop)
             if not stop.is_set():
                 report(f"up in {time.monotonic() - started_s:.1f} s")
-                print(f"ready http://{bracketed(host)}:{port}", flush=True)
+                print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
                 stop.wait()
         report("stopping")
     return 0
@@ -53,7 +55,7 @@ def serve(config: Config, address: str | None = None) -> int:
 
 def generate(config: Config, *, prompt: str, params: SamplingParams, address: str | None = None, as_json: bool = False) -> int:
     """One prompt through a cluster of its own; prints the text, or a JSON object."""
-    with ray_cluster(config, address), Cluster.start(config, on_progress=report) as cluster:
+    with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=report) as cluster:
         (answer,) = cluster.generate([prompt], params)
     if as_json:
         print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}))
@@ -77,8 +79,17 @@ def ask_controller(address: str, path: str, body: dict[str, Any] | None, timeout
 
 
 @contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """The real stdout; what anybody else prints meanwhile goes to stderr."""
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield stdout
+
+
+@contextmanager
 def joined(address: str) -> Iterator[None]:
     """Connected to the Ray cluster at `address`."""
+    require_listener(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -87,6 +98,17 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def require_listener(address: str) -> None:
+    """Raises ClusterError when nobody listens at `address`: Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster at {address} ({error.strerror or error})") from None
 
 
 @contextmanager

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+pytest.register_assert_rewrite("tests.live_server")
+
 if TYPE_CHECKING:
     from tests.live_server import LiveServer
 

@@ -59,7 +59,9 @@ def live_server() -> Iterator[LiveServer]:
         processes = server.processes()
         code = server.stop()
     _, left = psutil.wait_procs(processes, timeout=DEADLINE_S)
-    assert (code, started.output, left) == (0, [f"ready {server.url}\n"], []), "".join(started.errors)
+    assert code == 0, "".join(started.errors)
+    assert "".join(started.output) == f"ready {server.url}\n"
+    assert left == []
 
 
 def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:

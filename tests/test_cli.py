@@ -94,6 +94,8 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Serving:
     stand_in = Serving()
     monkeypatch.setitem(sys.modules, "actors.serve", stand_in)
     monkeypatch.setattr(actors, "serve", stand_in, raising=False)
+    # Otherwise `--address` would set it, for the rest of the tests too.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     return stand_in
 
 

@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from actors.commands.joining import use_token
+
 
 class ServerError(RuntimeError):
     """One line: the server is not there, or refuses."""
@@ -15,6 +17,7 @@ class ServerError(RuntimeError):
 def ask(args: argparse.Namespace, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
     """GET (or, with a body, POST) `path` at `--url` or `--address`; raises ServerError."""
     if args.address is not None:
+        use_token()
         from actors import serve
 
         answer: dict[str, Any] = serve.ask_controller(args.address, path, body, timeout_s)

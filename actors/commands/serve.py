@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from actors.commands.arguments import add_config, host_and_port, integer
+from actors.commands.joining import use_token
 
 
 def add_parser(commands: Any) -> None:
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
     check_supported(config)
     model_directory(config.model)
+    if args.address is not None:
+        use_token()
     from actors import serve
 
     return int(serve.serve(config, address=args.address))
