@@ -33,7 +33,7 @@ def two_nodes() -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=8)
         cluster.wait_for_nodes()

@@ -1,6 +1,7 @@
 """Bad input to the live server and to the command line: one clear line each, and nobody else is harmed."""
 
 import json
+import os
 import shutil
 import socket
 import struct
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.cli import main
 from tests.live_server import DEADLINE_S, LiveServer, until
 
 pytestmark = pytest.mark.ray
@@ -124,27 +126,32 @@ def test_a_request_in_flight_is_not_harmed(live: LiveServer) -> None:
     assert live.status()["state"] == "ready"
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it."""
-    command = [sys.executable, "-m", "actors.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+Fails = Callable[..., str]
 
 
-def fails(code: int, *words: str) -> str:
-    """The one line that a failing command says, after any progress."""
-    done = run(*words)
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """Runs a command that must fail, and tells the one line that it says."""
+    # Otherwise `--address` would set it, for the rest of the tests too.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    def run(code: int, *words: str) -> str:
+        assert main(words) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return run
 
 
-def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_key_in_a_file_names_the_nearest(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("attention: {replicsa: 2}\n")
     line = fails(2, "serve", str(tmp_path / "own.yaml"))
     assert "attention.replicsa: unknown key, did you mean attention.replicas?" in line
 
 
-def test_a_missing_file_is_named() -> None:
+def test_a_missing_file_is_named(fails: Fails) -> None:
     assert "nowhere.yaml: no such file" in fails(2, "serve", "nowhere.yaml")
 
 
@@ -184,26 +191,20 @@ def _rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object
 @pytest.mark.parametrize(
     "damage", [without_a_tensor, with_a_tensor_too_many, with_a_wrong_shape, truncated, with_a_header_beyond_its_end]
 )
-def test_a_broken_checkpoint_is_refused(tiny_directory: Path, tmp_path: Path, damage: Callable[[Path], str]) -> None:
+def test_a_broken_checkpoint_is_refused(
+    fails: Fails, tiny_directory: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
     directory = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
     said = damage(directory)
     assert said in fails(1, "serve", "--port", "0", "--set", f"model.path={directory}")
 
 
-def test_a_taken_port_is_named(live: LiveServer) -> None:
+def test_a_taken_port_is_named(fails: Fails, live: LiveServer) -> None:
     port = live.url.rpartition(":")[2]
     assert f"server.port: cannot listen on 127.0.0.1:{port} (Address already in use)" in fails(1, "serve", "--port", port)
 
 
-def test_more_actors_than_resources(tiny_directory: Path, two_nodes: None) -> None:
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    overrides = ("--set", "attention.replicas=40", "--set", f"model.path={tiny_directory}")
-    assert "needed: attention 40 CPUs in 40 group(s)" in fails(1, "serve", "--port", "0", "--address", address, *overrides)
-
-
-def test_commands_without_a_server_say_so(tmp_path: Path) -> None:
+def test_commands_without_a_server_say_so(fails: Fails, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -211,3 +212,16 @@ def test_commands_without_a_server_say_so(tmp_path: Path) -> None:
         assert f"no server at {url}" in fails(1, "trace", "--url", url, "-o", str(tmp_path / "t.json"))
         assert "no Ray cluster at" in fails(1, "status", "--address", url.removeprefix("http://"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_actors_than_resources(tiny_directory: Path, two_nodes: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    overrides = ("--set", "attention.replicas=40", "--set", f"model.path={tiny_directory}")
+    command = [sys.executable, "-m", "actors.cli", "serve", "--port", "0", "--address", address, *overrides]
+    # The two nodes run without token authentication.
+    env = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, env=env)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "needed: attention 40 CPUs in 40 group(s)" in done.stderr.splitlines()[-1]

@@ -63,11 +63,6 @@ def test_status_as_a_table(live: LiveServer) -> None:
     assert "attention (2)" in text
 
 
-def test_nobody_outside_this_machine_can_reach_an_actor(live: LiveServer) -> None:
-    addresses = {actor["address"].partition(":")[0] for role in ("attention", "ffn") for actor in live.status()[role]}
-    assert addresses == {"127.0.0.1"}
-
-
 def test_trace_shows_the_stages_of_every_actor(live: LiveServer, tmp_path: Path) -> None:
     output = tmp_path / "trace.json"
     load = [threading.Thread(target=answer, args=(live, 200)) for _ in range(4)]
@@ -79,6 +74,6 @@ def test_trace_shows_the_stages_of_every_actor(live: LiveServer, tmp_path: Path)
         thread.join(DEADLINE_S)
     events = json.loads(output.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
-    assert {"attention", "ffn"} <= {span["name"] for span in spans}
+    assert {"attention", "ffn"} <= {span["name"].split()[0] for span in spans}
     assert len({span["pid"] for span in spans}) == 3
     assert all(span["dur"] >= 0 for span in spans)
