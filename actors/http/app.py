@@ -100,6 +100,7 @@ def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, o
         return json_response({"status": "ready"})
 
     async def scrape(request: Request) -> Response:
+        metrics.tasks_alive(len(asyncio.all_tasks()))
         peers, gauges = await asyncio.gather(options.peer_snapshots(), backend.metrics())
         text = render({**peers, options.replica: metrics.snapshot()}, gauges)
         return Response(text, headers={"content-type": CONTENT_TYPE})

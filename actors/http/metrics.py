@@ -24,6 +24,9 @@ class IngressMetrics:
         registry = self._registry = CollectorRegistry()
         self._requests = Counter("afd_http_requests", "HTTP requests answered", ("route", "status"), registry=registry)
         self._in_flight = Gauge("afd_http_requests_in_flight", "HTTP requests being answered", registry=registry)
+        self._tasks = Gauge(
+            "afd_ingress_tasks", "Tasks alive in the ingress: grows when something is left behind", registry=registry
+        )
         self._duration = Histogram(
             "afd_http_request_duration_seconds",
             "From request to last byte",
@@ -48,6 +51,9 @@ class IngressMetrics:
         self._in_flight.dec()
         self._requests.labels(route, str(status)).inc()
         self._duration.labels(route).observe(duration_s)
+
+    def tasks_alive(self, count: int) -> None:
+        self._tasks.set(count)
 
     def first_token(self, ttft_s: float, prompt_tokens: int) -> None:
         self._prompt.inc(prompt_tokens)
