@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import afd_ray.demo
-from afd_ray.demo.corpus import Batch, collate, example
+from afd_ray.demo.corpus import Batch, Mix, collate, example
 from afd_ray.demo.evaluate import Reply, accuracy, answer
 from afd_ray.demo.forward import losses
 from afd_ray.demo.muon import orthogonalised
@@ -22,6 +22,7 @@ from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import Step3Model
 
 BUNDLED = Path(afd_ray.demo.__file__).parent / "model"
+MIX = Mix(sums=1, copies=1, lookups=1, short=0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +99,7 @@ def example_loss(model: Step3Model, token_ids: list[int], is_answer: list[bool])
 @torch.no_grad()
 def test_the_training_forward_equals_the_reference(random_model: Step3Model) -> None:
     rng = Random(1)
-    examples = [example(rng, frozenset()) for _ in range(30)]
+    examples = [example(rng, frozenset(), MIX) for _ in range(30)]
     batch: Batch = collate(examples)
     assert len(batch.groups) > 1
     expected = sum(example_loss(random_model, *item) for item in examples) / int(batch.is_answer.sum())
@@ -107,7 +108,7 @@ def test_the_training_forward_equals_the_reference(random_model: Step3Model) -> 
 
 def test_only_answers_and_their_end_are_marked() -> None:
     rng = Random(2)
-    for item in (example(rng, frozenset()) for _ in range(200)):
+    for item in (example(rng, frozenset(), MIX) for _ in range(200)):
         assert item.token_ids[-1] == SPECIALS["<|end|>"]
         assert item.is_answer[-1]
         assert not item.is_answer[0]

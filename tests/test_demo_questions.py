@@ -6,11 +6,12 @@ from random import Random
 
 import pytest
 
-from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
+from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, Mix, example, held_out
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
 
 SEEDS = (0, 1, -7, 2**70)
+MIX = Mix(sums=1, copies=1, lookups=1, short=0.5)
 
 
 def numbers(text: str) -> list[int]:
@@ -89,7 +90,7 @@ def test_arithmetic_stays_within_99_and_above_zero() -> None:
 def test_training_shows_no_held_out_question() -> None:
     excluded = held_out()
     rng = Random(5)
-    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded).token_ids))}
+    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded, MIX).token_ids))}
     assert not shown & {item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT)}
 
 

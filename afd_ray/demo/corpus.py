@@ -24,6 +24,16 @@ LENGTH_SPREAD: Final = 1.2
 """The longest example of a group over the shortest: padding against the number of attention calls."""
 
 
+class Mix(NamedTuple):
+    """What drills are made of; the questions are always the same."""
+
+    sums: int
+    copies: int
+    lookups: int
+    short: float
+    """The chance that a number of a sum is below 10; without such sums the last digit is learned late."""
+
+
 class Example(NamedTuple):
     """Token ids, and for each whether it belongs to an answer the model should give."""
 
@@ -88,11 +98,15 @@ def plain_example(questions: list[Question], begins: bool) -> Example:
     return _joined([*parts, _answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
 
 
-def drill(rng: Random) -> Example:
+def _number(rng: Random, short: float) -> int:
+    return rng.randrange(10 if short and rng.random() < short else 100)
+
+
+def drill(rng: Random, mix: Mix) -> Example:
     """A bare sum, copy or lookup: the skill of a question in a third of its tokens."""
-    skill = rng.choices(("sum", "copy", "lookup"), weights=(60, 20, 20))[0]
+    skill = rng.choices(("sum", "copy", "lookup"), weights=mix[:3])[0]
     if skill == "sum":
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = _number(rng, mix.short), _number(rng, mix.short)
         prompt, answer = (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
         return _answered(encode(prompt), [*encode(answer), END])
     if skill == "copy":
@@ -105,10 +119,10 @@ def drill(rng: Random) -> Example:
     return _joined(parts + [_answered(encode(f" {key}?"), [*encode(value), END]) for key, value in asked])
 
 
-def example(rng: Random, excluded: frozenset[str]) -> Example:
+def example(rng: Random, excluded: frozenset[str], mix: Mix) -> Example:
     """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
     if rng.random() < DRILL_SHARE:
-        return drill(rng)
+        return drill(rng, mix)
     questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
     if rng.random() < 0.67:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
@@ -147,12 +161,12 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), torch.tensor(answers), groups)
 
 
-def batches(stream: str, examples_per_batch: int) -> Iterator[Batch]:
+def batches(stream: str, mix: Mix, examples_per_batch: int) -> Iterator[Batch]:
     """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
     rng = Random(f"training {stream}")
     excluded = held_out()
     while True:
-        yield collate([example(rng, excluded) for _ in range(examples_per_batch)])
+        yield collate([example(rng, excluded, mix) for _ in range(examples_per_batch)])
 
 
 assert set(SHARES) == set(KINDS)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from afd_ray.demo.corpus import Batch, batches
+from afd_ray.demo.corpus import Batch, Mix, batches
 from afd_ray.demo.forward import Losses, losses
 from afd_ray.demo.muon import Muon
-from afd_ray.demo.weights import CONFIG, save
+from afd_ray.demo.weights import CONFIG, load, save
 from afd_ray.models.step3 import Step3Model
 
-STEPS: Final = 1700
 WARMUP_STEPS: Final = 50
 WORKERS: Final = 2
 EXAMPLES_PER_WORKER: Final = 96
@@ -33,6 +32,22 @@ BALANCE_WEIGHT: Final = 0.01
 CLIP_NORM: Final = 1.0
 AVERAGE_DECAY: Final = 0.98
 STEPS_PER_REPORT: Final = 25
+
+
+class Stage(NamedTuple):
+    """Steps with one mix of drills; each stage begins from the average weights of the one before."""
+
+    name: str
+    steps: int
+    mix: Mix
+    flat: float
+    """The part of the stage after which the learning rate falls."""
+
+
+STAGES: Final = (
+    Stage("", 500, Mix(sums=60, copies=20, lookups=20, short=0.0), flat=1.0),
+    Stage(" digits", 1000, Mix(sums=75, copies=8, lookups=17, short=0.5), flat=0.35),
+)
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
 ALLOCATOR: Final = {
@@ -67,19 +82,18 @@ def optimizers(model: Step3Model) -> list[Optimizer]:
     ]
 
 
-def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: up over the warm-up, flat to 40%, then straight down to 1%."""
-    left = (steps - step) / (0.6 * steps)
-    return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, left)))
+def rate(step: int, stage: Stage) -> float:
+    """The learning rate's factor: up over the warm-up, flat, then straight down to 1%."""
+    falling = max(1.0, stage.steps * (1 - stage.flat))
+    return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, (stage.steps - step) / falling)))
 
 
 class Trainer:
     """One worker's copy of the model, its optimizers, and the running average of the weights that is saved."""
 
-    def __init__(self, seed: int, steps: int) -> None:
-        self.steps, self.step = steps, 0
-        self.model, self.average = Step3Model(CONFIG), Step3Model(CONFIG)
-        initialise(self.model, torch.Generator().manual_seed(seed))
+    def __init__(self, model: Step3Model, stage: Stage) -> None:
+        self.stage, self.step = stage, 0
+        self.model, self.average = model, Step3Model(CONFIG)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = optimizers(self.model)
         self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
@@ -91,7 +105,7 @@ class Trainer:
         share_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate(self.step, self.steps)
+            optimizer.param_groups[0]["lr"] = base * rate(self.step, self.stage)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -119,11 +133,18 @@ def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def train(seed: int, steps: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
-    """One worker's part of the training; rank 0 saves to `out`. Yields lines of progress."""
-    trainer = Trainer(seed, steps)
+def begin(seed: int) -> Step3Model:
+    """The untrained model of a seed."""
+    model = Step3Model(CONFIG)
+    initialise(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def run_stage(trainer: Trainer, seed: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
+    """One worker's part of a stage; rank 0 saves to `out`. Yields lines of progress."""
+    steps, mix = trainer.stage.steps, trainer.stage.mix
     began_s, rows = time.monotonic(), 0
-    for batch in batches(f"{seed} {rank}", EXAMPLES_PER_WORKER):
+    for batch in batches(f"{seed} {rank}{trainer.stage.name}", mix, EXAMPLES_PER_WORKER):
         loss = trainer.learn(batch)
         rows += len(batch.token_ids) * WORKERS
         if trainer.step % STEPS_PER_REPORT == 0:
@@ -143,9 +164,14 @@ def work(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     """The body of one worker process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
-    for line in train(options.seed, options.steps, rank, options.out, options.save_every):
-        if rank == 0:
-            print(line, file=sys.stderr, flush=True)
+    model = begin(options.seed) if options.stage == 0 else load(options.out).train()
+    for index, stage in enumerate(STAGES[options.stage :], options.stage):
+        trainer = Trainer(model, stage)
+        for line in run_stage(trainer, options.seed, rank, options.out, options.save_every):
+            if rank == 0:
+                print(f"stage {index}  {line}", file=sys.stderr, flush=True)
+        model = trainer.average
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -154,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model on a corpus it generates itself, with two processes.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--stage", type=int, default=0, choices=range(len(STAGES)), help="begin here, from the weights in DIR")
     parser.add_argument("--save-every", type=int, default=0, help="steps between saves; 0: only at the end")
     options = parser.parse_args()
     os.environ.update(ALLOCATOR)
