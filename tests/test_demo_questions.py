@@ -6,12 +6,13 @@ from random import Random
 
 import pytest
 
-from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, Mix, example, held_out
+from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
+from afd_ray.demo.train import STAGES
 
 SEEDS = (0, 1, -7, 2**70)
-MIX = Mix(sums=1, copies=1, lookups=1, short=0.5)
+MIX = STAGES[-1].mix
 
 
 def numbers(text: str) -> list[int]:

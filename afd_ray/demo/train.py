@@ -24,7 +24,6 @@ from afd_ray.models.step3 import Step3Model
 
 WARMUP_STEPS: Final = 50
 WORKERS: Final = 2
-EXAMPLES_PER_WORKER: Final = 96
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
@@ -39,14 +38,20 @@ class Stage(NamedTuple):
 
     name: str
     steps: int
+    examples_per_worker: int
     mix: Mix
-    flat: float
-    """The part of the stage after which the learning rate falls."""
+    flat_steps: int
+    """After so many the learning rate falls."""
+    falling_steps: int = 1
+    """After so many more it would be zero."""
 
 
+EVEN: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
+HARD: Final = {"arithmetic": 22, "counting": 16, "sorting": 16, "copying": 10, "lookup": 18, "story": 18}
 STAGES: Final = (
-    Stage("", 500, Mix(sums=60, copies=20, lookups=20, short=0.0), flat=1.0),
-    Stage(" digits", 1000, Mix(sums=75, copies=8, lookups=17, short=0.5), flat=0.35),
+    Stage("", 500, 96, Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, short=0.0, words=0.0), flat_steps=500),
+    Stage(" digits", 500, 96, Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, short=0.5, words=0.0), 350, 650),
+    Stage(" words", 1300, 64, Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, short=0.3, words=0.8), 300, 1000),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
@@ -84,8 +89,8 @@ def optimizers(model: Step3Model) -> list[Optimizer]:
 
 def rate(step: int, stage: Stage) -> float:
     """The learning rate's factor: up over the warm-up, flat, then straight down to 1%."""
-    falling = max(1.0, stage.steps * (1 - stage.flat))
-    return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, (stage.steps - step) / falling)))
+    left = (stage.flat_steps + stage.falling_steps - step) / stage.falling_steps
+    return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, left)))
 
 
 class Trainer:
@@ -142,9 +147,9 @@ def begin(seed: int) -> Step3Model:
 
 def run_stage(trainer: Trainer, seed: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
     """One worker's part of a stage; rank 0 saves to `out`. Yields lines of progress."""
-    steps, mix = trainer.stage.steps, trainer.stage.mix
+    stage, steps = trainer.stage, trainer.stage.steps
     began_s, rows = time.monotonic(), 0
-    for batch in batches(f"{seed} {rank}{trainer.stage.name}", mix, EXAMPLES_PER_WORKER):
+    for batch in batches(f"{seed} {rank}{stage.name}", stage.mix, stage.examples_per_worker):
         loss = trainer.learn(batch)
         rows += len(batch.token_ids) * WORKERS
         if trainer.step % STEPS_PER_REPORT == 0:
