@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
 from afd_ray.demo.corpus import Batch, Mix, batches
@@ -191,7 +191,7 @@ def main() -> None:
     os.environ.update(ALLOCATOR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the workers, the signal's default would not
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS, daemon=True)  # type: ignore[no-untyped-call]
+        spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS, daemon=True)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
