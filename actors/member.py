@@ -121,9 +121,9 @@ class Member(ABC):
 
     @ray.method
     async def lost(self) -> str:
-        """Return the reason once the step loop has failed; never while it is well."""
+        """Return the reason once the step loop has failed or was halted; never while it is well."""
         await self._failed.wait()
-        return self._failure or "unknown"
+        return self._failure or "halted"
 
     @ray.method
     async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
@@ -152,6 +152,7 @@ class Member(ABC):
         if thread is not None:
             self._ready_loop().stop()
             await asyncio.to_thread(thread.join)
+            self._failed.set()  # whoever watches this epoch's loop need not watch any longer
             self._ended(f"{self._name} left its epoch")
 
     def _identity(self) -> dict[str, Any]:
