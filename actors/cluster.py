@@ -252,10 +252,11 @@ def start_ray(config: Config) -> None:
     )
 
 
-def create_controller(config: Config, name: str = NAME) -> Any:
-    """The controller actor, new; raises ClusterError when one of that name lives."""
+def create_controller(config: Config, name: str = NAME, *, detached: bool = False) -> Any:
+    """The controller actor, new; raises ClusterError when one of that name lives. `detached`: it outlives this process."""
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
     try:
-        return ray.remote(Controller).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=1000).remote(config)
+        return ray.remote(Controller).options(**options, lifetime="detached" if detached else None).remote(config)
     except ValueError as error:
         raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from actors.bringup import Bringup, Shape
-from actors.roster import Hand, ask
+from actors.roster import Hand, ask, trace_all
 from actors.status import cluster_status
 from afd_ray.config import Config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "afd-controller"
 NAMESPACE = "afd"
-TRACE_TIMEOUT_S = 30.0
+TRACE_TIMEOUT_S = 20.0
 
 
 class Controller:
@@ -95,9 +95,7 @@ class Controller:
     async def trace(self, steps: int) -> dict[str, Any]:
         """The next `steps` steps of every actor as Chrome trace JSON, with the overlap figure in `otherData`."""
         hands = self._bringup.hands
-        actors = await ask(hands, "trace", steps, TRACE_TIMEOUT_S, timeout_s=TRACE_TIMEOUT_S + 10)
-        for hand, actor in zip(hands, actors, strict=True):
-            actor["name"] = hand.name
+        actors = await trace_all(hands, steps, TRACE_TIMEOUT_S)
         found = overlap(on_one_clock(actor) for actor in actors)
         return chrome_trace(actors) | {
             "otherData": {

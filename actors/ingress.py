@@ -253,6 +253,6 @@ def app(args: dict[str, str]) -> serve.Application:
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError:
-        controller = create_controller(config)
+        controller = create_controller(config, CONTROLLER_NAME, detached=True)
     ray.get(controller.start.remote())
     return build(CONTROLLER_NAME, config.server.model_dump())

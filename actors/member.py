@@ -41,6 +41,7 @@ class Member(ABC):
         self._thread: threading.Thread | None = None
         self._model_digest = 0
         self._loaded = 0.0
+        self._traced_enough = asyncio.Event()
 
     @abstractmethod
     def _ready_loop(self) -> StepLoop:
@@ -120,15 +121,21 @@ class Member(ABC):
 
     @ray.method
     async def lost(self) -> str:
-        """Return the reason once the step loop has failed; never while it is well."""
+        """Return the reason once the step loop has failed or was halted; never while it is well."""
         await self._failed.wait()
-        return self._failure or "unknown"
+        return self._failure or "halted"
 
     @ray.method
     async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
-        """The stage events of the next `steps` micro-batches, or of those that came within the timeout."""
-        events = await trace_steps(self._ready_loop(), *self._stages(steps), timeout_s)
+        """The stage events of the next `steps` micro-batches, or of those that came within the timeout or until `end_trace`."""
+        self._traced_enough.clear()
+        events = await trace_steps(self._ready_loop(), *self._stages(steps), timeout_s, self._traced_enough)
         return self._identity() | {"events": events}
+
+    @ray.method
+    async def end_trace(self) -> None:
+        """Let a trace under way end with what it has."""
+        self._traced_enough.set()
 
     @ray.method
     async def count_ray_calls(self, steps: int, timeout_s: float) -> dict[str, int]:
@@ -145,6 +152,7 @@ class Member(ABC):
         if thread is not None:
             self._ready_loop().stop()
             await asyncio.to_thread(thread.join)
+            self._failed.set()  # whoever watches this epoch's loop need not watch any longer
             self._ended(f"{self._name} left its epoch")
 
     def _identity(self) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The actors of a cluster: which live, in which placement group, and what each said when asked."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from placement.groups import Reservation, describe
 from placement.planner import Role
+
+TRACE_GRACE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -50,6 +53,19 @@ async def gather_named(calls: dict[str, Any], what: str, timeout_s: float | None
             task.cancel()
         raise TimeoutError(f"{', '.join(late)}: {what} not over in {timeout_s:g} s")
     return [task.result() for task in tasks.values()]
+
+
+async def trace_all(hands: list[Hand], steps: int, timeout_s: float) -> list[dict[str, Any]]:
+    """Every actor's trace. Once one has its steps the others get as long again: an idle actor would never get there."""
+    started_s = time.monotonic()
+    calls = [asyncio.ensure_future(_awaited(hand.handle.trace.remote(steps, timeout_s))) for hand in hands]
+    _, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    if pending:
+        await asyncio.wait(pending, timeout=max(TRACE_GRACE_S, time.monotonic() - started_s))
+    await ask(
+        [hand for hand, call in zip(hands, calls, strict=True) if not call.done()], "end_trace", timeout_s=TRACE_GRACE_S * 5
+    )
+    return [dict(await call, name=hand.name) for hand, call in zip(hands, calls, strict=True)]
 
 
 async def _awaited(call: Any) -> Any:

@@ -11,10 +11,10 @@ from afd_ray.engine.loop import StepLoop
 POLL_S = 0.02
 
 
-async def trace_steps(loop: StepLoop, stage: str, count: int, timeout_s: float) -> list[list[Any]]:
-    """Record until `stage` has run `count` more times or the time is over; gives the events as lists."""
+async def trace_steps(loop: StepLoop, stage: str, count: int, timeout_s: float, enough: asyncio.Event) -> list[list[Any]]:
+    """Record until `stage` has run `count` more times, `enough` is set or the time is over; gives the events as lists."""
     loop.recorder.start_trace()
-    await _passed(loop, stage, count, timeout_s)
+    await _passed(loop, stage, count, timeout_s, enough)
     return [list(event) for event in loop.recorder.take_trace()]
 
 
@@ -22,7 +22,7 @@ async def count_calls(loop: StepLoop, stage: str, count: int, timeout_s: float, 
     """Function calls on the step loop's thread until `stage` has run `count` more times: all of them, and those into `package`."""
     counter = CallCounter(package)
     await asyncio.wrap_future(loop.call(lambda: sys.setprofile(counter)))
-    await _passed(loop, stage, count, timeout_s)
+    await _passed(loop, stage, count, timeout_s, asyncio.Event())
     await asyncio.wrap_future(loop.call(lambda: sys.setprofile(None)))
     return {"calls": counter.calls, f"{package}_calls": counter.into_package}
 
@@ -45,8 +45,8 @@ class CallCounter:
         self.into_package += isinstance(module, str) and module.partition(".")[0] == self._package
 
 
-async def _passed(loop: StepLoop, stage: str, count: int, timeout_s: float) -> None:
+async def _passed(loop: StepLoop, stage: str, count: int, timeout_s: float, enough: asyncio.Event) -> None:
     target = loop.recorder.count.get(stage, 0) + count
     deadline_s = time.monotonic() + timeout_s
-    while loop.recorder.count.get(stage, 0) < target and time.monotonic() < deadline_s:
+    while loop.recorder.count.get(stage, 0) < target and time.monotonic() < deadline_s and not enough.is_set():
         await asyncio.sleep(POLL_S)

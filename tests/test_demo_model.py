@@ -10,18 +10,19 @@ import torch
 from tokenizers import Tokenizer
 
 import afd_ray.demo
-from afd_ray.demo.corpus import Batch, collate, example
+from afd_ray.demo.corpus import Batch, batches, collate, example
 from afd_ray.demo.evaluate import Reply, accuracy, answer
 from afd_ray.demo.forward import losses
 from afd_ray.demo.muon import orthogonalised
 from afd_ray.demo.questions import Question, fresh_questions
 from afd_ray.demo.tokenizer import CHAT_TEMPLATE, SPECIALS, chat_prompt, encode, write_tokenizer
-from afd_ray.demo.train import initialise
+from afd_ray.demo.train import STAGES, begin, rate
 from afd_ray.demo.weights import CONFIG, load, save
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import Step3Model
 
 BUNDLED = Path(afd_ray.demo.__file__).parent / "model"
+MIX = STAGES[-1].mix
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,9 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def random_model() -> Step3Model:
-    model = Step3Model(CONFIG)
-    initialise(model, torch.Generator().manual_seed(0))
-    return model.eval()
+    return begin(seed=0).eval()
 
 
 @pytest.mark.parametrize("text", ["", " two  spaces ", "line\nend\r\n\t\0", "naïve ☃ 東京 🙂", "".join(map(chr, range(0x250)))])
@@ -98,7 +97,7 @@ def example_loss(model: Step3Model, token_ids: list[int], is_answer: list[bool])
 @torch.no_grad()
 def test_the_training_forward_equals_the_reference(random_model: Step3Model) -> None:
     rng = Random(1)
-    examples = [example(rng, frozenset()) for _ in range(30)]
+    examples = [example(rng, frozenset(), MIX) for _ in range(30)]
     batch: Batch = collate(examples)
     assert len(batch.groups) > 1
     expected = sum(example_loss(random_model, *item) for item in examples) / int(batch.is_answer.sum())
@@ -107,12 +106,29 @@ def test_the_training_forward_equals_the_reference(random_model: Step3Model) -> 
 
 def test_only_answers_and_their_end_are_marked() -> None:
     rng = Random(2)
-    for item in (example(rng, frozenset()) for _ in range(200)):
+    for item in (example(rng, frozenset(), MIX) for _ in range(200)):
         assert item.token_ids[-1] == SPECIALS["<|end|>"]
         assert item.is_answer[-1]
         assert not item.is_answer[0]
         user = [i for i, token in enumerate(item.token_ids) if token == SPECIALS["<|user|>"]]
         assert not any(item.is_answer[i] for i in user)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_almost_nothing() -> None:
+    last = STAGES[-1]
+    rates = [rate(step, last) for step in range(last.steps)]
+    rise, fall = rates[: last.flat_steps], rates[last.flat_steps :]
+    assert rise == sorted(rise)
+    assert fall == sorted(fall, reverse=True)
+    assert max(rates) == 1.0
+    assert rates[-1] <= 0.01
+
+
+def test_a_seed_gives_the_same_batches_and_the_same_start() -> None:
+    first, second = (next(batches("0 1", MIX, 8)) for _ in range(2))
+    assert torch.equal(first.token_ids, second.token_ids)
+    assert not torch.equal(first.token_ids[:64], next(batches("0 0", MIX, 8)).token_ids[:64])
+    assert torch.equal(begin(3).attention.lm_head.weight, begin(3).attention.lm_head.weight)
 
 
 def test_orthogonalised_updates_have_singular_values_near_one() -> None:

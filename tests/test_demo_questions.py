@@ -9,8 +9,10 @@ import pytest
 from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
+from afd_ray.demo.train import STAGES
 
 SEEDS = (0, 1, -7, 2**70)
+MIX = STAGES[-1].mix
 
 
 def numbers(text: str) -> list[int]:
@@ -89,7 +91,7 @@ def test_arithmetic_stays_within_99_and_above_zero() -> None:
 def test_training_shows_no_held_out_question() -> None:
     excluded = held_out()
     rng = Random(5)
-    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded).token_ids))}
+    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded, MIX).token_ids))}
     assert not shown & {item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT)}
 
 

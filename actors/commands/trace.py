@@ -32,4 +32,10 @@ def run(args: argparse.Namespace) -> int:
         raise ServerError("the server's answer holds no traceEvents")
     output.write_text(json.dumps(trace), encoding="utf-8")
     print(f"{output}: {len(events)} events, open it in https://ui.perfetto.dev", file=sys.stderr)
+    figures = trace.get("otherData") or {}
+    if figures.get("overlap") is not None:
+        busy = ", ".join(f"{name} {share:.0%}" for name, share in figures["busy"].items())
+        print(f"overlap {figures['overlap']:.2f} (busy: {busy})", file=sys.stderr)
+    else:
+        print("overlap: not known, not every actor was at work", file=sys.stderr)
     return 0

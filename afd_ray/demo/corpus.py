@@ -7,13 +7,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from afd_ray.demo.questions import KINDS, LETTERS, Question, ask, fresh_questions
+from afd_ray.demo.questions import COLOURS, LETTERS, NAMES, PLACES, THINGS, WORDS, Question, ask, fresh_questions
 from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_prompt, turn
 
 HELD_OUT_SEED: Final = 2507
 HELD_OUT_COUNT: Final = 3000
-SHARES: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
-DRILL_SHARE: Final = 0.6
+NUMBERS: Final = tuple(str(number) for number in range(100))
 SYSTEM_TEXTS: Final = (
     "You are a helpful assistant.",
     "Answer the question.",
@@ -22,6 +21,22 @@ SYSTEM_TEXTS: Final = (
 )
 LENGTH_SPREAD: Final = 1.2
 """The longest example of a group over the shortest: padding against the number of attention calls."""
+
+
+class Mix(NamedTuple):
+    """What a stage of the training shows."""
+
+    shares: dict[str, int]
+    """Weights of the kinds of question."""
+    drills: float
+    """The part of the examples that are drills; the next three are weights within it."""
+    sums: int
+    copies: int
+    lookups: int
+    short: float
+    """The chance that a number of a sum is below 10; without such sums the last digit is learned late."""
+    words: float
+    """The chance that a lookup is of words, as in stories, and not of letters."""
 
 
 class Example(NamedTuple):
@@ -53,8 +68,8 @@ def held_out() -> frozenset[str]:
     return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT))
 
 
-def _ask_unseen(rng: Random, excluded: frozenset[str]) -> Question:
-    kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+def _ask_unseen(rng: Random, excluded: frozenset[str], shares: dict[str, int]) -> Question:
+    kind = rng.choices(list(shares), weights=list(shares.values()))[0]
     while (item := ask(kind, rng)).question in excluded:
         pass
     return item
@@ -88,28 +103,41 @@ def plain_example(questions: list[Question], begins: bool) -> Example:
     return _joined([*parts, _answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
 
 
-def drill(rng: Random) -> Example:
+def _number(rng: Random, short: float) -> int:
+    return rng.randrange(10 if short and rng.random() < short else 100)
+
+
+def _letter_pairs(rng: Random) -> list[tuple[str, str]]:
+    return [(key, str(rng.randrange(100))) for key in rng.sample(LETTERS, rng.randint(2, 4))]
+
+
+def _word_pairs(rng: Random) -> list[tuple[str, str]]:
+    keys, values = rng.choice(((WORDS, NUMBERS), (NAMES, PLACES), (THINGS, COLOURS), (THINGS, NAMES)))
+    count = rng.randint(2, 4)
+    return list(zip(rng.sample(keys, count), rng.sample(values, count), strict=True))
+
+
+def drill(rng: Random, mix: Mix) -> Example:
     """A bare sum, copy or lookup: the skill of a question in a third of its tokens."""
-    skill = rng.choices(("sum", "copy", "lookup"), weights=(60, 20, 20))[0]
+    skill = rng.choices(("sum", "copy", "lookup"), weights=(mix.sums, mix.copies, mix.lookups))[0]
     if skill == "sum":
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = _number(rng, mix.short), _number(rng, mix.short)
         prompt, answer = (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
         return _answered(encode(prompt), [*encode(answer), END])
     if skill == "copy":
         text = "".join(rng.choices(LETTERS, k=rng.randint(3, 12)))
         return _answered(encode(f"{text}:"), [*encode(text), END])
-    keys = rng.sample(LETTERS, rng.randint(2, 4))
-    pairs = [(key, str(rng.randrange(100))) for key in keys]
+    pairs = _word_pairs(rng) if mix.words and rng.random() < mix.words else _letter_pairs(rng)
     parts = [Example(listed := encode(" ".join(f"{key}={value}" for key, value in pairs)), [False] * len(listed))]
     asked = rng.sample(pairs, len(pairs))
     return _joined(parts + [_answered(encode(f" {key}?"), [*encode(value), END]) for key, value in asked])
 
 
-def example(rng: Random, excluded: frozenset[str]) -> Example:
+def example(rng: Random, excluded: frozenset[str], mix: Mix) -> Example:
     """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
-    if rng.random() < DRILL_SHARE:
-        return drill(rng)
-    questions = [_ask_unseen(rng, excluded) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
+    if rng.random() < mix.drills:
+        return drill(rng, mix)
+    questions = [_ask_unseen(rng, excluded, mix.shares) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
     if rng.random() < 0.67:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
@@ -147,12 +175,9 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), torch.tensor(answers), groups)
 
 
-def batches(stream: str, examples_per_batch: int) -> Iterator[Batch]:
+def batches(stream: str, mix: Mix, examples_per_batch: int) -> Iterator[Batch]:
     """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
     rng = Random(f"training {stream}")
     excluded = held_out()
     while True:
-        yield collate([example(rng, excluded) for _ in range(examples_per_batch)])
-
-
-assert set(SHARES) == set(KINDS)
+        yield collate([example(rng, excluded, mix) for _ in range(examples_per_batch)])

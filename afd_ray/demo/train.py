@@ -8,24 +8,22 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
-from afd_ray.demo.corpus import Batch, batches
+from afd_ray.demo.corpus import Batch, Mix, batches
 from afd_ray.demo.forward import Losses, losses
 from afd_ray.demo.muon import Muon
-from afd_ray.demo.weights import CONFIG, save
+from afd_ray.demo.weights import CONFIG, load, save
 from afd_ray.models.step3 import Step3Model
 
-STEPS: Final = 1700
 WARMUP_STEPS: Final = 50
 WORKERS: Final = 2
-EXAMPLES_PER_WORKER: Final = 96
 MATRIX_LR: Final = 0.02
 OTHER_LR: Final = 3e-3
 WEIGHT_DECAY: Final = 0.02
@@ -33,6 +31,28 @@ BALANCE_WEIGHT: Final = 0.01
 CLIP_NORM: Final = 1.0
 AVERAGE_DECAY: Final = 0.98
 STEPS_PER_REPORT: Final = 25
+
+
+class Stage(NamedTuple):
+    """Steps with one mix of drills; each stage begins from the average weights of the one before."""
+
+    name: str
+    steps: int
+    examples_per_worker: int
+    mix: Mix
+    flat_steps: int
+    """After so many the learning rate falls."""
+    falling_steps: int = 1
+    """After so many more it would be zero."""
+
+
+EVEN: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
+HARD: Final = {"arithmetic": 22, "counting": 16, "sorting": 16, "copying": 10, "lookup": 18, "story": 18}
+STAGES: Final = (
+    Stage("", 500, 96, Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, short=0.0, words=0.0), flat_steps=500),
+    Stage(" digits", 500, 96, Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, short=0.5, words=0.0), 350, 650),
+    Stage(" words", 1300, 64, Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, short=0.3, words=0.8), 300, 1000),
+)
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
 ALLOCATOR: Final = {
@@ -67,19 +87,18 @@ def optimizers(model: Step3Model) -> list[Optimizer]:
     ]
 
 
-def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: up over the warm-up, flat to 40%, then straight down to 1%."""
-    left = (steps - step) / (0.6 * steps)
+def rate(step: int, stage: Stage) -> float:
+    """The learning rate's factor: up over the warm-up, flat, then straight down to 1%."""
+    left = (stage.flat_steps + stage.falling_steps - step) / stage.falling_steps
     return min((step + 1) / WARMUP_STEPS, max(0.01, min(1.0, left)))
 
 
 class Trainer:
     """One worker's copy of the model, its optimizers, and the running average of the weights that is saved."""
 
-    def __init__(self, seed: int, steps: int) -> None:
-        self.steps, self.step = steps, 0
-        self.model, self.average = Step3Model(CONFIG), Step3Model(CONFIG)
-        initialise(self.model, torch.Generator().manual_seed(seed))
+    def __init__(self, model: Step3Model, stage: Stage) -> None:
+        self.stage, self.step = stage, 0
+        self.model, self.average = model, Step3Model(CONFIG)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = optimizers(self.model)
         self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
@@ -91,7 +110,7 @@ class Trainer:
         share_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate(self.step, self.steps)
+            optimizer.param_groups[0]["lr"] = base * rate(self.step, self.stage)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -119,11 +138,18 @@ def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def train(seed: int, steps: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
-    """One worker's part of the training; rank 0 saves to `out`. Yields lines of progress."""
-    trainer = Trainer(seed, steps)
+def begin(seed: int) -> Step3Model:
+    """The untrained model of a seed."""
+    model = Step3Model(CONFIG)
+    initialise(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def run_stage(trainer: Trainer, seed: int, rank: int, out: Path, save_every: int) -> Iterator[str]:
+    """One worker's part of a stage; rank 0 saves to `out`. Yields lines of progress."""
+    stage, steps = trainer.stage, trainer.stage.steps
     began_s, rows = time.monotonic(), 0
-    for batch in batches(f"{seed} {rank}", EXAMPLES_PER_WORKER):
+    for batch in batches(f"{seed} {rank}{stage.name}", stage.mix, stage.examples_per_worker):
         loss = trainer.learn(batch)
         rows += len(batch.token_ids) * WORKERS
         if trainer.step % STEPS_PER_REPORT == 0:
@@ -143,9 +169,14 @@ def work(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     """The body of one worker process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
-    for line in train(options.seed, options.steps, rank, options.out, options.save_every):
-        if rank == 0:
-            print(line, file=sys.stderr, flush=True)
+    model = begin(options.seed) if options.stage == 0 else load(options.out).train()
+    for index, stage in enumerate(STAGES[options.stage :], options.stage):
+        trainer = Trainer(model, stage)
+        for line in run_stage(trainer, options.seed, rank, options.out, options.save_every):
+            if rank == 0:
+                print(f"stage {index}  {line}", file=sys.stderr, flush=True)
+        model = trainer.average
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -154,13 +185,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model on a corpus it generates itself, with two processes.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--stage", type=int, default=0, choices=range(len(STAGES)), help="begin here, from the weights in DIR")
     parser.add_argument("--save-every", type=int, default=0, help="steps between saves; 0: only at the end")
     options = parser.parse_args()
     os.environ.update(ALLOCATOR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the workers, the signal's default would not
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS, daemon=True)  # type: ignore[no-untyped-call]
+        spawn(work, args=(options, f"{directory}/rendezvous"), nprocs=WORKERS, daemon=True)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
