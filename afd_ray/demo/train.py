@@ -49,9 +49,10 @@ class Stage(NamedTuple):
 EVEN: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
 HARD: Final = {"arithmetic": 22, "counting": 16, "sorting": 16, "copying": 10, "lookup": 18, "story": 18}
 STAGES: Final = (
-    Stage("", 500, 96, Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, short=0.0, words=0.0), flat_steps=500),
-    Stage(" digits", 500, 96, Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, short=0.5, words=0.0), 350, 650),
-    Stage(" words", 1300, 64, Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, short=0.3, words=0.8), 300, 1000),
+    Stage("", 500, 96, Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, recalls=0, short=0.0, words=0.0), flat_steps=500),
+    Stage(" digits", 500, 96, Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, recalls=0, short=0.5, words=0.0), 350, 650),
+    Stage(" words", 600, 64, Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, recalls=0, short=0.3, words=0.8), 300, 1000),
+    Stage(" recall", 400, 72, Mix(HARD, drills=0.7, sums=35, copies=3, lookups=22, recalls=40, short=0.3, words=0.6), 400),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
