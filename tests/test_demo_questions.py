@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
+from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, drill, example, held_out
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
 from afd_ray.demo.train import STAGES
@@ -109,3 +109,21 @@ def test_the_command_refuses_a_negative_count(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="2"):
         main(["--count", "-1"])
     assert "--count must be 0 or more, got -1" in capsys.readouterr().err
+
+
+def test_drills_are_right() -> None:
+    rng = Random(6)
+    for _ in range(300):
+        text = decode(drill(rng, MIX).token_ids)
+        if found := re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", text):
+            a, sign, b, result = found.groups()
+            assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+        elif found := re.fullmatch(r"(\w+):(\w+)", text):
+            assert found[1] == found[2]
+        elif found := re.fullmatch(r"([\w ]+):((?: \w+\?\d+)+)", text):
+            listed = found[1].split(" ")
+            for item, count in re.findall(r"(\w+)\?(\d+)", found[2]):
+                assert int(count) == (len(listed) if item == "all" else listed.count(item))
+        else:
+            said = re.findall(r"(\w+)[=?](\w+)", text) or re.findall(r"([a-z])(\d)", text)
+            assert len(set(said)) == len({key for key, _ in said}) > 1

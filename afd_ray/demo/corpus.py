@@ -29,14 +29,16 @@ class Mix(NamedTuple):
     shares: dict[str, int]
     """Weights of the kinds of question."""
     drills: float
-    """The part of the examples that are drills; the next three are weights within it."""
+    """The part of the examples that are drills; the next five are weights within it."""
     sums: int
     copies: int
     lookups: int
+    recalls: int
+    tallies: int
     short: float
     """The chance that a number of a sum is below 10; without such sums the last digit is learned late."""
     words: float
-    """The chance that a lookup is of words, as in stories, and not of letters."""
+    """The chance that a lookup or recall is of words, as in stories, and not of letters."""
 
 
 class Example(NamedTuple):
@@ -117,9 +119,38 @@ def _word_pairs(rng: Random) -> list[tuple[str, str]]:
     return list(zip(rng.sample(keys, count), rng.sample(values, count), strict=True))
 
 
+def recall(rng: Random, mix: Mix) -> Example:
+    """Pairs said again and again in random order; every value said before is an answer, so it teaches lookup densely."""
+    if rng.random() < 0.5:
+        pairs = [(key, str(rng.randrange(10))) for key in rng.sample(LETTERS, rng.randint(3, 8))]
+        said, sign, gap = pairs + rng.choices(pairs, k=14), "", ""
+    else:
+        pairs = _word_pairs(rng) if rng.random() < mix.words else _letter_pairs(rng)
+        said, sign, gap = pairs + rng.choices(pairs, k=7), "=", " "
+    parts: list[Example] = []
+    for index, (key, value) in enumerate(said):
+        before = encode(f"{gap if index else ''}{key}{sign}")
+        parts.append(Example(before, [False] * len(before)))
+        parts.append(Example(encode(value), [index >= len(pairs)] * len(value)))
+    return _joined(parts)
+
+
+def tally(rng: Random) -> Example:
+    """A list of words or letters, how often each is in it, and how many there are."""
+    pool = rng.choice((WORDS, tuple(LETTERS)))
+    listed = rng.choices(rng.sample(pool, rng.randint(1, 4)), k=rng.randint(1, 6))
+    asked = [(item, listed.count(item)) for item in dict.fromkeys(listed)] + [("all", len(listed))]
+    rng.shuffle(asked)
+    text = encode(f"{' '.join(listed)}:")
+    parts = [_answered(encode(f" {item}?"), encode(str(count))) for item, count in asked]
+    return _joined([Example(text, [False] * len(text)), *parts, Example([END], [True])])
+
+
 def drill(rng: Random, mix: Mix) -> Example:
-    """A bare sum, copy or lookup: the skill of a question in a third of its tokens."""
-    skill = rng.choices(("sum", "copy", "lookup"), weights=(mix.sums, mix.copies, mix.lookups))[0]
+    """A bare sum, copy, lookup, recall or tally: the skill of a question in a third of its tokens."""
+    skill = rng.choices(
+        ("sum", "copy", "lookup", "recall", "tally"), weights=(mix.sums, mix.copies, mix.lookups, mix.recalls, mix.tallies)
+    )[0]
     if skill == "sum":
         a, b = _number(rng, mix.short), _number(rng, mix.short)
         prompt, answer = (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
@@ -127,6 +158,10 @@ def drill(rng: Random, mix: Mix) -> Example:
     if skill == "copy":
         text = "".join(rng.choices(LETTERS, k=rng.randint(3, 12)))
         return _answered(encode(f"{text}:"), [*encode(text), END])
+    if skill == "recall":
+        return recall(rng, mix)
+    if skill == "tally":
+        return tally(rng)
     pairs = _word_pairs(rng) if mix.words and rng.random() < mix.words else _letter_pairs(rng)
     parts = [Example(listed := encode(" ".join(f"{key}={value}" for key, value in pairs)), [False] * len(listed))]
     asked = rng.sample(pairs, len(pairs))

@@ -48,10 +48,18 @@ class Stage(NamedTuple):
 
 EVEN: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
 HARD: Final = {"arithmetic": 22, "counting": 16, "sorting": 16, "copying": 10, "lookup": 18, "story": 18}
+LAST: Final = {"arithmetic": 20, "counting": 20, "sorting": 12, "copying": 8, "lookup": 18, "story": 22}
+START: Final = Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, recalls=0, tallies=0, short=0.0, words=0.0)
+DIGITS: Final = Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, recalls=0, tallies=0, short=0.5, words=0.0)
+WORDS: Final = Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, recalls=0, tallies=0, short=0.3, words=0.8)
+RECALL: Final = Mix(HARD, drills=0.7, sums=35, copies=3, lookups=22, recalls=40, tallies=0, short=0.3, words=0.6)
+FINISH: Final = Mix(LAST, drills=0.4, sums=50, copies=2, lookups=18, recalls=12, tallies=18, short=0.2, words=0.8)
 STAGES: Final = (
-    Stage("", 500, 96, Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, short=0.0, words=0.0), flat_steps=500),
-    Stage(" digits", 500, 96, Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, short=0.5, words=0.0), 350, 650),
-    Stage(" words", 1300, 64, Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, short=0.3, words=0.8), 300, 1000),
+    Stage("", 500, 96, START, flat_steps=500),
+    Stage(" digits", 500, 96, DIGITS, 350, 650),
+    Stage(" words", 600, 64, WORDS, 300, 1000),
+    Stage(" recall", 300, 72, RECALL, 400),
+    Stage(" finish", 900, 64, FINISH, 200, 700),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
