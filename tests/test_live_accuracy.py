@@ -15,7 +15,7 @@ SEED = 7_310_591
 """Of no training and no other test."""
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [300, pytest.param(500, marks=pytest.mark.full)])
 def test_fresh_questions_are_answered_right(live: LiveServer, count: int) -> None:
     replies = asyncio.run(ask_all(live.url, fresh_questions(SEED + count, count)))
     wrong = [(reply.question.question, reply.text, reply.question.answer) for reply in replies if not reply.right]
