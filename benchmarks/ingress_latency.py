@@ -19,7 +19,7 @@ import httpx
 import ray
 
 from actors.cluster import Cluster
-from actors.serve import await_ready, free_port, ingress, ray_cluster, report, stop_signals
+from actors.serve import await_ready, free_port, ingress, own_stdout, ray_cluster, report, stop_signals
 from actors.token_stream import TokenStreamClient
 from afd_ray.config import load_config
 from afd_ray.demo.questions import fresh_questions
@@ -91,6 +91,7 @@ def measure(count: int, warm_up: int) -> dict[str, Any]:
     port = free_port(HOST, 0)
     prompts = [list(question.question.encode()) for question in fresh_questions(5, count + warm_up)]
     with (
+        own_stdout(),
         ray_cluster(config, None),
         stop_signals() as stop,
         Cluster.start(config, on_progress=report) as cluster,
