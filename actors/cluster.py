@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import random
 import sys
 import threading
@@ -60,6 +61,8 @@ class Cluster:
         cls, config: Config | None = None, *, name: str = NAME, on_progress: Callable[[str], None] = lambda doing: None
     ) -> "Cluster":
         """Bring a cluster up, in the Ray cluster this process is connected to or else in one of its own.
+
+        `on_progress` is told several times a second what is being done; what it raises ends the bring-up, and nothing is left.
 
         Raises ConfigError or CheckpointError for what is wrong with the input, ClusterError (one line) when the bring-up fails.
         """
@@ -142,12 +145,8 @@ class Cluster:
 
     def _await_start(self, on_progress: Callable[[str], None]) -> None:
         pending = self.controller.start.remote()
-        told = ""
         while not ray.wait([pending], timeout=PROGRESS_PERIOD_S)[0]:
-            doing = ray.get(self.controller.progress.remote())
-            if doing != told:
-                on_progress(doing)
-                told = doing
+            on_progress(ray.get(self.controller.progress.remote()))
         self._call(pending)
 
     def _call(self, pending: Any) -> Any:
@@ -241,6 +240,8 @@ def start_ray(config: Config) -> None:
     most = config.autoscaling.max
     attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
     cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
+    # Ray gives its workers a low priority by default: the step loops would lose to any other process of the host.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": without it Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` on this machine names.
     ray.init(
         address="local",

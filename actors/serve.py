@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 import ray
@@ -41,21 +41,22 @@ def serve(config: Config, address: str | None = None) -> int:
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
     # Ray prints what it finds worth telling to stdout: that line is ours.
-    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, Cluster.start(config, on_progress=report):
-        report("starting the ingress")
-        with ingress(config, host, port):
-            await_ready(host, port, stop)
-            if not stop.is_set():
+    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, suppress(Stopped):
+        progress = Progress(stop)
+        with Cluster.start(config, on_progress=progress):
+            progress("starting the ingress")
+            with ingress(config, host, port):
+                await_ready(host, port, progress)
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
                 stop.wait()
-        report("stopping")
+            report("stopping")
     return 0
 
 
 def generate(config: Config, *, prompt: str, params: SamplingParams, address: str | None = None, as_json: bool = False) -> int:
     """One prompt through a cluster of its own; prints the text, or a JSON object."""
-    with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=report) as cluster:
+    with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=Progress()) as cluster:
         (answer,) = cluster.generate([prompt], params)
     if as_json:
         print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}))
@@ -152,17 +153,39 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def await_ready(host: str, port: int, stop: threading.Event) -> None:
-    """Until the ingress says that it can serve, or `stop`."""
+def await_ready(host: str, port: int, progress: "Progress") -> None:
+    """Until the ingress says that it can serve. Raises ClusterError when it never does, Stopped as `progress` does."""
     url = f"http://{bracketed(loopback_of(host))}:{port}/ready"
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while not stop.wait(POLL_S):
+    while True:
+        progress("waiting for the ingress")
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline_s:
                 raise ClusterError(f"the ingress at {url} was not ready in {READY_TIMEOUT_S:g} s") from None
+        progress.stop.wait(POLL_S)
+
+
+class Stopped(Exception):
+    """A signal came before the server was up."""
+
+
+class Progress:
+    """Reports each new phase of a bring-up once, and ends it when `stop` is set."""
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self.stop = stop or threading.Event()
+        self._told = ""
+
+    def __call__(self, doing: str) -> None:
+        """Raises Stopped once `stop` is set."""
+        if self.stop.is_set():
+            raise Stopped
+        if doing and doing != self._told:
+            report(doing)
+            self._told = doing
 
 
 def free_port(host: str, port: int) -> int:

@@ -19,7 +19,7 @@ import httpx
 import ray
 
 from actors.cluster import Cluster
-from actors.serve import await_ready, free_port, ingress, own_stdout, ray_cluster, report, stop_signals
+from actors.serve import Progress, await_ready, free_port, ingress, own_stdout, ray_cluster, report, stop_signals
 from actors.token_stream import TokenStreamClient
 from afd_ray.config import load_config
 from afd_ray.demo.questions import fresh_questions
@@ -97,7 +97,7 @@ def measure(count: int, warm_up: int) -> dict[str, Any]:
         Cluster.start(config, on_progress=report) as cluster,
         ingress(config, HOST, port),
     ):
-        await_ready(HOST, port, stop)
+        await_ready(HOST, port, Progress(stop))
         view = ray.get(cluster.controller.ingress_view.remote())
         seconds = asyncio.run(alternate(f"http://{HOST}:{port}", view["attention"][0]["address"], view["secret"], prompts))
         engine = cluster.status()["ttft_ms"]
