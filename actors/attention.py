@@ -97,9 +97,11 @@ class AttentionActor(Member):
         self._ready_loop().abort(request_id)
 
     def _ended(self, reason: str) -> None:
-        """No request is left without an answer."""
-        lost = self._ready_loop().abandon()
-        self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=reason) for request_id in lost])
+        """No request is left without an answer, whatever state the failure left the scheduler in."""
+        try:
+            self._ready_loop().abandon()
+        finally:
+            self._tokens.fail_all(reason)
 
     def _ready_loop(self) -> AttentionLoop:
         if self._loop is None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import random
+import reprlib
 import sys
 import threading
 import uuid
@@ -105,6 +106,8 @@ class Cluster:
         Raises ValueError (one line) for a prompt or parameter that cannot be served, ClusterError when an actor fails.
         """
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if isinstance(prompts, str) or len(each) != len(prompts):
+            raise ValueError(f"prompts must be a list, with as many params as prompts, got {len(prompts)} and {len(each)}")
         requests = [
             Request(f"py-{uuid.uuid4().hex}", self._encode(prompt), _seeded(one))
             for prompt, one in zip(prompts, each, strict=True)
@@ -114,6 +117,17 @@ class Cluster:
     def status(self) -> dict[str, Any]:
         """As `afd-ray status --json`."""
         return dict(ray.get(self.controller.status.remote()))
+
+    def state(self) -> tuple[int, str]:
+        """Number of the epoch, and the cluster's state."""
+        view = ray.get(self.controller.ingress_view.remote())
+        return view["epoch"], view["state"]
+
+    def losses(self) -> list[str]:
+        """Which actors are dead and why, a line each."""
+        status = self.status()
+        actors = [*status["attention"], *status["ffn"]]
+        return [f"{actor['id']} is lost: {actor['reason']}" for actor in actors if actor["state"] == "dead"]
 
     def trace(self, steps: int) -> dict[str, Any]:
         """Chrome trace of the next `steps` steps of every actor."""
@@ -157,7 +171,9 @@ class Cluster:
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(prompt)
+            if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+                raise ValueError(f"prompt must be text or a list of token ids, got {reprlib.repr(prompt)}")
+            return tuple(int(token) for token in prompt)
         if self._tokenizer is None:
             raise ValueError("prompt must be token ids, got text: the model has no tokenizer")
         return tuple(self._tokenizer.encode(prompt))
@@ -167,6 +183,8 @@ class Cluster:
         self._secret = view["secret"]
         for failure in await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]}):
             raise ClusterError(failure)
+        if not self._pool.live:
+            raise ClusterError(f"no attention actor is running: the cluster is {view['state']}")
         for request in requests:
             _check_prompt(request, view["model"]["vocab_size"], view["model"]["max_context"])
         room = asyncio.Semaphore(max(1, concurrency))
@@ -214,7 +232,12 @@ class _EventLoop:
         if not self._thread.is_alive():
             work.close()
             raise RuntimeError("the cluster is shut down")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return running.result(timeout_s)
+        except TimeoutError:
+            running.cancel()  # what it asked for is aborted, not left running
+            raise TimeoutError(f"not over in {timeout_s:g} s") from None
 
     def close(self) -> None:
         if self._thread.is_alive():

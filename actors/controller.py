@@ -94,6 +94,11 @@ class Controller:
     @ray.method
     async def trace(self, steps: int) -> dict[str, Any]:
         """The next `steps` steps of every actor as Chrome trace JSON, with the overlap figure in `otherData`."""
+        dead = [hand.name for hand in self._bringup.hands if hand.state != "running"]
+        if dead or not self._bringup.hands:
+            raise ValueError(
+                f"a trace needs every actor at work, but the cluster is {self._state}: {', '.join(dead) or 'no actor'}"
+            )
         hands = self._bringup.hands
         actors = await trace_all(hands, steps, TRACE_TIMEOUT_S)
         found = overlap(on_one_clock(actor) for actor in actors)

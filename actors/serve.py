@@ -1,6 +1,7 @@
 """The main job: a cluster, its ingress, and one line when it can be talked to."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -16,16 +17,19 @@ from typing import Any, TextIO
 import ray
 from ray import serve as ray_serve
 
-from actors.cluster import Cluster, ClusterError, start_ray
+from actors.cluster import Cluster, ClusterError, check_fits, start_ray
 from actors.controller import NAME, NAMESPACE
+from actors.http.auth import Keys
 from actors.ingress import build as build_ingress
 from actors.roster import first_line
-from afd_ray.config import Config, model_directory
+from afd_ray.config import Config, ConfigError, model_directory
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import SamplingParams
+from afd_ray.text import Tokenizer
 
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
+WATCH_PERIOD_S = 0.5
 CONNECT_TIMEOUT_S = 5.0
 APPLICATION = "afd"
 
@@ -36,26 +40,31 @@ def serve(config: Config, address: str | None = None) -> int:
     Raises ClusterError (one line) for a taken port, too few resources, or a bring-up that fails.
     """
     # First what can be known without Ray: a mistake is told at once.
-    Checkpoint.open(model_directory(config.model)).require_sound()
+    check_fits(config, Checkpoint.open(model_directory(config.model)))
+    for keys_file in (config.server.api_keys_file, config.server.admin_keys_file):
+        Keys.from_file(keys_file)
     host = config.server.host
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
     # Ray prints what it finds worth telling to stdout: that line is ours.
     with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, suppress(Stopped):
         progress = Progress(stop)
-        with Cluster.start(config, on_progress=progress):
+        with Cluster.start(config, on_progress=progress) as cluster:
             progress("starting the ingress")
             with ingress(config, host, port):
                 await_ready(host, port, progress)
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
-                stop.wait()
+                watch(cluster, stop)
             report("stopping")
     return 0
 
 
 def generate(config: Config, *, prompt: str, params: SamplingParams, address: str | None = None, as_json: bool = False) -> int:
     """One prompt through a cluster of its own; prints the text, or a JSON object."""
+    check_fits(config, Checkpoint.open(model_directory(config.model)))
+    if Tokenizer.from_directory(model_directory(config.model)) is None:
+        raise ValueError(f"--prompt: {config.model.path} has no tokenizer, text cannot be turned into tokens")
     with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=Progress()) as cluster:
         (answer,) = cluster.generate([prompt], params)
     if as_json:
@@ -133,6 +142,7 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
 @contextmanager
 def ingress(config: Config, host: str, port: int) -> Iterator[None]:
     """The Serve application, in front of the cluster that is up."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it has a `ready` line of its own
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     try:
         ray_serve.run(build_ingress(NAME, config.server.model_dump()), name=APPLICATION, route_prefix="/")
@@ -168,6 +178,17 @@ def await_ready(host: str, port: int, progress: "Progress") -> None:
         progress.stop.wait(POLL_S)
 
 
+def watch(cluster: Cluster, stop: threading.Event) -> None:
+    """Until `stop`; reports when the cluster's state changes, and which actors it lost."""
+    seen = cluster.state()
+    change = cluster.controller.changed.remote(*seen)
+    while not stop.wait(WATCH_PERIOD_S):
+        if ray.wait([change], timeout=0)[0]:
+            seen = ray.get(change)
+            report(f"the cluster is {seen[1]}" + "".join(f"; {line}" for line in cluster.losses()))
+            change = cluster.controller.changed.remote(*seen)
+
+
 class Stopped(Exception):
     """A signal came before the server was up."""
 
@@ -195,6 +216,8 @@ def free_port(host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except socket.gaierror as error:
+            raise ConfigError(f"server.host: {host} is no address of this machine ({error.strerror})") from None
         except OSError as error:
             raise ClusterError(f"server.port: cannot listen on {host}:{port} ({os.strerror(error.errno or 0)})") from None
         return int(probe.getsockname()[1])

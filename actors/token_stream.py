@@ -142,6 +142,10 @@ class TokenStreamServer:
         except RuntimeError:
             logger.debug("token stream closed; %d outputs dropped", len(outputs))
 
+    def fail_all(self, reason: str) -> None:
+        """Ends every request that an ingress still waits for; on the event loop only."""
+        self._route([_failed(request_id, reason) for request_id in list(self._routes)])
+
     def _route(self, outputs: Sequence[Answer]) -> None:
         batches: dict[_Subscriber, list[Answer]] = {}
         for output in outputs:

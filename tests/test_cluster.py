@@ -154,6 +154,8 @@ def test_a_trace_shows_every_stage_of_every_actor(cluster: Cluster, prompts: lis
 def test_bad_prompts_are_refused_in_one_line_and_harm_nobody(cluster: Cluster, prompts: list[list[int]]) -> None:
     for prompt, said in (
         ([], "at least 1 token"),
+        ([1.5], "text or a list of token ids"),
+        (None, "text or a list of token ids"),
         ([512], "from 0 to 511, got 512"),
         ([1] * 1024, "room for a token"),
         ("text", "no tokenizer"),

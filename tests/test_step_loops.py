@@ -256,3 +256,21 @@ def test_an_abort_frees_its_blocks_and_harms_nobody(
 def test_a_request_that_never_fits_is_refused_in_one_line(checkpoint: Checkpoint) -> None:
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 1), num_blocks=2) as local, pytest.raises(ValueError, match="room for a token"):
         local.attention[0].submit(Request("long", (1,) * 40)).result(10)
+
+
+@pytest.mark.parametrize("broken", ["rotary", "complete", "publish"])
+def test_a_loop_that_fails_anywhere_forgets_every_request(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("planted")
+
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 2)) as local:
+        loop = local.attention[0]
+        owner = {"rotary": loop.half, "complete": loop.scheduler, "publish": loop}[broken]
+        monkeypatch.setattr(owner, "_publish" if broken == "publish" else broken, fail)
+        loop.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=4, temperature=0.0)))
+        with pytest.raises(RuntimeError, match="planted"):
+            local.collect(["r"])
+        loop.abandon()
+        assert (loop.scheduler.running, loop.scheduler.waiting, loop.scheduler.kv_used) == (0, 0, 0)

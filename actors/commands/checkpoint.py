@@ -1,7 +1,6 @@
 """`afd-ray checkpoint`: writes random checkpoints, shows what is in one, says what is wrong with one."""
 
 import argparse
-import difflib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +41,7 @@ def run_init(args: argparse.Namespace) -> int:
     from afd_ray.models.shards import write_checkpoint
 
     if args.preset not in PRESETS:
-        close = difflib.get_close_matches(args.preset, PRESETS, n=1)
-        raise ValueError(f"PRESET: must be one of {', '.join(close or PRESETS)}, got {args.preset!r}")
+        raise ValueError(f"PRESET: must be one of {', '.join(PRESETS)}, got {args.preset!r}")
     config = PRESETS[args.preset]
     config = replace(config, dtype=DTYPES[args.dtype]) if args.dtype else config
     if args.preset not in DRY_RUN_ONLY:

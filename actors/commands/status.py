@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 PERIOD_S = 1.0
 Status = dict[str, Any]
+SOMETIMES = ("pace", "reason")
+"""Columns shown only where they tell something: a pace, a dead actor's reason."""
 
-ATTENTION_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "running", "waiting", "kv", "pace")
-FFN_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "instance", "tp_rank", "experts", "pace")
+ATTENTION_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "running", "waiting", "kv", "pace", "reason")
+FFN_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "instance", "tp_rank", "experts", "pace", "reason")
 
 
 def add_parser(commands: Any) -> None:
@@ -80,7 +82,8 @@ def render(status: Status) -> "list[RenderableType]":
 
 
 def _attention_row(actor: Status) -> Status:
-    return actor | {"kv": f"{actor.get('kv_used')}/{actor.get('kv_total')}"}
+    used, total = actor.get("kv_used"), actor.get("kv_total")
+    return actor | {"kv": None if total is None else f"{used}/{total}"}
 
 
 def _ffn_row(rank: Status) -> Status:
@@ -91,7 +94,11 @@ def _table(title: str, columns: tuple[str, ...], rows: list[Status]) -> "Rendera
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*columns, title=f"{title} ({len(rows)})", title_justify="left")
+    # What says nothing takes no room: a terminal has 80 columns.
+    columns = tuple(c for c in columns if c not in SOMETIMES or any(row.get(c) is not None for row in rows))
+    table = Table(title=f"{title} ({len(rows)})", title_justify="left", padding=(0, 1, 0, 0), box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("id", "state"))
     for row in rows:
         table.add_row(*(escape(_cell(column, row.get(column))) for column in columns))
     return table
@@ -104,7 +111,10 @@ def _cell(column: str, value: object) -> str:
 
 
 def _figures(values: Status) -> str:
-    return ", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    known = {key: value for key, value in values.items() if value is not None}
+    return (
+        ", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()) or "-"
+    )
 
 
 def spans(ids: list[int]) -> str:

@@ -77,9 +77,7 @@ class AttentionLoop(StepLoop):
     def abandon(self) -> list[str]:
         """Forget every request, once `run` has ended, those still on their way in too; gives their ids."""
         self._take_commands()
-        for flight in self._flights:
-            if flight is not None:
-                self.scheduler.cancel(flight.batch)
+        self.scheduler.cancel_all()
         self._flights = [None] * len(self._flights)
         self._clocks.clear()
         return [request.id for request, _ in self.scheduler.drain_all()]

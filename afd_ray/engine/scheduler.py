@@ -139,6 +139,11 @@ class Scheduler:
             if chunk.sequence.aborted:
                 self._release(chunk.sequence)
 
+    def cancel_all(self) -> None:
+        """Take back every micro-batch in flight, whatever became of its step."""
+        for batch in list(self._in_flight.values()):
+            self.cancel(batch)
+
     def reslot(self, slots: int) -> None:
         """Change the number of slots; nothing may be in flight."""
         _at_least_1("slots", slots)
