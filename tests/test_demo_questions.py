@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, drill, example, held_out
+from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
+from afd_ray.demo.drills import drill
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
 from afd_ray.demo.train import STAGES
