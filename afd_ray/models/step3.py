@@ -150,7 +150,13 @@ class AttentionHalf(nn.Module):
 
     def logits(self, residual: Tensor) -> Tensor:
         """residual [N, H] after the last layer to logits [N, V]."""
-        return self.lm_head(self.norm(residual))
+        logits: Tensor = self.lm_head(self.norm(residual))
+        return logits
+
+    def layer(self, index: int) -> AttentionLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, AttentionLayer)
+        return layer
 
 
 class DenseFFN(nn.Module):
@@ -186,23 +192,28 @@ class Experts(nn.Module):
         return out
 
 
+class Slice(NamedTuple):
+    """One of `parts` nearly equal, contiguous parts of a dimension."""
+
+    part: int = 0
+    parts: int = 1
+
+    def of(self, size: int) -> slice:
+        return slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
+
+    def width(self, size: int) -> int:
+        return (self.part + 1) * size // self.parts - self.part * size // self.parts
+
+
 class FFNShard(NamedTuple):
-    """The part of every FFN that one rank holds: some of the experts, and a slice of each intermediate dimension."""
+    """The part of every FFN that one rank holds."""
 
     experts: tuple[int, ...]
     """Global ids of the routed experts held, ascending."""
-    tp_rank: int = 0
-    tp_size: int = 1
-    has_shared: bool = True
-    """Whether the shared expert and the dense layers are computed here (by exactly one instance)."""
-
-    def columns(self, intermediate: int) -> slice:
-        """This rank's slice of an intermediate dimension (sizes differ by one at most where it does not divide)."""
-        return slice(self.tp_rank * intermediate // self.tp_size, (self.tp_rank + 1) * intermediate // self.tp_size)
-
-    def width(self, intermediate: int) -> int:
-        columns = self.columns(intermediate)
-        return columns.stop - columns.start
+    routed: Slice = Slice()
+    """This rank's slice of each routed expert's intermediate dimension: tensor parallel inside its instance."""
+    dense: Slice = Slice()
+    """This rank's slice of the shared experts and dense layers: over the ranks of all instances, so that the partial sums count them once."""
 
 
 class FFNLayer(nn.Module):
@@ -211,18 +222,19 @@ class FFNLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, shard: FFNShard) -> None:
         super().__init__()
         hidden, moe = config.hidden_size, config.is_moe(layer)
-        self.moe = Experts(len(shard.experts), hidden, shard.width(config.moe_intermediate_size)) if moe else None
-        self.share_expert = DenseFFN(hidden, shard.width(config.share_expert_dim)) if moe and shard.has_shared else None
-        self.mlp = DenseFFN(hidden, shard.width(config.intermediate_size)) if not moe and shard.has_shared else None
+        self.moe = Experts(len(shard.experts), hidden, shard.routed.width(config.moe_intermediate_size)) if moe else None
+        self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe else None
+        self.mlp = None if moe else DenseFFN(hidden, shard.dense.width(config.intermediate_size))
 
     def forward(self, hidden: Tensor, local: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], local expert indices [N, K] (negative: held elsewhere), weights [N, K]: this rank's partial sum [N, H]."""
-        if self.moe is None:
-            return self.mlp(hidden) if self.mlp is not None else torch.zeros_like(hidden)
-        if local is None or weights is None:
+        if self.mlp is not None:
+            dense: Tensor = self.mlp(hidden)
+            return dense
+        if local is None or weights is None or self.share_expert is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        out: Tensor = self.moe(hidden, local, weights)
-        return out + self.share_expert(hidden) if self.share_expert is not None else out
+        partial: Tensor = self.share_expert(hidden) + self.moe(hidden, local, weights)
+        return partial
 
 
 class FFNHalf(nn.Module):
@@ -234,11 +246,12 @@ class FFNHalf(nn.Module):
         self.layers = nn.ModuleList(FFNLayer(config, i, shard) for i in range(config.num_hidden_layers))
         lookup = torch.full((config.moe_num_experts,), -1, dtype=torch.int64)
         lookup[list(shard.experts)] = torch.arange(len(shard.experts))
+        self.lookup: Tensor
         self.register_buffer("lookup", lookup, persistent=False)
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
         """This rank's partial sum [N, H] for one layer."""
-        local = None if routed.experts is None else self.lookup[routed.experts]
+        local = None if routed.experts is None else self.lookup[routed.experts.long()]
         partial: Tensor = self.layers[layer](routed.hidden, local, routed.weights)
         return partial
 
@@ -260,7 +273,8 @@ class Step3Model(nn.Module):
         start = cache[0][0].shape[0] if cache else 0
         residual = self.attention.embed_tokens(token_ids)
         cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0]))
-        for index, layer in enumerate(self.attention.layers):
+        for index in range(self.config.num_hidden_layers):
+            layer = self.attention.layer(index)
             q, k, v = layer.before(residual, cos, sin)
             if cache is not None:
                 if len(cache) > index:

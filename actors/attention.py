@@ -1,0 +1,140 @@
+"""AttentionActor: a Ray actor that owns requests and their KV cache, and drives the layers."""
+
+import asyncio
+import functools
+import os
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+
+from actors.member import Member
+from actors.token_stream import TokenStreamServer
+from afd_ray.config import Config
+from afd_ray.engine.attention import AttentionLoop
+from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
+from afd_ray.engine.scheduler import Scheduler
+from afd_ray.models.checkpoint import load_attention
+from afd_ray.models.config import DTYPES, ModelConfig
+from afd_ray.models.step3 import AttentionHalf
+from afd_ray.request import Request, TokenOutput
+
+MAX_CACHE_BYTES = 1 << 30
+CACHE_SHARE = 0.1
+"""Of the machine's free memory, for one actor's KV cache where `num_blocks` is auto."""
+
+
+class AttentionActor(Member):
+    """One attention rank. Its control methods answer at once; the step loop runs in a thread of its own."""
+
+    def __init__(self, name: str, config: Config, secret: bytes) -> None:
+        super().__init__(name, config, secret)
+        self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
+        self._loop: AttentionLoop | None = None
+        self._port = 0
+
+    @ray.method
+    async def load(self) -> dict[str, Any]:
+        """Load this role's tensors and open the token stream; gives where the actor runs."""
+        if self._loop is None:
+            self._loop = await asyncio.to_thread(self._build)
+            self._port = await self._tokens.start()
+        return self._identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
+
+    @ray.method
+    async def status(self) -> dict[str, Any]:
+        """This actor's part of the cluster's status, with raw latencies (ms) of the last minute."""
+        loop, now_s = self._ready_loop(), time.monotonic()
+        pace = self._config.attention.pace
+        return self._standing() | {
+            "running": loop.scheduler.running,
+            "waiting": loop.scheduler.waiting,
+            "kv_used": loop.scheduler.kv_used,
+            "kv_total": loop.scheduler.kv_total,
+            "pace": pace.model_dump() if pace else None,
+            "ttft_ms": loop.ttft.recent(now_s),
+            "tpot_ms": loop.tpot.recent(now_s),
+        }
+
+    @ray.method
+    async def check_integrity(self) -> list[str]:
+        """What is wrong with the KV blocks, a line each; also tells of requests and streams left behind when idle."""
+        loop = self._ready_loop()
+        findings = await asyncio.wrap_future(loop.call(functools.partial(_findings, loop.scheduler)))
+        if not loop.scheduler.has_work and self._tokens.requests:
+            findings.append(f"{self._tokens.requests} requests are routed to a stream, but none is in progress")
+        return findings
+
+    def _build(self) -> AttentionLoop:
+        config = self._config
+        checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
+        half = load_attention(checkpoint, dtype, self._note_progress)
+        cache, allocator = build_cache(config, half.config)
+        scheduler = Scheduler(
+            allocator=allocator,
+            slots=1,
+            max_tokens_per_micro_batch=config.pipeline.max_tokens_per_micro_batch,
+            max_running_requests=config.pipeline.max_running_requests,
+            max_context=max_context(config, half.config),
+            eos_token_ids=half.config.eos_token_ids,
+        )
+        return AttentionLoop(half, cache, scheduler, self._tokens.publish, config.attention.pace)
+
+    def _submit(self, request: Request) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the attention actor has failed: {self._failure}")
+        self._ready_loop().submit(request).add_done_callback(functools.partial(self._refuse, request.id))
+
+    def _refuse(self, request_id: str, submitted: "Future[None]") -> None:
+        error = submitted.exception()
+        if isinstance(error, ValueError):
+            self._tokens.refuse(request_id, str(error))
+        elif error is not None:
+            self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
+
+    def _abort(self, request_id: str) -> None:
+        self._ready_loop().abort(request_id)
+
+    def _ended(self, reason: str) -> None:
+        """No request is left without an answer."""
+        lost = self._ready_loop().abandon()
+        self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=reason) for request_id in lost])
+
+    def _ready_loop(self) -> AttentionLoop:
+        if self._loop is None:
+            raise RuntimeError("the attention actor has not loaded its model")
+        return self._loop
+
+    def _ready_half(self) -> AttentionHalf:
+        return self._ready_loop().half
+
+    def _stages(self, steps: int) -> tuple[str, int]:
+        return "head", steps
+
+
+def max_context(config: Config, model: ModelConfig) -> int:
+    """Tokens of prompt and answer that a request may come to."""
+    return min(config.model.max_context or model.max_position_embedding, model.max_position_embedding)
+
+
+def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAllocator]:
+    """The KV cache that the configuration asks for; `num_blocks` auto is what all running requests could need, within memory."""
+    wanted = config.attention.kv_cache
+    dtype = model.dtype if wanted.dtype == "auto" else DTYPES[wanted.dtype]
+    if wanted.num_blocks != "auto":
+        num_blocks = wanted.num_blocks
+    else:
+        block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
+        per_request = -(-max_context(config, model) // wanted.block_size)
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        budget = min(MAX_CACHE_BYTES, int(free_bytes * CACHE_SHARE)) // block_bytes
+        num_blocks = max(1, min(per_request * config.pipeline.max_running_requests, budget))
+    cache = PagedCache(
+        layers=model.num_hidden_layers, num_blocks=num_blocks, block_size=wanted.block_size, head_dim=model.head_dim, dtype=dtype
+    )
+    return cache, BlockAllocator(num_blocks, wanted.block_size)
+
+
+def _findings(scheduler: Scheduler) -> list[str]:
+    return check_integrity(scheduler.allocator, scheduler.sequences)

@@ -1,0 +1,276 @@
+"""Cluster: the composition root of a disaggregated cluster, and its Python API."""
+
+import asyncio
+import math
+import random
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+
+from actors.attention_pool import AttentionPool
+from actors.bringup import Shape
+from actors.controller import NAME, NAMESPACE, Controller
+from actors.roster import first_line
+from actors.token_stream import TokenStreamClient
+from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
+from afd_ray.models.checkpoint import Checkpoint
+from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
+from afd_ray.text import IncrementalDetokenizer, Tokenizer
+
+T = TypeVar("T")
+PROGRESS_PERIOD_S = 0.25
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not do what was asked; the message is one line."""
+
+
+class Generation(NamedTuple):
+    """One prompt's continuation."""
+
+    text: str
+    """Empty for a model without a tokenizer."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    outputs: tuple[TokenOutput, ...]
+    """A token each, with logprobs where they were asked for."""
+
+
+class Cluster:
+    """Attention and FFN actors in a Ray cluster; `with Cluster.start(config) as c: c.generate(...)`."""
+
+    def __init__(self, config: Config, controller: Any, owns_ray: bool) -> None:
+        self.config = config
+        self.controller = controller
+        self._owns_ray = owns_ray
+        self._tokenizer = Tokenizer.from_directory(model_directory(config.model))
+        self._events = _EventLoop()
+        self._secret = b""
+        self._pool = AttentionPool(self._connect, max_queued=sys.maxsize)
+
+    @classmethod
+    def start(
+        cls, config: Config | None = None, *, name: str = NAME, on_progress: Callable[[str], None] = lambda doing: None
+    ) -> "Cluster":
+        """Bring a cluster up, in the Ray cluster this process is connected to or else in one of its own.
+
+        Raises ConfigError or CheckpointError for what is wrong with the input, ClusterError (one line) when the bring-up fails.
+        """
+        config = config or load_config()
+        check_supported(config)
+        check_fits(config, Checkpoint.open(model_directory(config.model)))
+        owns_ray = not ray.is_initialized()
+        if owns_ray:
+            on_progress("starting Ray")
+            start_ray(config)
+        cluster = None
+        try:
+            controller = create_controller(config, name)
+            cluster = cls(config, controller, owns_ray)
+            cluster._await_start(on_progress)
+        except BaseException:
+            if cluster is not None:
+                cluster.shutdown()
+            elif owns_ray:
+                ray.shutdown()
+            raise
+        return cluster
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        concurrency: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> list[Generation]:
+        """Continue every prompt (text, or token ids), `concurrency` at a time (None: all at once); in the order of the prompts.
+
+        Raises ValueError (one line) for a prompt or parameter that cannot be served, ClusterError when an actor fails.
+        """
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        requests = [
+            Request(f"py-{uuid.uuid4().hex}", self._encode(prompt), _seeded(one))
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
+        return self._events.run(self._generate_all(requests, concurrency or len(requests)), timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """As `afd-ray status --json`."""
+        return dict(ray.get(self.controller.status.remote()))
+
+    def trace(self, steps: int) -> dict[str, Any]:
+        """Chrome trace of the next `steps` steps of every actor."""
+        return dict(ray.get(self.controller.trace.remote(steps)))
+
+    def reshape(
+        self, attention: int, *, tensor_parallel: int = 1, expert_parallel: int = 1, micro_batches: int | None = None
+    ) -> None:
+        """Form an epoch of another shape once nothing is in progress; keeps the actors that fit. Raises ClusterError."""
+        self._call(self.controller.reshape.remote(attention, tensor_parallel, expert_parallel, micro_batches))
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with KV blocks or streams, a line each."""
+        return list(ray.get(self.controller.check_integrity.remote()))
+
+    def shutdown(self) -> None:
+        """Stop every actor, give the resources back; and Ray, where `start` started it. Harmless when repeated."""
+        try:
+            self._events.run(self._pool.close(), 10)
+            ray.get(self.controller.shutdown.remote(), timeout=30)
+        except (ray.exceptions.RayError, RuntimeError, TimeoutError):
+            pass  # what is gone already needs no stopping
+        finally:
+            self._events.close()
+            if ray.is_initialized():
+                ray.kill(self.controller)
+            if self._owns_ray:
+                ray.shutdown()
+
+    def _await_start(self, on_progress: Callable[[str], None]) -> None:
+        pending = self.controller.start.remote()
+        told = ""
+        while not ray.wait([pending], timeout=PROGRESS_PERIOD_S)[0]:
+            doing = ray.get(self.controller.progress.remote())
+            if doing != told:
+                on_progress(doing)
+                told = doing
+        self._call(pending)
+
+    def _call(self, pending: Any) -> Any:
+        try:
+            return ray.get(pending)
+        except ray.exceptions.RayError as error:
+            raise ClusterError(first_line(error)) from error
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if self._tokenizer is None:
+            raise ValueError("prompt must be token ids, got text: the model has no tokenizer")
+        return tuple(self._tokenizer.encode(prompt))
+
+    async def _generate_all(self, requests: list[Request], concurrency: int) -> list[Generation]:
+        view = await self.controller.ingress_view.remote()
+        self._secret = view["secret"]
+        for failure in await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]}):
+            raise ClusterError(failure)
+        for request in requests:
+            _check_prompt(request, view["model"]["vocab_size"], view["model"]["max_context"])
+        room = asyncio.Semaphore(max(1, concurrency))
+
+        async def one(request: Request) -> Generation:
+            async with room:
+                return await self._generate_one(request)
+
+        return list(await asyncio.gather(*map(one, requests)))
+
+    async def _generate_one(self, request: Request) -> Generation:
+        outputs: list[TokenOutput] = []
+        detokenizer = IncrementalDetokenizer(self._tokenizer, request.params.stop) if self._tokenizer else None
+        text = ""
+        reason: FinishReason = "length"
+        async with aclosing(self._pool.generate(request)) as stream:
+            async for output in stream:
+                if output.finish_reason == "error":
+                    raise ClusterError(output.error or "the engine failed")
+                reason = output.finish_reason or reason
+                if output.token_id is not None:
+                    outputs.append(output)
+                # The token that ended a request is not part of its text.
+                if detokenizer is not None and output.token_id is not None and reason != "stop":
+                    text += detokenizer.feed(output.token_id)
+                    if detokenizer.stopped:
+                        reason = "stop"
+                        break
+        text += detokenizer.flush() if detokenizer else ""
+        return Generation(text, tuple(o.token_id for o in outputs if o.token_id is not None), reason, tuple(outputs))
+
+    async def _connect(self, address: str) -> TokenStreamClient:
+        return await TokenStreamClient.connect(address, secret=self._secret, ingress_id=f"py-{uuid.uuid4().hex[:8]}")
+
+
+class _EventLoop:
+    """An asyncio loop in a thread of its own, for the blocking API."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cluster-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        if not self._thread.is_alive():
+            work.close()
+            raise RuntimeError("the cluster is shut down")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+def check_fits(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a checkpoint that cannot be loaded, ConfigError for settings that this model cannot have."""
+    checkpoint.require_sound()
+    model, wanted = checkpoint.config, config.model.max_context
+    if wanted is not None and wanted > model.max_position_embedding:
+        raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
+    try:
+        Shape.of(config).epoch(1, one_host=True).check(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def start_ray(config: Config) -> None:
+    """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none."""
+    most = config.autoscaling.max
+    attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
+    cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
+    # "local": without it Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` on this machine names.
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(cpus)),
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace=NAMESPACE,
+        configure_logging=False,
+    )
+
+
+def create_controller(config: Config, name: str = NAME, *, detached: bool = False) -> Any:
+    """The controller actor, new; raises ClusterError when one of that name lives. `detached`: it outlives this process."""
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+    try:
+        return ray.remote(Controller).options(**options, lifetime="detached" if detached else None).remote(config)
+    except ValueError as error:
+        raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
+
+
+def _seeded(params: SamplingParams) -> SamplingParams:
+    return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
+
+
+def _check_prompt(request: Request, vocab_size: int, max_context: int) -> None:
+    ids = request.prompt_token_ids
+    if not ids:
+        raise ValueError("prompt must hold at least 1 token, got 0")
+    if len(ids) >= max_context:
+        raise ValueError(f"prompt must leave room for a token in the context of {max_context} tokens, got {len(ids)} tokens")
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"prompt token ids must be from 0 to {vocab_size - 1}, got {outside}")

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface, over any backend that turns requests into tokens."""

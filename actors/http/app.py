@@ -1,0 +1,198 @@
+"""The routes, put together into one FastAPI application."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from actors.http.auth import Keys
+from actors.http.backend import Backend
+from actors.http.errors import ApiError, as_refusal, bad_request, install_error_handlers
+from actors.http.generation import Generation
+from actors.http.metrics import CONTENT_TYPE, IngressMetrics, Snapshot, render
+from actors.http.protocol import ChatBody, CompletionBody, GenerationBody, parse_body, parse_json
+from actors.http.shapes import ChatShape, CompletionShape, Shape
+from actors.http.wire import BodyTooLarge, ClientGone, json_response, read_body
+
+MAX_TRACE_STEPS = 10_000
+
+
+async def _no_peers() -> dict[str, Snapshot]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one ingress replica serves. `peer_snapshots` brings the metrics of the other replicas, by replica."""
+
+    api_keys: Keys = field(default_factory=lambda: Keys(None))
+    admin_keys: Keys = field(default_factory=lambda: Keys(None))
+    max_body_bytes: int = 1_048_576
+    replica: str = "0"
+    peer_snapshots: Callable[[], Awaitable[dict[str, Snapshot]]] = _no_peers
+
+
+def create_app(backend: Backend, options: Options | None = None, metrics: IngressMetrics | None = None) -> FastAPI:
+    """The whole HTTP interface of `backend`."""
+    options = options or Options()
+    metrics = metrics or IngressMetrics()
+    app = FastAPI(title="afd-ray", openapi_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+    _add_openai_routes(app, backend, Generation(backend, metrics), options)
+    _add_watch_routes(app, backend, metrics, options)
+    _add_admin_routes(app, backend, options)
+    routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(Counted, metrics=metrics, routes=routes)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, backend: Backend, generation: Generation, options: Options) -> None:
+    async def generate(request: Request, kind: type[GenerationBody], shape: Shape) -> Response:
+        options.api_keys.check(request)
+        body = parse_body(await _body(request, options), kind)
+        job = await generation.prepare(body, shape)
+        try:
+            return await generation.answer(job, request.receive)
+        except ClientGone:
+            return Response(status_code=499)
+
+    async def completions(request: Request) -> Response:
+        return await generate(request, CompletionBody, CompletionShape())
+
+    async def chat(request: Request) -> Response:
+        return await generate(request, ChatBody, ChatShape())
+
+    async def models(request: Request) -> Response:
+        options.api_keys.check(request)
+        return json_response({"object": "list", "data": [_model(backend)]})
+
+    async def model(request: Request) -> Response:
+        options.api_keys.check(request)
+        name = request.path_params["name"]
+        if name != backend.model.name:
+            raise ApiError(
+                404,
+                f"model '{name}' does not exist; this server has '{backend.model.name}'",
+                param="model",
+                code="model_not_found",
+            )
+        return json_response(_model(backend))
+
+    app.add_route("/v1/completions", completions, methods=["POST"])
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_route("/v1/models", models, methods=["GET"])
+    app.add_route("/v1/models/{name:path}", model, methods=["GET"])
+
+
+def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, options: Options) -> None:
+    async def health(request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        if not backend.ready():
+            raise ApiError(503, "the cluster is not ready", code="unavailable", headers={"Retry-After": "1"})
+        return json_response({"status": "ready"})
+
+    async def scrape(request: Request) -> Response:
+        metrics.tasks_alive(len(asyncio.all_tasks()))
+        peers, gauges = await asyncio.gather(options.peer_snapshots(), backend.metrics())
+        text = render({**peers, options.replica: metrics.snapshot()}, gauges)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/ready", ready, methods=["GET"])
+    app.add_route("/metrics", scrape, methods=["GET"])
+
+
+def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
+    async def status(request: Request) -> Response:
+        options.admin_keys.check(request)
+        return json_response(await _asked(backend.status()))
+
+    async def scale(request: Request) -> Response:
+        options.admin_keys.check(request)
+        body = parse_json(await _body(request, options))
+        attention, ffn = _count(body, "attention"), _count(body, "ffn")
+        if attention is None and ffn is None:
+            raise bad_request("body must give attention, ffn or both")
+        return json_response(await _asked(backend.scale(attention, ffn)))
+
+    async def trace(request: Request) -> Response:
+        options.admin_keys.check(request)
+        steps = _count(parse_json(await _body(request, options) or b"{}"), "steps", MAX_TRACE_STEPS)
+        return json_response(await _asked(backend.trace(steps or 64)))
+
+    app.add_route("/admin/status", status, methods=["GET"])
+    app.add_route("/admin/scale", scale, methods=["POST"])
+    app.add_route("/admin/trace", trace, methods=["POST"])
+
+
+async def _body(request: Request, options: Options) -> bytes:
+    try:
+        return await read_body(request, options.max_body_bytes)
+    except BodyTooLarge:
+        raise ApiError(413, f"body must be at most {options.max_body_bytes} bytes", code="body_too_large") from None
+
+
+async def _asked(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return await answer
+    except ValueError as error:
+        raise as_refusal(error) from None
+
+
+def _count(body: dict[str, Any], name: str, highest: int = 100_000) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= highest:
+        raise bad_request(f"{name} must be an integer from 1 to {highest}, got {str(value)[:30]}", param=name)
+    return value
+
+
+def _model(backend: Backend) -> dict[str, Any]:
+    card = backend.model
+    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "afd-ray", "max_model_len": card.max_context}
+
+
+class Counted:
+    """ASGI middleware: counts requests by route and status; paths that are no route share one label."""
+
+    def __init__(
+        self, app: ASGIApp, metrics: IngressMetrics, routes: frozenset[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = routes
+        self._clock = clock
+
+    def _route(self, path: str) -> str:
+        return path if path in self._routes else "other"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499
+        started_s = self._clock()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.request_started()
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._metrics.request_ended(self._route(scope["path"]), status, self._clock() - started_s)

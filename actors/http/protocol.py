@@ -1,0 +1,235 @@
+"""The bodies that clients send, and what they mean to the engine."""
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actors.http.errors import bad_request
+from afd_ray.request import MAX_LOGPROBS, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES = 1024
+_QUOTED_CHARACTERS = 60
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    include_usage: bool | None = None
+
+
+class GenerationBody(BaseModel):
+    """What completions and chats have in common. None means the default; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    model: str | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether the client asked for a number of tokens."""
+        return self.max_tokens is not None
+
+    def token_limit(self) -> int | None:
+        """None: the rest of the context."""
+        raise NotImplementedError
+
+    def logprob_count(self) -> int | None:
+        raise NotImplementedError
+
+    def sampling(self) -> SamplingParams:
+        """Raises ValueError naming the parameter that is out of range."""
+        given = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            max_tokens=self.token_limit(),
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=self.logprob_count(),
+            **given,
+        )
+
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "ignore_eos",
+)
+
+
+class CompletionBody(GenerationBody):
+    prompt: Any = None
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    def token_limit(self) -> int | None:
+        explicit_null = self.max_tokens is None and "max_tokens" in self.model_fields_set
+        return None if explicit_null else self.max_tokens if self.max_tokens is not None else DEFAULT_COMPLETION_TOKENS
+
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: str
+    content: str | list[ContentPart] | None = None
+
+    def for_template(self, index: int) -> dict[str, Any]:
+        return {**(self.model_extra or {}), "role": self.role, "content": self._text(index)}
+
+    def _text(self, index: int) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        for part in self.content:
+            if part.type != "text" or part.text is None:
+                name = f"messages.{index}.content"
+                raise bad_request(f"{name} must be text, got a part of type '{_quote(part.type)}'", param=name)
+        return "".join(part.text or "" for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def limits_tokens(self) -> bool:
+        return self.token_limit() is not None
+
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def logprob_count(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs must come with logprobs: true", param="top_logprobs")
+        if not self.logprobs:
+            return None
+        count = self.top_logprobs or 0
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise bad_request(f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {count}", param="top_logprobs")
+        return count
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+def parse_body(raw: bytes, kind: type[Body]) -> Body:
+    """Raises ApiError 400 for anything that is not a valid body of this kind."""
+    value = parse_json(raw)
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise _explain(error) from None
+    if not 1 <= body.choices <= MAX_CHOICES:
+        raise bad_request(f"n must be from 1 to {MAX_CHOICES}, got {body.n}", param="n")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options must come with stream: true", param="stream_options")
+    return body
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """Strict: UTF-8 only, one object, no NaN or Infinity."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise bad_request(f"body must be valid UTF-8, got a wrong byte at position {error.start}") from None
+    except RecursionError:
+        raise bad_request("body must be JSON, got one nested too deeply") from None
+    except ValueError as error:
+        raise bad_request(f"body must be valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise bad_request("body must be a JSON object")
+    return value
+
+
+def parse_prompts(prompt: object) -> list[str] | list[list[int]]:
+    """Text, list of texts, token ids, or lists of token ids; none of them empty."""
+    match prompt:
+        case str():
+            prompts: list[Any] = [prompt]
+        case [first, *_] if _is_integer(first):
+            prompts = [prompt]
+        case [_, *_]:
+            prompts = list(prompt)
+        case None:
+            raise bad_request("prompt must be given", param="prompt")
+        case []:
+            raise bad_request("prompt must not be empty", param="prompt")
+        case _:
+            _refuse_prompt(prompt)
+    if not all(isinstance(one, str) for one in prompts) and not all(_is_token_list(one) for one in prompts):
+        _refuse_prompt(prompt)
+    if not all(prompts):
+        raise bad_request("prompt must not be empty", param="prompt")
+    return prompts
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token_list(value: object) -> bool:
+    return isinstance(value, list) and all(_is_integer(token) for token in value)
+
+
+def _refuse_prompt(prompt: object) -> NoReturn:
+    allowed = "text, a list of texts, a list of token ids, or a list of lists of token ids"
+    raise bad_request(f"prompt must be {allowed}, got {_quote(json.dumps(prompt))}", param="prompt")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _explain(error: ValidationError) -> Exception:
+    """The first thing wrong, in one line that names it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = [str(part) for part in first["loc"]]
+    param = ".".join(part for part in place if part not in ("str", "list[str]", "list[ContentPart]")) or None
+    if first["type"] == "missing":
+        return bad_request(f"{param} must be given", param=param)
+    return bad_request(f"{param} is wrong: {first['msg']}, got {_quote(json.dumps(first['input'], default=str))}", param=param)
+
+
+def _quote(text: str) -> str:
+    return text if len(text) <= _QUOTED_CHARACTERS else text[:_QUOTED_CHARACTERS] + "..."

@@ -1,0 +1,189 @@
+"""The main job: a cluster, its ingress, and one line when it can be talked to."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+import ray
+from ray import serve as ray_serve
+
+from actors.cluster import Cluster, ClusterError, start_ray
+from actors.controller import NAME, NAMESPACE
+from actors.ingress import build as build_ingress
+from actors.roster import first_line
+from afd_ray.config import Config, model_directory
+from afd_ray.models.checkpoint import Checkpoint
+from afd_ray.request import SamplingParams
+
+READY_TIMEOUT_S = 60.0
+POLL_S = 0.05
+CONNECT_TIMEOUT_S = 5.0
+APPLICATION = "afd"
+
+
+def serve(config: Config, address: str | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; prints `ready http://H:P` and nothing else to stdout.
+
+    Raises ClusterError (one line) for a taken port, too few resources, or a bring-up that fails.
+    """
+    # First what can be known without Ray: a mistake is told at once.
+    Checkpoint.open(model_directory(config.model)).require_sound()
+    host = config.server.host
+    port = free_port(host, config.server.port)
+    started_s = time.monotonic()
+    # Ray prints what it finds worth telling to stdout: that line is ours.
+    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, Cluster.start(config, on_progress=report):
+        report("starting the ingress")
+        with ingress(config, host, port):
+            await_ready(host, port, stop)
+            if not stop.is_set():
+                report(f"up in {time.monotonic() - started_s:.1f} s")
+                print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
+                stop.wait()
+        report("stopping")
+    return 0
+
+
+def generate(config: Config, *, prompt: str, params: SamplingParams, address: str | None = None, as_json: bool = False) -> int:
+    """One prompt through a cluster of its own; prints the text, or a JSON object."""
+    with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=report) as cluster:
+        (answer,) = cluster.generate([prompt], params)
+    if as_json:
+        print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}))
+    else:
+        print(answer.text)
+    return 0
+
+
+def ask_controller(address: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    """What `/admin/*` would answer, from the controller in the Ray cluster at `address`. Raises ClusterError (one line)."""
+    method = path.removeprefix("/admin/")
+    with joined(address):
+        try:
+            controller = ray.get_actor(NAME, namespace=NAMESPACE)
+            answer: dict[str, Any] = ray.get(getattr(controller, method).remote(**(body or {})), timeout=timeout_s)
+        except ValueError:
+            raise ClusterError(f"no afd-ray server in the Ray cluster at {address}") from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(first_line(error)) from error
+    return answer
+
+
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """The real stdout; what anybody else prints meanwhile goes to stderr."""
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield stdout
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Connected to the Ray cluster at `address`."""
+    require_listener(address)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_listener(address: str) -> None:
+    """Raises ClusterError when nobody listens at `address`: Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster at {address} ({error.strerror or error})") from None
+
+
+@contextmanager
+def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
+    """A Ray of our own, or the one at `address`; left again at the end."""
+    if address is not None:
+        with joined(address):
+            yield
+        return
+    report("starting Ray")
+    start_ray(config)
+    report(f"Ray is at {ray.get_runtime_context().gcs_address}")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def ingress(config: Config, host: str, port: int) -> Iterator[None]:
+    """The Serve application, in front of the cluster that is up."""
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        ray_serve.run(build_ingress(NAME, config.server.model_dump()), name=APPLICATION, route_prefix="/")
+        yield
+    finally:
+        ray_serve.shutdown()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set. Ray installs handlers of its own at init: this must come after."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def await_ready(host: str, port: int, stop: threading.Event) -> None:
+    """Until the ingress says that it can serve, or `stop`."""
+    url = f"http://{bracketed(loopback_of(host))}:{port}/ready"
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while not stop.wait(POLL_S):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            if time.monotonic() > deadline_s:
+                raise ClusterError(f"the ingress at {url} was not ready in {READY_TIMEOUT_S:g} s") from None
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or any free one for 0. Raises ClusterError when it is taken: Serve itself would say so late and at length."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(f"server.port: cannot listen on {host}:{port} ({os.strerror(error.errno or 0)})") from None
+        return int(probe.getsockname()[1])
+
+
+def loopback_of(host: str) -> str:
+    """Where a client on this machine reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def report(doing: str) -> None:
+    """Progress, on stderr."""
+    print(f"afd-ray: {doing}", file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""What is said on a token stream: orders to an attention actor, answers from it, as msgpack frames."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from afd_ray.request import Request, SamplingParams, TokenOutput
+
+PROTOCOL_VERSION = 1
+
+
+class Submit(NamedTuple):
+    request: Request
+
+
+class Abort(NamedTuple):
+    request_id: str
+
+
+class Refused(NamedTuple):
+    """The engine can never run this request; `reason` is one line."""
+
+    request_id: str
+    reason: str
+
+
+Answer = TokenOutput | Refused
+
+
+def encode_order(order: Submit | Abort) -> bytes:
+    """One order; a frame is any number of them, joined. Raises OverflowError for integers beyond 64 bits."""
+    return _pack(_order_fields(order))
+
+
+def decode_orders(frame: bytes) -> list[Submit | Abort | Refused]:
+    """Refused: a request that this side cannot accept, such as sampling parameters out of range."""
+    unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=0)
+    unpacker.feed(frame)
+    return [_decode_order(raw) for raw in unpacker]
+
+
+def encode_answers(answers: Sequence[Answer]) -> bytes:
+    return _pack([_encode_answer(answer) for answer in answers])
+
+
+def decode_answers(frame: bytes) -> list[Answer]:
+    answers = msgpack.unpackb(frame, use_list=False)
+    return [Refused(*raw) if len(raw) == 2 else TokenOutput(*raw) for raw in answers]
+
+
+def encode_hello() -> bytes:
+    return _pack(PROTOCOL_VERSION)
+
+
+def decode_hello(frame: bytes) -> object:
+    return msgpack.unpackb(frame)
+
+
+def _pack(value: Any) -> bytes:
+    packed = msgpack.packb(value)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def _order_fields(order: Submit | Abort) -> tuple[Any, ...]:
+    if isinstance(order, Abort):
+        return (order.request_id,)
+    request = order.request
+    params = {name: getattr(request.params, name) for name in SamplingParams.__dataclass_fields__}
+    return (request.id, request.prompt_token_ids, params)
+
+
+def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort | Refused:
+    if len(raw) == 1:
+        return Abort(raw[0])
+    request_id, prompt, params = raw
+    try:
+        return Submit(Request(request_id, tuple(prompt), SamplingParams(**params)))
+    except (TypeError, ValueError) as error:
+        return Refused(request_id, str(error))
+
+
+def _encode_answer(answer: Answer) -> tuple[Any, ...]:
+    if isinstance(answer, Refused):
+        return tuple(answer)
+    return (answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)

@@ -1,0 +1,214 @@
+"""The configuration of a cluster: YAML and overrides into frozen models, read in this one place."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from afd_ray.config_reading import ConfigError, apply_override, one_line, read_source, refuse_unknown_keys, shown
+
+__all__ = ["Config", "ConfigError", "Pace", "check_supported", "load_config", "model_directory", "parse_config"]
+
+BUNDLED_MODEL = "demo"
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+LinkKind = Literal["auto", "shm", "tcp", "gloo", "nccl"]
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    path: str = Field(default=BUNDLED_MODEL, min_length=1)
+    """`demo`, the bundled model, or a directory in Hugging Face layout."""
+    name: str | None = Field(default=None, min_length=1)
+    """What clients call it; None: the last part of the path."""
+    dtype: Dtype = "auto"
+    max_context: PositiveInt | None = None
+    """Tokens of prompt and answer; None: what the model allows."""
+
+    @property
+    def served_name(self) -> str:
+        return self.name or Path(self.path).absolute().name or self.path
+
+
+class Pace(Section):
+    """Stage-time profile: the stage computes its result, then waits until it has lasted this long."""
+
+    base_us: Microseconds
+    per_row_us: Microseconds = 0.0
+    per_context_token_us: Microseconds = 0.0
+    """Attention only."""
+
+    def duration_us(self, rows: int, context_tokens: int = 0) -> float:
+        """How long one layer of a micro-batch of `rows` rows, over `context_tokens` cached tokens in all, lasts."""
+        return self.base_us + self.per_row_us * rows + self.per_context_token_us * context_tokens
+
+
+class KVCache(Section):
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens."""
+    num_blocks: Literal["auto"] | PositiveInt = "auto"
+    dtype: Dtype = "auto"
+
+
+class Attention(Section):
+    replicas: Count = 2
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat = 0.0
+    labels: dict[str, str] = {}
+    pace: Pace | None = None
+    kv_cache: KVCache = KVCache()
+
+
+class FFN(Section):
+    tensor_parallel: Count = 1
+    expert_parallel: Count = 1
+    colocated: bool = False
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
+    num_cpus: NonNegativeFloat = 1.0
+    num_gpus: NonNegativeFloat = 0.0
+    labels: dict[str, str] = {}
+    pace: Pace | None = None
+    dispatch: Literal["broadcast", "routed"] = "broadcast"
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel * self.expert_parallel
+
+
+class Pipeline(Section):
+    micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=4)] = "auto"
+    max_tokens_per_micro_batch: Annotated[int, Field(ge=1, le=65_536)] = 512
+    max_running_requests: Annotated[int, Field(ge=1, le=65_536)] = 256
+    """A attention actor."""
+
+
+class Handoff(Section):
+    kind: LinkKind = "auto"
+    wire_dtype: Dtype = "auto"
+    start_timeout_s: Seconds = 30.0
+
+
+class Placement(Section):
+    attention: Strategy = "SPREAD"
+    ffn: Strategy = "PACK"
+    separate_nodes: Literal["auto"] | bool = "auto"
+    timeout_s: Seconds = 60.0
+
+
+class Failure(Section):
+    detect_timeout_s: Seconds = 1.0
+    request_timeout_s: Seconds | None = None
+
+
+class Counts(Section):
+    """How many ranks of each role."""
+
+    attention: Count = 1
+    ffn: Count = 1
+
+
+class Autoscaling(Section):
+    policy: str = Field(default="fixed", pattern=r"^[a-z][a-z0-9_]*$")
+    period_s: Seconds = 5.0
+    tpot_target_ms: PositiveFloat = 50.0
+    ttft_target_ms: PositiveFloat = 1000.0
+    min: Counts = Counts()
+    max: Counts = Counts(attention=4, ffn=4)
+
+
+class Server(Section):
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    """0: any free port."""
+    api_keys_file: str | None = None
+    admin_keys_file: str | None = None
+    max_queued_requests: Annotated[int, Field(ge=0)] = 1024
+    max_body_bytes: PositiveInt = 1_048_576
+    replicas: Count = 1
+
+
+class Config(Section):
+    """Everything that a cluster is told."""
+
+    model: Model = Model()
+    attention: Attention = Attention()
+    ffn: FFN = FFN()
+    pipeline: Pipeline = Pipeline()
+    handoff: Handoff = Handoff()
+    placement: Placement = Placement()
+    failure: Failure = Failure()
+    autoscaling: Autoscaling = Autoscaling()
+    server: Server = Server()
+
+
+def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, or a bundled one by name ("demo"; None: the defaults), with `key.path=value` overrides.
+
+    Raises ConfigError in one line.
+    """
+    raw, origin = read_source(source)
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(raw, origin)
+
+
+def parse_config(raw: object, origin: str = "configuration") -> Config:
+    """From parsed YAML; raises ConfigError in one line."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: must hold a mapping of sections, got {shown(raw)}")
+    refuse_unknown_keys(Config, raw)
+    try:
+        config = Config.model_validate(_without_empty_sections(raw))
+    except ValidationError as error:
+        raise ConfigError(one_line(error, Config)) from None
+    _check_bounds(config.autoscaling)
+    return config
+
+
+def check_supported(config: Config) -> None:
+    """Refuses, in one line, what the schema accepts and this version cannot do."""
+    refused: list[tuple[bool, str, object, str]] = [
+        (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
+        (config.ffn.dispatch != "broadcast", "ffn.dispatch", config.ffn.dispatch, "broadcast"),
+        (config.ffn.colocated, "ffn.colocated", "true", "false"),
+        (config.ffn.redundant_experts > 0, "ffn.redundant_experts", config.ffn.redundant_experts, "0"),
+        (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
+        (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
+        (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
+    ]
+    for holds, key, value, allowed in refused:
+        if holds:
+            raise ConfigError(f"{key}: {value} is not supported yet, use {allowed}")
+
+
+def model_directory(model: Model) -> Path:
+    """Where the checkpoint lies; raises ConfigError when there is no such directory."""
+    if model.path == BUNDLED_MODEL:
+        return Path(str(resources.files("afd_ray.demo") / "model"))
+    path = Path(model.path).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"model.path: {model.path} is no directory, give {BUNDLED_MODEL} or a directory in Hugging Face layout")
+    return path
+
+
+def _check_bounds(autoscaling: Autoscaling) -> None:
+    for role in ("attention", "ffn"):
+        low, high = getattr(autoscaling.min, role), getattr(autoscaling.max, role)
+        if low > high:
+            raise ConfigError(f"autoscaling.min.{role}: {low} must be at most autoscaling.max.{role}, {high}")
+
+
+def _without_empty_sections(raw: dict[Any, Any]) -> dict[Any, Any]:
+    """A section whose keys are all commented out parses as None: it means the defaults."""
+    return {key: value for key, value in raw.items() if value is not None}

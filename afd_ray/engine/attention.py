@@ -1,0 +1,250 @@
+"""The attention actor's step loop: every micro-batch slot through attention, out to the FFN, back, and on to the next token.
+
+Slots are independent: each goes on to its next token as soon as its own last layer is back, and nothing waits while one can run.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.engine.loop import StepLoop, Wire
+from afd_ray.engine.pace import Pace, hold
+from afd_ray.engine.paged_attention import AttentionPlan, attend_paged, plan_attention
+from afd_ray.engine.pipeline import Ready, next_slot
+from afd_ray.engine.sampling import sample
+from afd_ray.engine.scheduler import Scheduler
+from afd_ray.engine.sequence import MicroBatch
+from afd_ray.handoff.message import Header, Kind, Message
+from afd_ray.handoff.routing import row_owners
+from afd_ray.models.step3 import AttentionHalf, Routed
+from afd_ray.request import Request, TokenOutput
+from afd_ray.telemetry import LatencyWindow
+
+Publish = Callable[[list[TokenOutput]], None]
+
+
+class Flight:
+    """A micro-batch on its way through the layers."""
+
+    def __init__(
+        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
+    ) -> None:
+        self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
+        self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
+        self.layer = 0
+        self.since = 0
+        self.awaited = 0
+        self.partials: list[Message] = []
+
+
+class RequestClock:
+    """When a request came and when its last token went, for TTFT and TPOT."""
+
+    def __init__(self, now_s: float) -> None:
+        self.arrived_s = now_s
+        self.last_token_s: float | None = None
+
+
+class AttentionLoop(StepLoop):
+    """One attention rank: it owns its requests and their KV cache."""
+
+    def __init__(
+        self, half: AttentionHalf, cache: PagedCache, scheduler: Scheduler, publish: Publish, pace: Pace | None = None
+    ) -> None:
+        super().__init__(arrival="f2a", waiting="attention_wait")
+        self.half, self.cache, self.scheduler, self.pace = half, cache, scheduler, pace
+        self.ttft, self.tpot = LatencyWindow(), LatencyWindow()
+        self._publish = publish
+        self._clocks: dict[str, RequestClock] = {}
+        self._answers: dict[int, int] = {}
+        self._flights: list[Flight | None] = []
+        self._parked: list[bool] = []
+        self._work_came = False
+        self._arrivals = 0
+        self._steps = 0
+
+    def submit(self, request: Request) -> "Future[None]":
+        """Queue a request; the future raises ValueError (one line) if it can never be served."""
+        return self.call(lambda: self._submit(request))
+
+    def abort(self, request_id: str) -> "Future[None]":
+        """Forget a request and free its blocks; unknown ids are ignored."""
+        return self.call(lambda: self._abort(request_id))
+
+    def abandon(self) -> list[str]:
+        """Forget every request, once `run` has ended, those still on their way in too; gives their ids."""
+        self._take_commands()
+        for flight in self._flights:
+            if flight is not None:
+                self.scheduler.cancel(flight.batch)
+        self._flights = [None] * len(self._flights)
+        self._clocks.clear()
+        return [request.id for request, _ in self.scheduler.drain_all()]
+
+    def _enter(self, wire: Wire) -> None:
+        slots = wire.epoch.micro_batches
+        self.scheduler.reslot(slots)
+        self._flights = [None] * slots
+        self._parked = [True] * slots
+        self._answers = {}
+        self._work_came = True
+
+    def _run_stage(self) -> bool:
+        filled = self._work_came and self._fill_idle_slots()
+        slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
+        if slot is not None:
+            self._advance(slot)
+        return filled or slot is not None
+
+    def _under_way(self) -> bool:
+        return any(flight is not None for flight in self._flights)
+
+    def _submit(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self._work_came = True
+        self._clocks[request.id] = RequestClock(time.monotonic())
+
+    def _abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+        self._work_came = True  # its blocks may let another in
+        self._clocks.pop(request_id, None)
+
+    def _receive(self) -> bool:
+        mesh = self.wire.mesh
+        received = False
+        while (message := mesh.receive()) is not None:
+            self._take_partial(message)
+            received = True
+        return received
+
+    def _take_partial(self, message: Message) -> None:
+        header = message.header
+        flight = self._flights[header.slot] if header.kind is Kind.PARTIAL else None
+        if flight is None or flight.layer != header.layer or flight.awaited == 0:
+            what = f"{header.kind.name} of slot {header.slot} layer {header.layer}"
+            raise RuntimeError(f"rank {header.source} sent {what}, which is not awaited")
+        self._record_arrival(header)
+        flight.awaited -= 1
+        # Only what completes the set stays in its edge's buffer: the slot may wait long for the others.
+        flight.partials.append(message if flight.awaited == 0 else message.copied())
+        if flight.awaited == 0:
+            flight.layer += 1
+            self._arrivals += 1
+            flight.since = self._arrivals
+
+    def _fill_idle_slots(self) -> bool:
+        self._work_came = False
+        filled = False
+        for slot, flight in enumerate(self._flights):
+            if flight is None and self.scheduler.has_work:
+                filled = self._begin(slot) or filled
+        return filled
+
+    def _begin(self, slot: int) -> bool:
+        """Put a new micro-batch into an idle slot; False (and the slot parked) when there is nothing for it."""
+        batch = self.scheduler.schedule(slot)
+        if batch is None:
+            self._park(slot)
+            return False
+        started_ns = time.monotonic_ns()
+        self._steps += 1
+        plan = plan_attention(batch.chunks, self.cache)
+        flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
+        self._flights[slot] = flight
+        self._parked[slot] = False
+        wire = self.wire
+        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=batch.rows)
+        wire.mesh.send(wire.epoch.conductor, header)
+        self._attend(slot, flight, started_ns)
+        return True
+
+    def _park(self, slot: int) -> None:
+        if not self._parked[slot]:
+            wire = self.wire
+            wire.mesh.send(wire.epoch.conductor, Header(Kind.PARK, wire.epoch.number, wire.rank, slot=slot))
+            self._parked[slot] = True
+
+    def _advance(self, slot: int) -> None:
+        """The next stage of a slot whose partial results are all here."""
+        started_ns = time.monotonic_ns()
+        flight = self._flights[slot]
+        assert flight is not None
+        self._add_partials(flight)
+        if flight.layer < self.half.config.num_hidden_layers:
+            self._attend(slot, flight, started_ns)
+        else:
+            self._finish(slot, flight, started_ns)
+
+    def _add_partials(self, flight: Flight) -> None:
+        """Into the residual, in the order of the senders' ranks, so that the sum never depends on arrival."""
+        residual = flight.residual
+        for message in sorted(flight.partials, key=lambda m: (m.header.source, m.header.first_row)):
+            first, (partial,) = message.header.first_row, message.tensors
+            residual[first : first + partial.shape[0]] += partial.to(residual.dtype)
+            message.release()
+        flight.partials = []
+
+    def _attend(self, slot: int, flight: Flight, started_ns: int) -> None:
+        layer = self.half.layer(flight.layer)
+        q, k, v = layer.before(flight.residual, *flight.rotary)
+        self.cache.write(flight.layer, flight.plan.slots, k, v)
+        context = attend_paged(self.cache, flight.layer, flight.plan, q)
+        flight.residual, routed = layer.after(flight.residual, context)
+        hold(self.pace, started_ns, flight.batch.rows, flight.context_tokens)
+        self._dispatch(slot, flight, routed)
+        self._record("attention", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+
+    def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
+        """The rows of one layer to every FFN rank."""
+        wire = self.wire
+        rows = flight.batch.rows
+        place = {"slot": slot, "layer": flight.layer, "step": flight.step}
+        header = Header(Kind.DISPATCH, wire.epoch.number, wire.rank, rows=rows, sent_ns=self._wall_ns(), **place)
+        tensors: tuple[Tensor, ...] = (routed.hidden.to(wire.dtype),)
+        if routed.experts is not None and routed.weights is not None:
+            tensors += (routed.experts.int(), routed.weights)
+        flight.awaited = self._answers_to(rows)
+        for peer in wire.epoch.ffn_ranks:
+            wire.mesh.send(peer, header, tensors)
+
+    def _answers_to(self, rows: int) -> int:
+        """How many PARTIAL messages answer one dispatch."""
+        count = self._answers.get(rows)
+        if count is None:
+            wire = self.wire
+            ranges = row_owners(rows, wire.rank, wire.epoch.attention, wire.epoch.tensor_parallel)
+            count = self._answers[rows] = len(ranges) * wire.epoch.expert_parallel
+        return count
+
+    def _finish(self, slot: int, flight: Flight, started_ns: int) -> None:
+        """Sample after the last layer, publish, and give the slot its next micro-batch."""
+        sampling = [chunk.sequence for chunk in flight.batch.chunks if chunk.samples]
+        sampled = sample(self.half.logits(flight.residual[flight.plan.sample_rows]).float(), sampling) if sampling else []
+        outputs = self.scheduler.complete(flight.batch, sampled)
+        self._flights[slot] = None
+        self._record("head", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+        if outputs:
+            self._time(outputs)
+            self._publish(outputs)
+        self._take_commands()
+        if self._running:
+            self._begin(slot)
+            self._work_came = True
+
+    # --- measuring ----------------------------------------------------------------------------------------------------------
+
+    def _time(self, outputs: list[TokenOutput]) -> None:
+        now_s = time.monotonic()
+        for output in outputs:
+            clock = self._clocks.get(output.request_id)
+            if clock is None:
+                continue
+            if output.token_id is not None:
+                since = clock.arrived_s if clock.last_token_s is None else clock.last_token_s
+                (self.ttft if clock.last_token_s is None else self.tpot).add((now_s - since) * 1000, now_s)
+                clock.last_token_s = now_s
+            if output.finish_reason is not None:
+                del self._clocks[output.request_id]

@@ -1,0 +1,130 @@
+"""A whole cluster in one process: the real step loops in threads over the loopback mesh. For tests and small experiments."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+
+from afd_ray.engine.attention import AttentionLoop
+from afd_ray.engine.ffn import FFNLoop
+from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
+from afd_ray.engine.loop import StepLoop, Wire
+from afd_ray.engine.scheduler import Scheduler
+from afd_ray.handoff.loopback import loopback_group
+from afd_ray.handoff.mesh import Mesh
+from afd_ray.membership.epoch import Epoch
+from afd_ray.models.config import ModelConfig
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
+from afd_ray.request import Request, TokenOutput
+
+LoadFFN = Callable[[FFNShard], FFNHalf]
+
+
+class LocalCluster:
+    """Attention and FFN loops of one epoch; use as a context manager."""
+
+    def __init__(
+        self,
+        attention: AttentionHalf,
+        load_ffn: LoadFFN,
+        epoch: Epoch,
+        *,
+        num_blocks: int = 1024,
+        block_size: int = 16,
+        max_tokens_per_micro_batch: int = 512,
+        max_running_requests: int = 256,
+        meshes: Sequence[Mesh] | None = None,
+    ) -> None:
+        """`meshes`: connected, in the order of the group ranks; None: a loopback group."""
+        self.epoch, self.config = epoch, attention.config
+        self.failures: list[str] = []
+        self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+        self._meshes = list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
+        self.attention = [
+            AttentionLoop(
+                attention,
+                *_cache_and_scheduler(
+                    attention.config, epoch, num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests
+                ),
+                self._outputs.put,
+            )
+            for _ in range(epoch.attention)
+        ]
+        self.ffn = [FFNLoop(load_ffn(epoch.shard(rank, attention.config))) for rank in epoch.ffn_ranks]
+        self._threads = [
+            threading.Thread(target=self._run, args=(loop, rank), name=f"rank-{rank}", daemon=True)
+            for rank, loop in enumerate([*self.attention, *self.ffn])
+        ]
+
+    def __enter__(self) -> "LocalCluster":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def generate(self, requests: Sequence[Request], timeout_s: float = 120.0) -> dict[str, list[TokenOutput]]:
+        """Every request's outputs by id, requests dealt to the attention ranks in turn; raises RuntimeError when a loop fails."""
+        for i, request in enumerate(requests):
+            self.attention[i % len(self.attention)].submit(request).result(timeout_s)
+        return self.collect((request.id for request in requests), timeout_s)
+
+    def collect(self, request_ids: Iterable[str], timeout_s: float = 120.0) -> dict[str, list[TokenOutput]]:
+        """Outputs until every one of these requests has ended."""
+        outputs: dict[str, list[TokenOutput]] = {request_id: [] for request_id in request_ids}
+        unfinished = set(outputs)
+        while unfinished:
+            for output in self._next(timeout_s):
+                outputs.setdefault(output.request_id, []).append(output)
+                if output.finish_reason is not None:
+                    unfinished.discard(output.request_id)
+        return outputs
+
+    def stop(self) -> None:
+        """End the loops and their threads."""
+        for loop in (*self.attention, *self.ffn):
+            loop.stop()
+        for mesh in self._meshes:
+            mesh.wake()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        for mesh in self._meshes:
+            mesh.close()
+
+    def _next(self, timeout_s: float) -> list[TokenOutput]:
+        try:
+            outputs = self._outputs.get(timeout=timeout_s)
+        except queue.Empty:
+            raise RuntimeError(f"no output in {timeout_s:g} s; failures: {self.failures or 'none'}") from None
+        if self.failures:
+            raise RuntimeError(self.failures[0])
+        return outputs
+
+    def _run(self, loop: StepLoop, rank: int) -> None:
+        try:
+            loop.run(Wire(self._meshes[rank], self.epoch, rank, self.config.dtype))
+        except Exception as error:  # told to whoever waits for outputs
+            self.failures.append(f"rank {rank}: {type(error).__name__}: {error}")
+            self._outputs.put([])
+
+
+def _cache_and_scheduler(
+    config: ModelConfig, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
+) -> tuple[PagedCache, Scheduler]:
+    cache = PagedCache(
+        layers=config.num_hidden_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+    )
+    scheduler = Scheduler(
+        allocator=BlockAllocator(num_blocks, block_size),
+        slots=epoch.micro_batches,
+        max_tokens_per_micro_batch=max_tokens,
+        max_running_requests=max_running,
+        max_context=config.max_position_embedding,
+        eos_token_ids=config.eos_token_ids,
+    )
+    return cache, scheduler

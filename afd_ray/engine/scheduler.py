@@ -1,0 +1,292 @@
+"""Continuous batching: which rows each micro-batch computes, and what becomes of the tokens that it chose."""
+
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+
+from afd_ray.engine.kv_cache import BlockAllocator
+from afd_ray.engine.sampling import Sampled
+from afd_ray.engine.sequence import Chunk, MicroBatch, Sequence
+from afd_ray.request import FinishReason, Request, TokenOutput
+
+
+class Scheduler:
+    """Decides what runs: `schedule` a slot, compute its rows, `complete` it; slots may complete in any order.
+
+    The oldest admitted sequence can always go on: for its next block the youngest idle one gives up its own, and starts over later from
+    its prompt and the tokens it has. So work never deadlocks, and no token is lost or repeated.
+    """
+
+    def __init__(
+        self,
+        *,
+        allocator: BlockAllocator,
+        slots: int,
+        max_tokens_per_micro_batch: int,
+        max_running_requests: int,
+        max_context: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        _at_least_1("slots", slots)
+        _at_least_1("max_tokens_per_micro_batch", max_tokens_per_micro_batch)
+        _at_least_1("max_running_requests", max_running_requests)
+        self.allocator, self.slots = allocator, slots
+        self.token_budget, self.max_running = max_tokens_per_micro_batch, max_running_requests
+        self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
+        self.preemptions = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[str, Sequence] = {}  # admission order
+        self._idle: dict[str, Sequence] = {}  # running and not in flight, least recently scheduled first
+        self._in_flight: dict[int, MicroBatch] = {}
+        self._decode_turn = False
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches scheduled and not yet completed."""
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def kv_used(self) -> int:
+        return self.allocator.used
+
+    @property
+    def kv_total(self) -> int:
+        return self.allocator.total
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens at which a sequence ends: the model's context, or what the whole cache holds."""
+        return min(self.max_context, self.allocator.total * self.allocator.block_size)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Every unfinished sequence: running in order of admission, then waiting."""
+        return [*self._running.values(), *self._waiting]
+
+    def add(self, request: Request, generated: Many[int] = ()) -> None:
+        """Queue a request, or go on with one that has `generated` tokens from elsewhere; those go ahead of requests not begun.
+
+        Raises ValueError, one line, when it can never fit or its id is in use.
+        """
+        self._refuse_unfit(request, len(generated))
+        sequence = Sequence(request, generated)
+        if not generated:
+            self._waiting.append(sequence)
+            return
+        place = next((i for i, other in enumerate(self._waiting) if not other.output_count), len(self._waiting))
+        self._waiting.insert(place, sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request; False when it is not here. If it is in flight, its blocks are freed when its micro-batch completes."""
+        sequence = self._running.get(request_id)
+        if sequence is None:
+            return self._abort_waiting(request_id)
+        if sequence.aborted:
+            return False
+        sequence.aborted = True
+        if request_id in self._idle:
+            self._release(sequence)
+        return True
+
+    def schedule(self, slot: int) -> MicroBatch | None:
+        """The rows that a free slot computes next: a fair share of decode rows, then prefill within the token budget; None if idle."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot must be from 0 to {self.slots - 1}, got {slot}")
+        if slot in self._in_flight:
+            raise ValueError(f"slot {slot} is still in flight")
+        self._admit()
+        chunks = self._decode_chunks()
+        chunks += self._prefill_chunks(self.token_budget - len(chunks))
+        if not chunks:
+            return None
+        batch = MicroBatch(slot, tuple(chunks))
+        self._in_flight[slot] = batch
+        return batch
+
+    def complete(self, batch: MicroBatch, sampled: list[Sampled]) -> list[TokenOutput]:
+        """Take in a computed micro-batch: one Sampled for each chunk that samples, in order; gives the new tokens and who ended."""
+        expected = sum(chunk.samples for chunk in batch.chunks)
+        if len(sampled) != expected:
+            raise ValueError(f"sampled must hold {expected} tokens for {batch}, got {len(sampled)}")
+        self._land(batch)
+        outputs = []
+        tokens = iter(sampled)
+        for chunk in batch.chunks:
+            token = next(tokens) if chunk.samples else None
+            chunk.sequence.computed = chunk.start + chunk.count
+            if chunk.sequence.aborted:
+                self._release(chunk.sequence)
+            elif token is not None:
+                outputs.append(self._append(chunk.sequence, token))
+        return outputs
+
+    def cancel(self, batch: MicroBatch) -> None:
+        """Take back a micro-batch whose step was interrupted: its rows are scheduled again, aborted sequences are freed."""
+        self._land(batch)
+        for chunk in batch.chunks:
+            if chunk.sequence.aborted:
+                self._release(chunk.sequence)
+
+    def reslot(self, slots: int) -> None:
+        """Change the number of slots; nothing may be in flight."""
+        _at_least_1("slots", slots)
+        self._require_landed("reslot")
+        self.slots = slots
+
+    def requests_in_progress(self) -> list[tuple[Request, tuple[int, ...]]]:
+        """Every unfinished request with the tokens generated for it, oldest first: what `add` takes elsewhere."""
+        return [(s.request, tuple(s.output_token_ids)) for s in self.sequences if not s.aborted]
+
+    def drain_all(self) -> list[tuple[Request, tuple[int, ...]]]:
+        """`requests_in_progress`, and forget them all and free their blocks; nothing may be in flight."""
+        self._require_landed("drain_all")
+        progress = self.requests_in_progress()
+        for sequence in self.sequences:
+            self.allocator.free(sequence.block_table)
+        self._waiting.clear()
+        self._running.clear()
+        self._idle.clear()
+        return progress
+
+    def _refuse_unfit(self, request: Request, generated: int) -> None:
+        prompt, limit = len(request.prompt_token_ids), self.context_limit
+        if prompt < 1:
+            raise ValueError("prompt must hold at least 1 token, got 0")
+        if prompt + generated + 1 > limit:
+            raise ValueError(
+                f"prompt must leave room for a token in the context of {limit} tokens, got {prompt + generated} tokens"
+            )
+        if request.params.max_tokens is not None and generated >= request.params.max_tokens:
+            raise ValueError(f"generated must be fewer than max_tokens ({request.params.max_tokens}), got {generated} tokens")
+        if request.id in self._running or any(request.id == other.id for other in self._waiting):
+            raise ValueError(f"request id must be new, got {request.id}, which is in progress")
+
+    def _require_landed(self, what: str) -> None:
+        if self._in_flight:
+            raise ValueError(f"{what} needs every micro-batch completed or cancelled, slots in flight: {sorted(self._in_flight)}")
+
+    def _abort_waiting(self, request_id: str) -> bool:
+        sequence = next((s for s in self._waiting if s.id == request_id), None)
+        if sequence is not None:
+            self._waiting.remove(sequence)
+        return sequence is not None
+
+    def _admit(self) -> None:
+        """First come, first served. A sequence gets blocks for all its tokens at once, so that no prefill stalls half way."""
+        while self._waiting and len(self._running) < self.max_running:
+            sequence = self._waiting[0]
+            needed = self.allocator.blocks_for(len(sequence.token_ids))
+            # A block of headroom for each running sequence, lest the newcomer be preempted before it has begun.
+            if needed + len(self._running) > self.allocator.available:
+                return
+            blocks = self.allocator.allocate(needed)
+            assert blocks is not None
+            sequence.block_table = blocks
+            self._waiting.popleft()
+            self._running[sequence.id] = self._idle[sequence.id] = sequence
+
+    def _decode_chunks(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        room = self._decode_room()
+        for sequence in list(self._idle.values()):
+            if len(chunks) == room:
+                break
+            # A preemption below may have taken the sequence from the idle ones.
+            if sequence.id in self._idle and sequence.decodes and self._grow(sequence):
+                chunks.append(self._take(sequence, 1))
+        return chunks
+
+    def _decode_room(self) -> int:
+        """Decode rows for this micro-batch: an equal share of the slots, leaving a part of the budget to prefill that waits."""
+        decoding = sum(sequence.decodes for sequence in self._running.values())
+        share = min(-(-decoding // self.slots), self.token_budget)
+        if all(sequence.decodes for sequence in self._idle.values()):
+            return share
+        if self.token_budget > 1:
+            return min(share, self.token_budget - max(1, self.token_budget // 4))
+        self._decode_turn = not self._decode_turn  # a budget of one row: they take turns
+        return share if self._decode_turn else 0
+
+    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in [s for s in self._idle.values() if not s.decodes]:
+            if not budget:
+                break
+            chunks.append(self._take(sequence, min(budget, sequence.remaining)))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _take(self, sequence: Sequence, count: int) -> Chunk:
+        del self._idle[sequence.id]
+        return Chunk(sequence, sequence.computed, count, samples=count == sequence.remaining)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Room for one more token, taken from idle sequences admitted later if need be; False: it has to wait for those in flight."""
+        while self.allocator.blocks_for(sequence.computed + 1) > len(sequence.block_table):
+            blocks = self.allocator.allocate(1)
+            if blocks is not None:
+                sequence.block_table += blocks
+            elif not self._preempt_younger(sequence):
+                return False
+        return True
+
+    def _preempt_younger(self, sequence: Sequence) -> bool:
+        for victim in reversed(self._running.values()):
+            if victim is sequence:
+                return False
+            if victim.id in self._idle:
+                self._release(victim)
+                victim.computed = 0
+                self._waiting.appendleft(victim)
+                self.preemptions += 1
+                return True
+        return False
+
+    def _land(self, batch: MicroBatch) -> None:
+        if self._in_flight.get(batch.slot) is not batch:
+            raise ValueError(f"not in flight: {batch}")
+        del self._in_flight[batch.slot]
+        self._idle.update((chunk.sequence.id, chunk.sequence) for chunk in batch.chunks)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        if sampled.error is not None or sampled.token_id is None:
+            self._release(sequence)
+            return TokenOutput(sequence.id, None, finish_reason="error", error=sampled.error)
+        sequence.token_ids.append(sampled.token_id)
+        reason = finish_reason(sequence, self.eos_token_ids, self.context_limit)
+        if reason is not None:
+            self._release(sequence)
+        return TokenOutput(sequence.id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.free(sequence.block_table)
+        sequence.block_table = []
+        del self._running[sequence.id]
+        self._idle.pop(sequence.id, None)
+
+
+def finish_reason(sequence: Sequence, eos_token_ids: Iterable[int], context_limit: int) -> FinishReason | None:
+    """Whether a sequence ends with its last token, and why."""
+    params, last = sequence.request.params, sequence.token_ids[-1]
+    if (not params.ignore_eos and last in eos_token_ids) or last in params.stop_token_ids:
+        return "stop"
+    if params.max_tokens is not None and sequence.output_count >= params.max_tokens:
+        return "length"
+    return "length" if len(sequence.token_ids) >= context_limit else None
+
+
+def _at_least_1(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,249 @@
+"""What crosses an edge: a fixed-size header, tensors that describe themselves, and their place in a frame."""
+
+import struct
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+MAGIC = 0x52444641  # "AFDR"
+VERSION = 1
+ALIGNMENT = 64
+HEADER_BYTES = 192
+MAX_TENSORS = 4
+MAX_DIMENSIONS = 4
+
+_FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
+_PREFIX = struct.Struct("<IHBBQQ")
+_DESCRIPTORS = struct.Struct("<8B16I")
+_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
+
+
+class Kind(IntEnum):
+    """What a message is for."""
+
+    HELLO = 1
+    STEP = 2
+    PARK = 3
+    WAVE = 4
+    DISPATCH = 5
+    REDUCE = 6
+    PARTIAL = 7
+    TENSOR = 8
+    WARMUP = 9
+    STOP = 10
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Header(NamedTuple):
+    """Which message this is; `source` is the sender's rank in the group."""
+
+    kind: Kind
+    epoch: int
+    source: int
+    slot: int = 0
+    layer: int = 0
+    step: int = 0
+    rows: int = 0
+    first_row: int = 0
+    sent_ns: int = 0
+    """The sender's wall clock."""
+
+
+def _nothing_to_release() -> None:
+    pass
+
+
+class Message(NamedTuple):
+    """A header and views of the receive buffer, which are valid until `release()`; releasing twice is harmless."""
+
+    header: Header
+    tensors: tuple[Tensor, ...]
+    release: Callable[[], None]
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether its tensors lie in the edge's buffer."""
+        return self.release is not _nothing_to_release
+
+    def copied(self) -> "Message":
+        """The same message in memory of its own, its buffer released: for what cannot be used yet, lest it hold up the edge."""
+        tensors = tuple([tensor.clone() for tensor in self.tensors])
+        self.release()
+        return Message(self.header, tensors, _nothing_to_release)
+
+
+class LinkError(RuntimeError):
+    """The edge to `peer` is gone or speaks another contract."""
+
+    def __init__(self, peer: int, reason: str) -> None:
+        super().__init__(f"edge to rank {peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
+
+
+class Mesh(Protocol):
+    """One member's view of a group: an edge to each of its peers.
+
+    One thread sends, one thread receives, waits and releases (it may be the same one); any thread may wake.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+
+    def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
+        """Copy the tensors once into the edge's buffer and return without waiting for the peer.
+
+        Raises LinkError when the edge is closed or stays full past its deadline, ValueError for what no frame can carry.
+        """
+
+    def receive(self) -> Message | None:
+        """The next message that has arrived from any peer: in order for an edge, fair over edges, stale epochs dropped.
+
+        Raises LinkError once an edge is broken and the messages it still held are delivered.
+        """
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Return when a message may have arrived, an edge broke, `wake` was called, or the time is over."""
+
+    def wake(self) -> None:
+        """End the current or the next `wait`; callable from any thread of this process."""
+
+    def close(self) -> None:
+        """Leave the group: the peers' readers wake at once with LinkError. Closing twice is harmless."""
+
+
+class Field(NamedTuple):
+    """One tensor's place in a frame; `offset_bytes` counts from the frame's first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+class Layout(NamedTuple):
+    """Where each tensor of a frame lies; every offset and the length are multiples of ALIGNMENT."""
+
+    descriptors: bytes
+    fields: tuple[Field, ...]
+    length_bytes: int
+
+
+class Frame(NamedTuple):
+    """A decoded frame header."""
+
+    header: Header
+    layout: Layout
+
+
+def aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[index + 1 :]) for index in range(len(shape)))
+
+
+def _place(specs: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[tuple[Field, ...], int]:
+    fields: list[Field] = []
+    offset_bytes = HEADER_BYTES
+    for dtype, shape in specs:
+        size_bytes = prod(shape) * dtype.itemsize
+        fields.append(Field(dtype, tuple(shape), contiguous_strides(shape), offset_bytes, size_bytes))
+        offset_bytes += aligned(size_bytes)
+    return tuple(fields), offset_bytes
+
+
+@lru_cache(maxsize=8192)
+def layout_of(specs: tuple[tuple[torch.dtype, tuple[int, ...]], ...]) -> Layout:
+    """The layout of tensors given as (dtype, shape); ValueError for more or stranger tensors than a frame carries."""
+    if len(specs) > MAX_TENSORS:
+        raise ValueError(f"tensors: {len(specs)} in one message, at most {MAX_TENSORS} are allowed")
+    codes = [0] * 8
+    dims = [0] * 16
+    for index, (dtype, shape) in enumerate(specs):
+        if dtype not in _CODES:
+            raise ValueError(f"tensor dtype {dtype} cannot travel, allowed: {', '.join(str(known) for known in _DTYPES)}")
+        if len(shape) > MAX_DIMENSIONS or any(size >= 1 << 32 for size in shape):
+            raise ValueError(f"tensor shape {tuple(shape)} cannot travel, at most {MAX_DIMENSIONS} dimensions under 2^32")
+        codes[2 * index : 2 * index + 2] = _CODES[dtype], len(shape)
+        dims[4 * index : 4 * index + len(shape)] = shape
+    fields, length_bytes = _place(specs)
+    return Layout(_DESCRIPTORS.pack(*codes, *dims), fields, length_bytes)
+
+
+@lru_cache(maxsize=8192)
+def _layout_from(count: int, descriptors: bytes) -> Layout:
+    if count > MAX_TENSORS:
+        raise ValueError(f"frame announces {count} tensors, at most {MAX_TENSORS} are allowed")
+    values = _DESCRIPTORS.unpack(descriptors)
+    codes, dims = values[:8], values[8:]
+    specs = []
+    for index in range(count):
+        code, rank = codes[2 * index], codes[2 * index + 1]
+        if not 1 <= code <= len(_DTYPES) or rank > MAX_DIMENSIONS:
+            raise ValueError(f"frame announces dtype code {code} with {rank} dimensions")
+        specs.append((_DTYPES[code - 1], dims[4 * index : 4 * index + rank]))
+    fields, length_bytes = _place(specs)
+    return Layout(descriptors, fields, length_bytes)
+
+
+def layout_for(tensors: Sequence[Tensor]) -> Layout:
+    return layout_of(tuple([(tensor.dtype, tensor.shape) for tensor in tensors]))
+
+
+def pack_into(buffer: memoryview, offset: int, header: Header, layout: Layout, digest: int) -> None:
+    """Write the frame's header; ValueError when a field is negative or too large for it."""
+    try:
+        kind, *position = header
+        prefix = MAGIC, VERSION, kind, len(layout.fields), digest, layout.length_bytes
+        _FRAME.pack_into(buffer, offset, *prefix, *position, layout.descriptors)
+    except struct.error as error:
+        raise ValueError(f"{header} cannot travel: {error}") from None
+
+
+def pack(header: Header, layout: Layout, digest: int) -> bytes:
+    frame = bytearray(HEADER_BYTES)
+    pack_into(memoryview(frame), 0, header, layout, digest)
+    return bytes(frame)
+
+
+def length_of(head: bytes | bytearray, limit_bytes: int) -> int:
+    """A frame's length from its header, before the rest has come; ValueError when it cannot be one."""
+    magic, version, _, _, _, length_bytes = _PREFIX.unpack_from(head)
+    if magic != MAGIC or version != VERSION:
+        raise ValueError(f"frame begins with magic {magic:#x} and version {version}, not {MAGIC:#x} and {VERSION}")
+    if not HEADER_BYTES <= length_bytes <= limit_bytes or length_bytes % ALIGNMENT:
+        raise ValueError(f"frame length is {length_bytes} bytes, allowed: multiples of {ALIGNMENT} up to {limit_bytes}")
+    return int(length_bytes)
+
+
+def unpack_from(buffer: memoryview | bytes | bytearray, offset: int, digest: int) -> Frame:
+    """Read and check a frame's header; ValueError with one line when it is not of this contract."""
+    values = _FRAME.unpack_from(buffer, offset)
+    magic, version, kind, count, theirs, length_bytes, *position, descriptors = values
+    if magic != MAGIC:
+        raise ValueError(f"frame magic is {magic:#x}, not {MAGIC:#x}")
+    if version != VERSION:
+        raise ValueError(f"wire version is {version}, this side speaks {VERSION}")
+    if theirs != digest:
+        raise ValueError(f"contract digest is {theirs:016x}, this side has {digest:016x}")
+    if kind not in _KINDS:
+        raise ValueError(f"message kind is {kind}, known are 1 to {max(_KINDS)}")
+    layout = _layout_from(count, descriptors)
+    if layout.length_bytes != length_bytes:
+        raise ValueError(f"frame length is {length_bytes} bytes, its tensors need {layout.length_bytes}")
+    return Frame(Header(_KINDS[kind], *position), layout)

@@ -1,0 +1,242 @@
+"""The connections of one member: who is let in, who is dialled, what carries each edge, and which edge broke."""
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from afd_ray.handoff import shm
+from afd_ray.handoff.endpoint import Endpoint
+from afd_ray.handoff.gate import Gate, dial
+from afd_ray.handoff.handshake import NONCE_BYTES, Carrier, Claim, Verdict, digest_mismatch, judge
+from afd_ray.handoff.message import LinkError
+from afd_ray.handoff.poller import READ, Poller
+from afd_ray.handoff.ring import RingMemory, RingReader
+from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
+
+LinkKind = Literal["auto", "shm", "tcp"]
+LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp")
+OWN_CLOSE = "this mesh is closed"
+
+_CONNECT_POLL_S = 0.5e-3
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a member brings to its group."""
+
+    rank: int
+    epoch: int
+    digest: int
+    secret: bytes
+    host: str
+    kind: LinkKind
+    send_timeout_s: float
+
+
+class Inbound:
+    """The receiving end of one edge; `kind` is empty until the peer has connected."""
+
+    def __init__(self, peer: int, memory: RingMemory) -> None:
+        self.peer = peer
+        self.memory = memory
+        self.reader = RingReader(memory)
+        self.kind = ""
+        self.broken: str | None = None
+        self.messages = 0
+        self.size_bytes = 0
+
+
+Outbound = shm.ShmEdge | TcpEdge
+
+
+class Wiring:
+    """Owns the segment, the sockets and the thread that watches them; tells the doorbell when an edge breaks."""
+
+    def __init__(self, terms: Terms, peers: Mapping[int, int]) -> None:
+        self.outbound: dict[int, Outbound] = {}
+        self.any_broken = False
+        self._terms = terms
+        self._capacities: dict[int, int] = {}
+        self._connections: list[socket.socket] = []
+        nonce = secrets.token_bytes(shm.NONCE_BYTES)
+        self._segment = _segment(terms.kind, peers, nonce)
+        self.doorbell = self._segment.doorbell
+        self.inbound = [Inbound(peer, self._segment.rings[peer]) for peer in sorted(peers)]
+        self._poller = Poller(f"mesh-{terms.rank}-e{terms.epoch}")
+        try:
+            self._gate = Gate(terms.host, terms.secret, self._poller, self._judge, self._admit)
+        except OSError:
+            self._segment.unlink()
+            raise
+        self.endpoint = Endpoint(
+            rank=terms.rank,
+            host=terms.host,
+            port=self._gate.port,
+            segment=self._segment.name,
+            nonce=nonce,
+            digest=terms.digest,
+            pid=os.getpid(),
+            rings=dict(peers),
+        )
+        self._gate.open()
+        self._poller.start()
+
+    def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
+        """Connect to every peer and wait until every peer has connected; after a failure only `close` is left."""
+        deadline_s = time.monotonic() + timeout_s
+        missing = [edge.peer for edge in self.inbound if edge.peer not in endpoints]
+        if missing:
+            raise LinkError(missing[0], f"no endpoint is known; missing ranks: {_listed(missing)}")
+        for edge in self.inbound:
+            self._check(edge.peer, endpoints[edge.peer])
+        for edge in self.inbound:
+            self.outbound[edge.peer] = self._dial(edge.peer, endpoints[edge.peer], deadline_s)
+        self._await_inbound(timeout_s, deadline_s)
+        self._segment.unlink()
+        self._poller.call(self._gate.close)
+
+    def _await_inbound(self, timeout_s: float, deadline_s: float) -> None:
+        while late := [edge.peer for edge in self.inbound if not edge.kind]:
+            self.raise_broken()
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"rank {self._terms.rank} waited {timeout_s:g} s for these ranks to connect: {_listed(late)}")
+            time.sleep(_CONNECT_POLL_S)
+
+    def capacity_to(self, peer: int) -> int:
+        """Bytes of the ring that the peer has for this member."""
+        return self._capacities[peer]
+
+    def raise_broken(self) -> None:
+        """LinkError for the first broken edge, if any."""
+        for edge in (*self.inbound, *self.outbound.values()):
+            if edge.broken is not None:
+                raise LinkError(edge.peer, edge.broken)
+
+    def _check(self, peer: int, endpoint: Endpoint) -> None:
+        if endpoint.digest != self._terms.digest:
+            raise LinkError(peer, digest_mismatch(endpoint.digest, self._terms.digest))
+        if endpoint.rank != peer or self._terms.rank not in endpoint.rings:
+            raise LinkError(peer, f"its endpoint is of rank {endpoint.rank}, with rings for ranks {_listed(endpoint.rings)}")
+
+    def _dial(self, peer: int, endpoint: Endpoint, deadline_s: float) -> Outbound:
+        terms = self._terms
+        self._capacities[peer] = endpoint.rings[terms.rank]
+        segment = self._attach(peer, endpoint)
+        carrier = Carrier.SHM if segment else Carrier.TCP
+        claim = Claim(carrier, terms.rank, peer, terms.epoch, terms.digest, secrets.token_bytes(NONCE_BYTES))
+        connection = dial(
+            endpoint.host, endpoint.port, source_host=terms.host, secret=terms.secret, claim=claim, deadline_s=deadline_s
+        )
+        if segment:
+            self._connections.append(connection)
+            edge = shm.ShmEdge(peer, segment, terms.rank, terms.digest, terms.send_timeout_s)
+            self._poller.call(partial(self._watch_life, connection, edge.fail))
+            return edge
+        socket_edge = TcpEdge(
+            peer,
+            connection,
+            self._poller,
+            capacity_bytes=endpoint.rings[terms.rank],
+            digest=terms.digest,
+            send_timeout_s=terms.send_timeout_s,
+        )
+        self._poller.call(socket_edge.watch)
+        return socket_edge
+
+    def _attach(self, peer: int, endpoint: Endpoint) -> shm.Segment | None:
+        if self._terms.kind == "tcp" or not shm.supported():
+            return None
+        segment = shm.attach_segment(endpoint.segment, endpoint.nonce, endpoint.rings)
+        if segment is None and self._terms.kind == "shm":
+            raise LinkError(peer, f"its shared segment {endpoint.segment or '(none)'} is not on this host")
+        return segment
+
+    # On the poller's thread:
+
+    def _judge(self, claim: Claim) -> tuple[Verdict, int, int]:
+        terms = self._terms
+        expected = frozenset(edge.peer for edge in self.inbound if not edge.kind)
+        verdict = judge(claim, rank=terms.rank, epoch=terms.epoch, digest=terms.digest, expected=expected)
+        return verdict, terms.epoch, terms.digest
+
+    def _admit(self, claim: Claim, connection: socket.socket) -> None:
+        edge = next(edge for edge in self.inbound if edge.peer == claim.source)
+        on_broken = partial(self._break_inbound, edge)
+        self._connections.append(connection)
+        if claim.carrier == Carrier.SHM:
+            self._watch_life(connection, on_broken)
+            edge.kind = "shm"
+            return
+        inlet = TcpInlet(connection, edge.memory, self.doorbell, self._poller, on_broken)
+        edge.reader.on_free = inlet.on_free
+        inlet.watch()
+        edge.kind = "tcp"
+
+    def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
+        """The connection of a shm edge carries nothing: that it becomes readable means that the peer is gone."""
+        self._poller.watch(connection, READ, lambda _events: self._on_life(connection, on_broken))
+
+    def _on_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
+        try:
+            reason = "the peer sent bytes on a silent connection" if connection.recv(1) else PEER_CLOSED
+        except BlockingIOError:
+            return
+        except OSError as error:
+            reason = f"{PEER_CLOSED} ({error.strerror})"
+        self._poller.forget(connection)
+        on_broken(reason)
+
+    def _break_inbound(self, edge: Inbound, reason: str) -> None:
+        edge.broken = reason
+        self.any_broken = True
+        self.doorbell.wake()
+        outbound = self.outbound.get(edge.peer)
+        if outbound is not None:
+            outbound.fail(reason)
+
+    def close(self) -> None:
+        """Leave the group; harmless to repeat, from any thread."""
+        self._poller.close(self._close_all)
+
+    def _close_all(self) -> None:
+        self._gate.close()
+        for edge in self.outbound.values():
+            edge.close()
+        for connection in self._connections:
+            self._poller.forget(connection)
+            connection.close()
+        self._segment.unlink()
+        self._release()
+        self.doorbell.wake()
+
+    def _release(self) -> None:
+        """Let go of what refers back here, so that the rings are unmapped with the last user and not at some collection."""
+        del self._gate
+        for edge in self.inbound:
+            edge.reader.on_free = None
+
+
+def _segment(kind: LinkKind, peers: Mapping[int, int], nonce: bytes) -> shm.Segment:
+    if kind == "tcp" or (kind == "auto" and not shm.supported()):
+        return shm.private_segment(peers)
+    if not shm.supported():
+        raise ValueError("link kind is shm: it needs an x86-64 Linux host, allowed here: auto, tcp")
+    try:
+        return shm.create_segment(peers, nonce)
+    except OSError as error:
+        if kind == "shm":
+            raise
+        _log.warning("no shared segment of %d bytes (%s): this member is reached by tcp", sum(peers.values()), error.strerror)
+        return shm.private_segment(peers)
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(str(rank) for rank in sorted(ranks))

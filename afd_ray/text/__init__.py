@@ -1,0 +1,6 @@
+"""Text in and out: tokenizer, chat template, and tokens turned back into text as they arrive."""
+
+from afd_ray.text.detokenizer import IncrementalDetokenizer
+from afd_ray.text.tokenizer import Tokenizer
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]

@@ -1,0 +1,1 @@
+"""How well: one question a file, with its bound and its peer."""

@@ -1,0 +1,64 @@
+"""What every test gets: one torch thread, and no Ray unless it is marked `ray`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+pytest.register_assert_rewrite("tests.live_server")
+
+if TYPE_CHECKING:
+    from tests.live_server import LiveServer
+
+
+@pytest.fixture(autouse=True)
+def _only_marked_tests_start_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("ray"):
+        return
+    import ray
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("ray.init in a test without the `ray` marker")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[None]:
+    """The one Ray cluster of the whole run: two nodes in this machine's processes, this process connected to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=8)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, namespace="afd", log_to_driver=False, configure_logging=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 `step3-tiny` checkpoint with random weights."""
+    from afd_ray.models.checkpoint import write_checkpoint
+    from afd_ray.models.presets import PRESETS, random_tensors
+
+    directory = tmp_path_factory.mktemp("models") / "step3-tiny"
+    write_checkpoint(directory, PRESETS["step3-tiny"], random_tensors(PRESETS["step3-tiny"], seed=0))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator["LiveServer"]:
+    """The one `afd-ray serve` of the whole run."""
+    from tests.live_server import live_server
+
+    with live_server() as server:
+        yield server

@@ -1,0 +1,161 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from afd_ray.config import Config, ConfigError, Model, Pace, check_supported, load_config, model_directory, parse_config
+from afd_ray.config_reading import bundled_names
+
+
+def message(raw: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    return str(caught.value)
+
+
+def test_the_bundled_file_states_every_default() -> None:
+    config = load_config("demo")
+    assert config == Config()
+    assert config.ffn.ranks == 1
+    assert config.model.served_name == "demo"
+
+
+def test_every_bundled_configuration_loads() -> None:
+    for name in bundled_names():
+        check_supported(load_config(name))
+
+
+def test_every_key_of_the_schema_is_in_the_bundled_file() -> None:
+    text = (Path(__file__).parent.parent / "configs" / "demo.yaml").read_text()
+    assert yaml.safe_load(text) == Config().model_dump()
+
+
+def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    assert load_config(path) == Config()
+    path.write_text("# nothing\nserver:\n  # port: 1\n")
+    assert load_config(path) == Config()
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("attention: {replicas: 3}\n")
+    overrides = ["attention.replicas=5", "ffn.pace.base_us=100", "model.path=/a=b", "model.name=", "server.port=0"]
+    with pytest.raises(ConfigError, match=r"model\.name: must be non-empty text, got ''"):
+        load_config(path, overrides)
+    overrides[3] = "model.name=null"
+    config = load_config(path, overrides)
+    assert config.attention.replicas == 5
+    assert config.ffn.pace == Pace(base_us=100)
+    assert config.model.path == "/a=b"
+    assert config.server.port == 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"atention": {}}, "atention: unknown key, did you mean attention?"),
+        ({"attention": {"replica": 1}}, "attention.replica: unknown key, did you mean attention.replicas?"),
+        ({"attention": {"kv_cache": {"blocksize": 1}}}, "did you mean attention.kv_cache.block_size?"),
+        ({"port": 1}, "port: unknown key, did you mean server.port?"),
+        ({"failure": {"zzz": 1}}, "failure.zzz: unknown key, the keys there are detect_timeout_s, request_timeout_s"),
+        ({1: 2}, "1: unknown key"),
+        ({"attention": {"replicas": 0}}, "attention.replicas: must be at least 1, got 0"),
+        ({"attention": {"replicas": True}}, "attention.replicas: must be an integer, got true"),
+        ({"attention": {"replicas": 1.5}}, "attention.replicas: must be an integer, got 1.5"),
+        ({"attention": {"pace": {}}}, "attention.pace.base_us: missing"),
+        ({"attention": {"pace": {"base_us": float("nan")}}}, "attention.pace.base_us: must be a finite number, got nan"),
+        ({"attention": {"labels": {"zone": 3}}}, "attention.labels: must be text, got 3"),
+        ({"attention": [1]}, "attention: must be a section with keys of its own, got [1]"),
+        ({"pipeline": {"micro_batches": 5}}, "pipeline.micro_batches: must be auto or at most 4, got 5"),
+        ({"pipeline": {"micro_batches": "two"}}, "pipeline.micro_batches: must be auto or an integer, got 'two'"),
+        ({"handoff": {"kind": "udp"}}, "handoff.kind: must be auto, shm, tcp, gloo or nccl, got 'udp'"),
+        ({"placement": {"separate_nodes": 3}}, "placement.separate_nodes: must be auto or true or false, got 3"),
+        ({"autoscaling": {"min": {"ffn": 9}}}, "autoscaling.min.ffn: 9 must be at most autoscaling.max.ffn, 4"),
+        ({"server": {"port": 70000}}, "server.port: must be at most 65535, got 70000"),
+        ([1], "configuration: must hold a mapping of sections, got [1]"),
+    ],
+)
+def test_a_mistake_is_one_line(raw: object, expected: str) -> None:
+    text = message(raw)
+    assert expected in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"server:\n  port: [1\n", "line "),
+        (b"server: {port: 1}\nserver: {port: 2}\n", "line 2: key 'server' is given twice"),
+        (b"\xff\xfe\x01", "not valid UTF-8"),
+        (b"a: !!python/object:os.system {}\n", "could not determine a constructor"),
+        (b"just text\n", "must hold a mapping of sections"),
+        (b"a: *b\n", "line 1: found undefined alias"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("nonsense", "--set: 'nonsense' must be key.path=value"),
+        ("=1", "must be key.path=value"),
+        ("a..b=1", "must be key.path=value"),
+        ("server.port.x=1", "server.port: must be an integer"),
+        ("server=3", "server: must be a section"),
+        ("server.port=[", "--set server.port"),
+        ("server.prot=1", "server.prot: unknown key, did you mean server.port?"),
+    ],
+)
+def test_a_bad_override_is_one_line(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.*demo"):
+        load_config("nowhere")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "handoff.kind=gloo",
+        "handoff.kind=nccl",
+        "ffn.dispatch=routed",
+        "ffn.colocated=true",
+        "ffn.redundant_experts=1",
+        "autoscaling.policy=queue",
+        "attention.num_gpus=1",
+        "ffn.num_gpus=0.5",
+    ],
+)
+def test_what_is_not_built_yet_is_refused(override: str) -> None:
+    config = load_config(None, [override])
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        check_supported(config)
+
+
+def test_pace_is_linear() -> None:
+    pace = Pace(base_us=10, per_row_us=2, per_context_token_us=0.5)
+    assert pace.duration_us(rows=3, context_tokens=4) == 18
+
+
+def test_the_model_directory_is_bundled_or_must_exist(tmp_path: Path) -> None:
+    assert model_directory(Model()).name == "model"
+    assert model_directory(Model(path=str(tmp_path))) == tmp_path
+    with pytest.raises(ConfigError, match=r"model\.path: /nowhere is no directory"):
+        model_directory(Model(path="/nowhere"))

@@ -1,0 +1,29 @@
+"""What members must agree on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from afd_ray.membership.contract import check_same_model, contract_digest
+from afd_ray.membership.epoch import Epoch
+
+EPOCH = Epoch(7, 2, 1, 2, 3)
+
+
+def test_the_digest_sees_model_epoch_and_wire() -> None:
+    digests = {
+        contract_digest(1, EPOCH, torch.float32),
+        contract_digest(2, EPOCH, torch.float32),
+        contract_digest(1, replace(EPOCH, number=8), torch.float32),
+        contract_digest(1, replace(EPOCH, attention=3), torch.float32),
+        contract_digest(1, EPOCH, torch.bfloat16),
+    }
+    assert len(digests) == 5
+    assert contract_digest(1, EPOCH, torch.float32) in digests
+
+
+def test_the_actor_with_another_checkpoint_is_named() -> None:
+    check_same_model({"attention-0": 5, "ffn-1": 5})
+    with pytest.raises(ValueError, match=r"most actors loaded 0+5, but not ffn-1 \(0+6\)"):
+        check_same_model({"attention-0": 5, "ffn-1": 6, "ffn-2": 5})

@@ -1,0 +1,74 @@
+"""Frames carry what was packed, and refuse what is not of this contract."""
+
+import pytest
+import torch
+
+from afd_ray.handoff.message import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    Header,
+    Kind,
+    layout_for,
+    layout_of,
+    pack,
+    unpack_from,
+)
+
+DIGEST = 0x0123456789ABCDEF
+HEADER = Header(Kind.DISPATCH, epoch=7, source=3, slot=2, layer=60, step=1 << 40, rows=17, first_row=5)
+
+
+def test_header_and_layout_survive_the_wire() -> None:
+    tensors = [torch.zeros(17, 512, dtype=torch.bfloat16), torch.zeros(0, 3, dtype=torch.int16), torch.tensor(1.0)]
+    layout = layout_for(tensors)
+    wire = pack(HEADER, layout, DIGEST)
+    assert len(wire) == HEADER_BYTES
+    frame = unpack_from(wire, 0, DIGEST)
+    assert frame.header == HEADER
+    assert frame.layout == layout
+    assert [(field.dtype, field.shape, field.strides) for field in frame.layout.fields] == [
+        (torch.bfloat16, (17, 512), (512, 1)),
+        (torch.int16, (0, 3), (3, 1)),
+        (torch.float32, (), ()),
+    ]
+    assert all(field.offset_bytes % ALIGNMENT == 0 for field in layout.fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16])
+def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
+    layout = layout_of(((dtype, (4, 3)),))
+    assert unpack_from(pack(HEADER, layout, DIGEST), 0, DIGEST).layout.fields[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("offset", "byte", "reason"),
+    [
+        (0, 0, "frame magic is"),
+        (4, 9, "wire version is 9, this side speaks 1"),
+        (6, 99, "message kind is 99"),
+        (7, 5, "announces 5 tensors"),
+        (8, 0, "contract digest is 0123456789abcd00, this side has 0123456789abcdef"),
+        (16, 1, "frame length is 129 bytes"),
+        (64, 200, "dtype code 200"),
+        (65, 9, "with 9 dimensions"),
+    ],
+)
+def test_a_damaged_frame_is_refused_in_one_line(offset: int, byte: int, reason: str) -> None:
+    wire = bytearray(pack(HEADER, layout_of(((torch.uint8, (64,)),)), DIGEST))
+    wire[offset] = byte
+    if offset == 16:
+        wire[16:24] = (129).to_bytes(8, "little")
+    with pytest.raises(ValueError, match=reason) as caught:
+        unpack_from(wire, 0, DIGEST)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_no_frame_can_carry_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"torch\.float64 cannot travel"):
+        layout_for([torch.zeros(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="5 in one message, at most 4"):
+        layout_for([torch.zeros(1)] * 5)
+    with pytest.raises(ValueError, match="at most 4 dimensions"):
+        layout_for([torch.zeros(1, 1, 1, 1, 1)])
+    with pytest.raises(ValueError, match="cannot travel"):
+        pack(Header(Kind.STEP, epoch=0, source=0, rows=-1), layout_of(()), DIGEST)
