@@ -40,14 +40,14 @@ class Batch(NamedTuple):
     groups: list[Group]
 
 
-def held_out() -> frozenset[str]:
+def held_out(practice: bool) -> frozenset[str]:
     """Questions that training never shows."""
-    return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT))
+    return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT, practice))
 
 
-def _ask_unseen(rng: Random, excluded: frozenset[str], shares: dict[str, int]) -> Question:
-    kind = rng.choices(list(shares), weights=list(shares.values()))[0]
-    while (item := ask(kind, rng)).question in excluded:
+def _ask_unseen(rng: Random, excluded: frozenset[str], mix: Mix) -> Question:
+    kind = rng.choices(list(mix.shares), weights=list(mix.shares.values()))[0]
+    while (item := ask(kind, rng, mix.practice)).question in excluded:
         pass
     return item
 
@@ -74,7 +74,7 @@ def example(rng: Random, excluded: frozenset[str], mix: Mix) -> Example:
     """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
     if rng.random() < mix.drills:
         return drill(rng, mix)
-    questions = [_ask_unseen(rng, excluded, mix.shares) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
+    questions = [_ask_unseen(rng, excluded, mix) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
     if rng.random() < 0.67:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
@@ -115,6 +115,6 @@ def collate(examples: list[Example]) -> Batch:
 def batches(stream: str, mix: Mix, examples_per_batch: int) -> Iterator[Batch]:
     """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
     rng = Random(f"training {stream}")
-    excluded = held_out()
+    excluded = held_out(mix.practice)
     while True:
         yield collate([example(rng, excluded, mix) for _ in range(examples_per_batch)])

@@ -31,6 +31,8 @@ class Mix(NamedTuple):
     """The chance that a number of a sum is below 10; without such sums the last digit is learned late."""
     words: float = 0.0
     """The chance that a lookup or recall is of words, as in stories, and not of letters."""
+    practice: bool = True
+    """Whether the questions are the harder ones of the early stages."""
 
 
 def shown(token_ids: list[int]) -> Example:

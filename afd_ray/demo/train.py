@@ -57,13 +57,27 @@ RECALL: Final = Mix(HARD, drills=0.7, skills={"sum": 35, "copy": 3, "lookup": 22
 TALLY: Final = Mix(LAST, drills=0.4, skills={"sum": 50, "copy": 2, "lookup": 18, "recall": 12, "tally": 18}, short=0.2, words=0.8)
 ALL_SKILLS: Final = {"sum": 40, "copy": 2, "lookup": 8, "recall": 6, "tally": 14, "sort": 12, "tale": 18}
 FINISH: Final = Mix(LAST, drills=0.45, skills=ALL_SKILLS, short=0.2, words=0.8)
+ASKED: Final = Mix(
+    {"arithmetic": 38, "counting": 10, "sorting": 16, "copying": 10, "lookup": 14, "story": 12},
+    drills=0.25,
+    skills={"sum": 70, "copy": 6, "lookup": 12, "sort": 12},
+    short=0.2,
+    words=0.8,
+    practice=False,
+)
+POLISH: Final = ASKED._replace(
+    shares={"arithmetic": 26, "counting": 5, "sorting": 17, "copying": 12, "lookup": 33, "story": 7},
+    skills={"sum": 30, "copy": 8, "lookup": 50, "sort": 12},
+)
 STAGES: Final = (
     Stage("", 500, 96, START, flat_steps=500),
     Stage(" digits", 500, 96, DIGITS, 350, 650),
     Stage(" words", 600, 64, WORDS, 300, 1000),
     Stage(" recall", 300, 72, RECALL, 300),
     Stage(" finish", 500, 64, TALLY, 200, 700),
-    Stage(" all", 1000, 56, FINISH, 150, 850),
+    Stage(" all", 500, 56, FINISH, 150, 850),
+    Stage(" asked", 600, 64, ASKED, -300, 1000),
+    Stage(" polish", 300, 64, POLISH, -500, 800),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
