@@ -71,11 +71,11 @@ def plain_example(questions: list[Question], begins: bool) -> Example:
 
 
 def example(rng: Random, excluded: frozenset[str], mix: Mix) -> Example:
-    """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
+    """A drill, or questions, in chat or plain form; one in twelve examples has more than one question."""
     if rng.random() < mix.drills:
         return drill(rng, mix)
     questions = [_ask_unseen(rng, excluded, mix) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
-    if rng.random() < 0.67:
+    if rng.random() < 1 - mix.plain:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
 

@@ -33,6 +33,8 @@ class Mix(NamedTuple):
     """The chance that a lookup or recall is of words, as in stories, and not of letters."""
     practice: bool = True
     """Whether the questions are the harder ones of the early stages."""
+    plain: float = 0.33
+    """The part of the questions asked in plain form instead of chat."""
 
 
 def shown(token_ids: list[int]) -> Example:

@@ -69,6 +69,9 @@ POLISH: Final = ASKED._replace(
     shares={"arithmetic": 26, "counting": 5, "sorting": 17, "copying": 12, "lookup": 33, "story": 7},
     skills={"sum": 30, "copy": 8, "lookup": 50, "sort": 12},
 )
+PLAIN: Final = POLISH._replace(
+    shares={"arithmetic": 18, "counting": 8, "sorting": 18, "copying": 12, "lookup": 38, "story": 6}, drills=0.15, plain=0.65
+)
 STAGES: Final = (
     Stage("", 500, 96, START, flat_steps=500),
     Stage(" digits", 500, 96, DIGITS, 350, 650),
@@ -78,6 +81,7 @@ STAGES: Final = (
     Stage(" all", 500, 56, FINISH, 150, 850),
     Stage(" asked", 600, 64, ASKED, -300, 1000),
     Stage(" polish", 300, 64, POLISH, -500, 800),
+    Stage(" plain", 300, 64, PLAIN, -500, 800),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
