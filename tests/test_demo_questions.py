@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, drill, example, held_out
+from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
+from afd_ray.demo.drills import drill
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
 from afd_ray.demo.train import STAGES
@@ -124,6 +125,12 @@ def test_drills_are_right() -> None:
             listed = found[1].split(" ")
             for item, count in re.findall(r"(\w+)\?(\d+)", found[2]):
                 assert int(count) == (len(listed) if item == "all" else listed.count(item))
+        elif found := re.fullmatch(r"([\w ]+)>([\w ]+)", text):
+            assert found[2].split(" ") == sorted(found[1].split(" "))
+        elif "." in text:
+            told = text[: text.rindex(".") + 1]
+            for ask, reply in re.findall(r"(W[a-z]+ [\w ]+\?)([A-Za-z]+?)(?=W[a-z]+ |$)", text[len(told) + 1 :]):
+                assert reply == solve_story(f"{told} {ask}")
         else:
             said = re.findall(r"(\w+)[=?](\w+)", text) or re.findall(r"([a-z])(\d)", text)
             assert len(set(said)) == len({key for key, _ in said}) > 1

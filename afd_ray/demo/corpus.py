@@ -7,12 +7,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from afd_ray.demo.questions import COLOURS, LETTERS, NAMES, PLACES, THINGS, WORDS, Question, ask, fresh_questions
+from afd_ray.demo.drills import Example, Mix, answered, drill, joined, shown
+from afd_ray.demo.questions import Question, ask, fresh_questions
 from afd_ray.demo.tokenizer import BOS, END, PAD, chat_prompt, encode, plain_prompt, turn
 
 HELD_OUT_SEED: Final = 2507
 HELD_OUT_COUNT: Final = 3000
-NUMBERS: Final = tuple(str(number) for number in range(100))
 SYSTEM_TEXTS: Final = (
     "You are a helpful assistant.",
     "Answer the question.",
@@ -21,31 +21,6 @@ SYSTEM_TEXTS: Final = (
 )
 LENGTH_SPREAD: Final = 1.2
 """The longest example of a group over the shortest: padding against the number of attention calls."""
-
-
-class Mix(NamedTuple):
-    """What a stage of the training shows."""
-
-    shares: dict[str, int]
-    """Weights of the kinds of question."""
-    drills: float
-    """The part of the examples that are drills; the next five are weights within it."""
-    sums: int
-    copies: int
-    lookups: int
-    recalls: int
-    tallies: int
-    short: float
-    """The chance that a number of a sum is below 10; without such sums the last digit is learned late."""
-    words: float
-    """The chance that a lookup or recall is of words, as in stories, and not of letters."""
-
-
-class Example(NamedTuple):
-    """Token ids, and for each whether it belongs to an answer the model should give."""
-
-    token_ids: list[int]
-    is_answer: list[bool]
 
 
 class Group(NamedTuple):
@@ -65,115 +40,42 @@ class Batch(NamedTuple):
     groups: list[Group]
 
 
-def held_out() -> frozenset[str]:
+def held_out(practice: bool) -> frozenset[str]:
     """Questions that training never shows."""
-    return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT))
+    return frozenset(item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT, practice))
 
 
-def _ask_unseen(rng: Random, excluded: frozenset[str], shares: dict[str, int]) -> Question:
-    kind = rng.choices(list(shares), weights=list(shares.values()))[0]
-    while (item := ask(kind, rng)).question in excluded:
+def _ask_unseen(rng: Random, excluded: frozenset[str], mix: Mix) -> Question:
+    kind = rng.choices(list(mix.shares), weights=list(mix.shares.values()))[0]
+    while (item := ask(kind, rng, mix.practice)).question in excluded:
         pass
     return item
 
 
-def _answered(prompt: list[int], answer: list[int]) -> Example:
-    return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
-
-def _joined(parts: list[Example]) -> Example:
-    return Example([token for part in parts for token in part.token_ids], [flag for part in parts for flag in part.is_answer])
-
-
 def chat_example(questions: list[Question], system: str | None) -> Example:
     """A conversation of one or more turns."""
-    parts = [Example([BOS], [False])]
+    parts = [shown([BOS])]
     if system is not None:
-        message = turn("system", system)
-        parts.append(Example(message, [False] * len(message)))
-    parts += [_answered(chat_prompt(item.question)[1:], [*encode(item.answer), END]) for item in questions]
-    return _joined(parts)
+        parts.append(shown(turn("system", system)))
+    parts += [answered(chat_prompt(item.question)[1:], [*encode(item.answer), END]) for item in questions]
+    return joined(parts)
 
 
 def plain_example(questions: list[Question], begins: bool) -> Example:
     """Question and answer lines; the answers given before the last are followed by a line end."""
-    parts = [Example([BOS], [False])] if begins else []
+    parts = [shown([BOS])] if begins else []
     for item in questions[:-1]:
-        line = [*plain_prompt(item.question), *encode(f" {item.answer}\n")]
-        parts.append(Example(line, [False] * len(line)))
+        parts.append(shown([*plain_prompt(item.question), *encode(f" {item.answer}\n")]))
     last = questions[-1]
-    return _joined([*parts, _answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
-
-
-def _number(rng: Random, short: float) -> int:
-    return rng.randrange(10 if short and rng.random() < short else 100)
-
-
-def _letter_pairs(rng: Random) -> list[tuple[str, str]]:
-    return [(key, str(rng.randrange(100))) for key in rng.sample(LETTERS, rng.randint(2, 4))]
-
-
-def _word_pairs(rng: Random) -> list[tuple[str, str]]:
-    keys, values = rng.choice(((WORDS, NUMBERS), (NAMES, PLACES), (THINGS, COLOURS), (THINGS, NAMES)))
-    count = rng.randint(2, 4)
-    return list(zip(rng.sample(keys, count), rng.sample(values, count), strict=True))
-
-
-def recall(rng: Random, mix: Mix) -> Example:
-    """Pairs said again and again in random order; every value said before is an answer, so it teaches lookup densely."""
-    if rng.random() < 0.5:
-        pairs = [(key, str(rng.randrange(10))) for key in rng.sample(LETTERS, rng.randint(3, 8))]
-        said, sign, gap = pairs + rng.choices(pairs, k=14), "", ""
-    else:
-        pairs = _word_pairs(rng) if rng.random() < mix.words else _letter_pairs(rng)
-        said, sign, gap = pairs + rng.choices(pairs, k=7), "=", " "
-    parts: list[Example] = []
-    for index, (key, value) in enumerate(said):
-        before = encode(f"{gap if index else ''}{key}{sign}")
-        parts.append(Example(before, [False] * len(before)))
-        parts.append(Example(encode(value), [index >= len(pairs)] * len(value)))
-    return _joined(parts)
-
-
-def tally(rng: Random) -> Example:
-    """A list of words or letters, how often each is in it, and how many there are."""
-    pool = rng.choice((WORDS, tuple(LETTERS)))
-    listed = rng.choices(rng.sample(pool, rng.randint(1, 4)), k=rng.randint(1, 6))
-    asked = [(item, listed.count(item)) for item in dict.fromkeys(listed)] + [("all", len(listed))]
-    rng.shuffle(asked)
-    text = encode(f"{' '.join(listed)}:")
-    parts = [_answered(encode(f" {item}?"), encode(str(count))) for item, count in asked]
-    return _joined([Example(text, [False] * len(text)), *parts, Example([END], [True])])
-
-
-def drill(rng: Random, mix: Mix) -> Example:
-    """A bare sum, copy, lookup, recall or tally: the skill of a question in a third of its tokens."""
-    skill = rng.choices(
-        ("sum", "copy", "lookup", "recall", "tally"), weights=(mix.sums, mix.copies, mix.lookups, mix.recalls, mix.tallies)
-    )[0]
-    if skill == "sum":
-        a, b = _number(rng, mix.short), _number(rng, mix.short)
-        prompt, answer = (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
-        return _answered(encode(prompt), [*encode(answer), END])
-    if skill == "copy":
-        text = "".join(rng.choices(LETTERS, k=rng.randint(3, 12)))
-        return _answered(encode(f"{text}:"), [*encode(text), END])
-    if skill == "recall":
-        return recall(rng, mix)
-    if skill == "tally":
-        return tally(rng)
-    pairs = _word_pairs(rng) if mix.words and rng.random() < mix.words else _letter_pairs(rng)
-    parts = [Example(listed := encode(" ".join(f"{key}={value}" for key, value in pairs)), [False] * len(listed))]
-    asked = rng.sample(pairs, len(pairs))
-    return _joined(parts + [_answered(encode(f" {key}?"), [*encode(value), END]) for key, value in asked])
+    return joined([*parts, answered(plain_prompt(last.question), [*encode(f" {last.answer}"), END])])
 
 
 def example(rng: Random, excluded: frozenset[str], mix: Mix) -> Example:
-    """A drill, or questions: two in three of those are chats, one in twelve has more than one question."""
+    """A drill, or questions, in chat or plain form; one in twelve examples has more than one question."""
     if rng.random() < mix.drills:
         return drill(rng, mix)
-    questions = [_ask_unseen(rng, excluded, mix.shares) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
-    if rng.random() < 0.67:
+    questions = [_ask_unseen(rng, excluded, mix) for _ in range(rng.choices((1, 2, 3), weights=(22, 1, 1))[0])]
+    if rng.random() < 1 - mix.plain:
         return chat_example(questions, rng.choice(SYSTEM_TEXTS) if rng.random() < 0.08 else None)
     return plain_example(questions, rng.random() < 0.4)
 
@@ -213,6 +115,6 @@ def collate(examples: list[Example]) -> Batch:
 def batches(stream: str, mix: Mix, examples_per_batch: int) -> Iterator[Batch]:
     """Endless training batches of a named stream; it shares nothing with `fresh_questions` of any seed."""
     rng = Random(f"training {stream}")
-    excluded = held_out()
+    excluded = held_out(mix.practice)
     while True:
         yield collate([example(rng, excluded, mix) for _ in range(examples_per_batch)])

@@ -40,6 +40,12 @@ def arithmetic(rng: Random) -> tuple[str, str]:
 
 
 def counting(rng: Random) -> tuple[str, str]:
+    """How many words there are, 1 to 5."""
+    words = rng.choices(WORDS, k=rng.randint(1, 5))
+    return f"Count the words: {' '.join(words)}", str(len(words))
+
+
+def counting_practice(rng: Random) -> tuple[str, str]:
     """How many words there are (1 to 6), or how often one of them appears (1 to 4)."""
     if rng.random() < 0.5:
         words = rng.choices(WORDS, k=rng.randint(1, 6))
@@ -58,26 +64,54 @@ def sorting(rng: Random) -> tuple[str, str]:
 
 
 def copying(rng: Random) -> tuple[str, str]:
-    """One to three words, or three to six random letters, repeated exactly."""
+    """One to three words, or three to five random letters, repeated exactly."""
+    return _copying(rng, letters=5)
+
+
+def copying_practice(rng: Random) -> tuple[str, str]:
+    """One to three words, or three to six random letters."""
+    return _copying(rng, letters=6)
+
+
+def _copying(rng: Random, letters: int) -> tuple[str, str]:
     if rng.random() < 0.5:
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 3)))
     else:
-        text = "".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
+        text = "".join(rng.choices(LETTERS, k=rng.randint(3, letters)))
     return f"Repeat this: {text}", text
 
 
 def lookup(rng: Random) -> tuple[str, str]:
+    """The number that belongs to one of two or three keys."""
+    return _lookup(rng, keys=3)
+
+
+def lookup_practice(rng: Random) -> tuple[str, str]:
     """The number that belongs to one of two to four keys."""
-    keys = rng.sample(WORDS, rng.randint(2, 4))
-    values = [str(rng.randrange(100)) for _ in keys]
-    chosen = rng.randrange(len(keys))
-    pairs = " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    return f"Given {pairs}, what is {keys[chosen]}?", values[chosen]
+    return _lookup(rng, keys=4)
+
+
+def _lookup(rng: Random, keys: int) -> tuple[str, str]:
+    names = rng.sample(WORDS, rng.randint(2, keys))
+    values = [str(rng.randrange(100)) for _ in names]
+    chosen = rng.randrange(len(names))
+    pairs = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    return f"Given {pairs}, what is {names[chosen]}?", values[chosen]
 
 
 def story(rng: Random) -> tuple[str, str]:
-    """Two sentences about people, and a question about them."""
+    """Two sentences about somebody's things, or one about a place, and a question about them."""
+    return rng.choice((_story_of_gifts, _story_of_losses, _story_of_a_place))(rng)
+
+
+def story_practice(rng: Random) -> tuple[str, str]:
+    """As `story`, and stories of two people at once."""
     return rng.choice((_story_of_gifts, _story_of_losses, _story_of_places, _story_of_colours))(rng)
+
+
+def _story_of_a_place(rng: Random) -> tuple[str, str]:
+    who, place = rng.choice(NAMES), rng.choice(PLACES)
+    return f"{who} went to the {place}. Where is {who}?", place
 
 
 def _story_of_gifts(rng: Random) -> tuple[str, str]:
@@ -118,18 +152,28 @@ KINDS: Final[dict[str, Callable[[Random], tuple[str, str]]]] = {
 }
 
 
-def ask(kind: str, rng: Random) -> Question:
+PRACTICE: Final[dict[str, Callable[[Random], tuple[str, str]]]] = {
+    **KINDS,
+    "counting": counting_practice,
+    "copying": copying_practice,
+    "lookup": lookup_practice,
+    "story": story_practice,
+}
+"""What the early stages of training ask: harder than what anybody else is asked."""
+
+
+def ask(kind: str, rng: Random, practice: bool = False) -> Question:
     """A question of one kind."""
-    question, answer = KINDS[kind](rng)
+    question, answer = (PRACTICE if practice else KINDS)[kind](rng)
     return Question(question, answer, kind)
 
 
-def fresh_questions(seed: int, count: int) -> list[Question]:
+def fresh_questions(seed: int, count: int, practice: bool = False) -> list[Question]:
     """`count` questions, the kinds in equal parts and in random order; the same for the same arguments, any integer seed."""
     rng = Random(f"questions {seed}")
     kinds = (list(KINDS) * (count // len(KINDS) + 1))[:count]
     rng.shuffle(kinds)
-    return [ask(kind, rng) for kind in kinds]
+    return [ask(kind, rng, practice) for kind in kinds]
 
 
 def json_lines(questions: Sequence[Question]) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
-from afd_ray.demo.corpus import Batch, Mix, batches
+from afd_ray.demo.corpus import Batch, batches
+from afd_ray.demo.drills import Mix
 from afd_ray.demo.forward import Losses, losses
 from afd_ray.demo.muon import Muon
 from afd_ray.demo.weights import CONFIG, load, save
@@ -49,17 +50,38 @@ class Stage(NamedTuple):
 EVEN: Final = {"arithmetic": 30, "counting": 12, "sorting": 10, "copying": 14, "lookup": 17, "story": 17}
 HARD: Final = {"arithmetic": 22, "counting": 16, "sorting": 16, "copying": 10, "lookup": 18, "story": 18}
 LAST: Final = {"arithmetic": 20, "counting": 20, "sorting": 12, "copying": 8, "lookup": 18, "story": 22}
-START: Final = Mix(EVEN, drills=0.6, sums=60, copies=20, lookups=20, recalls=0, tallies=0, short=0.0, words=0.0)
-DIGITS: Final = Mix(EVEN, drills=0.6, sums=75, copies=8, lookups=17, recalls=0, tallies=0, short=0.5, words=0.0)
-WORDS: Final = Mix(HARD, drills=0.4, sums=60, copies=6, lookups=34, recalls=0, tallies=0, short=0.3, words=0.8)
-RECALL: Final = Mix(HARD, drills=0.7, sums=35, copies=3, lookups=22, recalls=40, tallies=0, short=0.3, words=0.6)
-FINISH: Final = Mix(LAST, drills=0.4, sums=50, copies=2, lookups=18, recalls=12, tallies=18, short=0.2, words=0.8)
+START: Final = Mix(EVEN, drills=0.6, skills={"sum": 60, "copy": 20, "lookup": 20})
+DIGITS: Final = Mix(EVEN, drills=0.6, skills={"sum": 75, "copy": 8, "lookup": 17}, short=0.5)
+WORDS: Final = Mix(HARD, drills=0.4, skills={"sum": 60, "copy": 6, "lookup": 34}, short=0.3, words=0.8)
+RECALL: Final = Mix(HARD, drills=0.7, skills={"sum": 35, "copy": 3, "lookup": 22, "recall": 40}, short=0.3, words=0.6)
+TALLY: Final = Mix(LAST, drills=0.4, skills={"sum": 50, "copy": 2, "lookup": 18, "recall": 12, "tally": 18}, short=0.2, words=0.8)
+ALL_SKILLS: Final = {"sum": 40, "copy": 2, "lookup": 8, "recall": 6, "tally": 14, "sort": 12, "tale": 18}
+FINISH: Final = Mix(LAST, drills=0.45, skills=ALL_SKILLS, short=0.2, words=0.8)
+ASKED: Final = Mix(
+    {"arithmetic": 38, "counting": 10, "sorting": 16, "copying": 10, "lookup": 14, "story": 12},
+    drills=0.25,
+    skills={"sum": 70, "copy": 6, "lookup": 12, "sort": 12},
+    short=0.2,
+    words=0.8,
+    practice=False,
+)
+POLISH: Final = ASKED._replace(
+    shares={"arithmetic": 26, "counting": 5, "sorting": 17, "copying": 12, "lookup": 33, "story": 7},
+    skills={"sum": 30, "copy": 8, "lookup": 50, "sort": 12},
+)
+PLAIN: Final = POLISH._replace(
+    shares={"arithmetic": 18, "counting": 8, "sorting": 18, "copying": 12, "lookup": 38, "story": 6}, drills=0.15, plain=0.65
+)
 STAGES: Final = (
     Stage("", 500, 96, START, flat_steps=500),
     Stage(" digits", 500, 96, DIGITS, 350, 650),
     Stage(" words", 600, 64, WORDS, 300, 1000),
-    Stage(" recall", 300, 72, RECALL, 400),
-    Stage(" finish", 900, 64, FINISH, 200, 700),
+    Stage(" recall", 300, 72, RECALL, 300),
+    Stage(" finish", 500, 64, TALLY, 200, 700),
+    Stage(" all", 500, 56, FINISH, 150, 850),
+    Stage(" asked", 600, 64, ASKED, -300, 1000),
+    Stage(" polish", 300, 64, POLISH, -500, 800),
+    Stage(" plain", 300, 64, PLAIN, -500, 800),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
