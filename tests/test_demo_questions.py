@@ -7,13 +7,13 @@ from random import Random
 import pytest
 
 from afd_ray.demo.corpus import HELD_OUT_COUNT, HELD_OUT_SEED, example, held_out
-from afd_ray.demo.drills import drill
+from afd_ray.demo.drills import SKILLS, Mix, drill
 from afd_ray.demo.questions import KINDS, Question, ask, fresh_questions, main
 from afd_ray.demo.tokenizer import decode
 from afd_ray.demo.train import STAGES
 
 SEEDS = (0, 1, -7, 2**70)
-MIX = STAGES[-1].mix
+ALL_SKILLS = next(stage.mix for stage in STAGES if set(stage.mix.skills) == set(SKILLS))
 
 
 def numbers(text: str) -> list[int]:
@@ -70,10 +70,11 @@ def test_a_seed_always_gives_the_same_questions(seed: int) -> None:
     assert fresh_questions(seed, 50) != fresh_questions(seed + 1, 50)
 
 
+@pytest.mark.parametrize("practice", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_right_when_worked_out_independently(kind: str) -> None:
+def test_answers_are_right_when_worked_out_independently(kind: str, practice: bool) -> None:
     rng = Random(kind)
-    for item in (ask(kind, rng) for _ in range(300)):
+    for item in (ask(kind, rng, practice) for _ in range(300)):
         assert item == Question(item.question, SOLVERS[kind](item.question), kind)
 
 
@@ -89,11 +90,13 @@ def test_arithmetic_stays_within_99_and_above_zero() -> None:
         assert int(item.answer) >= 0
 
 
-def test_training_shows_no_held_out_question() -> None:
-    excluded = held_out()
+@pytest.mark.parametrize("mix", [STAGES[0].mix, STAGES[-1].mix])
+def test_training_shows_no_held_out_question(mix: Mix) -> None:
+    excluded = held_out(mix.practice)
     rng = Random(5)
-    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded, MIX).token_ids))}
-    assert not shown & {item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT)}
+    shown = {line for _ in range(2000) for line in questions_of(decode(example(rng, excluded, mix).token_ids))}
+    assert shown
+    assert not shown & {item.question for item in fresh_questions(HELD_OUT_SEED, HELD_OUT_COUNT, mix.practice)}
 
 
 def questions_of(text: str) -> list[str]:
@@ -115,7 +118,7 @@ def test_the_command_refuses_a_negative_count(capsys: pytest.CaptureFixture[str]
 def test_drills_are_right() -> None:
     rng = Random(6)
     for _ in range(300):
-        text = decode(drill(rng, MIX).token_ids)
+        text = decode(drill(rng, ALL_SKILLS).token_ids)
         if found := re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", text):
             a, sign, b, result = found.groups()
             assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
