@@ -72,6 +72,13 @@ POLISH: Final = ASKED._replace(
 PLAIN: Final = POLISH._replace(
     shares={"arithmetic": 18, "counting": 8, "sorting": 18, "copying": 12, "lookup": 38, "story": 6}, drills=0.15, plain=0.65
 )
+LOOKUPS: Final = POLISH._replace(
+    shares={"arithmetic": 12, "counting": 5, "sorting": 12, "copying": 8, "lookup": 58, "story": 5},
+    drills=0.2,
+    skills={"sum": 30, "copy": 5, "lookup": 55, "sort": 10},
+    words=1.0,
+    plain=0.5,
+)
 STAGES: Final = (
     Stage("", 500, 96, START, flat_steps=500),
     Stage(" digits", 500, 96, DIGITS, 350, 650),
@@ -82,6 +89,7 @@ STAGES: Final = (
     Stage(" asked", 600, 64, ASKED, -300, 1000),
     Stage(" polish", 300, 64, POLISH, -500, 800),
     Stage(" plain", 300, 64, PLAIN, -500, 800),
+    Stage(" lookups", 260, 64, LOOKUPS, -450, 750),
 )
 
 # Activations of a few MB would otherwise be mapped and zeroed by the kernel anew at every step.
