@@ -27,9 +27,9 @@ from benchmarks._machine import hardware
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a step3-92m checkpoint (default: made in a temporary directory)")
-    parser.add_argument("--requests", type=int, default=48, help="decoding at once")
-    parser.add_argument("--context", type=int, default=640, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens a request")
+    parser.add_argument("--requests", type=int, default=36, help="decoding at once")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens a request")
     parser.add_argument("--micro-batches", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30, help="steps to trace")
     parser.add_argument("--trace", type=Path, help="write the Chrome trace here")
