@@ -16,7 +16,7 @@ from afd_ray.demo.forward import losses
 from afd_ray.demo.muon import orthogonalised
 from afd_ray.demo.questions import Question, fresh_questions
 from afd_ray.demo.tokenizer import CHAT_TEMPLATE, SPECIALS, chat_prompt, encode, write_tokenizer
-from afd_ray.demo.train import STAGES, begin, rate
+from afd_ray.demo.train import STAGES, Stage, begin, rate
 from afd_ray.demo.weights import CONFIG, load, save
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import Step3Model
@@ -115,7 +115,7 @@ def test_only_answers_and_their_end_are_marked_in_questions() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_almost_nothing() -> None:
-    last = STAGES[-1]
+    last = Stage("", steps=200, examples_per_worker=1, mix=MIX, flat_steps=100, falling_steps=100)
     rates = [rate(step, last) for step in range(last.steps)]
     rise, fall = rates[: last.flat_steps], rates[last.flat_steps :]
     assert rise == sorted(rise)
