@@ -84,14 +84,7 @@ class AttentionActor(Member):
     def _submit(self, request: Request) -> None:
         if self._failure is not None:
             raise RuntimeError(f"the attention actor has failed: {self._failure}")
-        self._ready_loop().submit(request).add_done_callback(functools.partial(self._refuse, request.id))
-
-    def _refuse(self, request_id: str, submitted: "Future[None]") -> None:
-        error = submitted.exception()
-        if isinstance(error, ValueError):
-            self._tokens.refuse(request_id, str(error))
-        elif error is not None:
-            self._tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
+        self._ready_loop().submit(request).add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 
     def _abort(self, request_id: str) -> None:
         self._ready_loop().abort(request_id)
@@ -113,6 +106,15 @@ class AttentionActor(Member):
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "head", steps
+
+
+def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Future[None]") -> None:
+    """Tell the client when the scheduler did not take its request. Not a method: Ray wraps those, and this runs on the step loop's thread."""
+    error = submitted.exception()
+    if isinstance(error, ValueError):
+        tokens.refuse(request_id, str(error))
+    elif error is not None:
+        tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
 
 
 def max_context(config: Config, model: ModelConfig) -> int:
