@@ -195,12 +195,12 @@ class Wiring:
         on_broken(reason)
 
     def _break_inbound(self, edge: Inbound, reason: str) -> None:
+        outbound = self.outbound.get(edge.peer)
+        if outbound is not None:
+            outbound.fail(reason)  # first: whoever hears of the break may not send either
         edge.broken = reason
         self.any_broken = True
         self.doorbell.wake()
-        outbound = self.outbound.get(edge.peer)
-        if outbound is not None:
-            outbound.fail(reason)
 
     def close(self) -> None:
         """Leave the group; harmless to repeat, from any thread."""
