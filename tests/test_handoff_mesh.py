@@ -121,6 +121,28 @@ def test_one_group_mixes_shared_memory_and_sockets(opened: Open) -> None:
     assert arrived == {source: [source * 100 + step for step in range(20)] for source in (1, 2)}
 
 
+@pytest.mark.parametrize("source", [1, 2])
+def test_a_parked_member_of_a_mixed_group_hears_every_kind(opened: Open, source: int) -> None:
+    members = [opened(0, 3), opened(1, 3), opened(2, 3, kind="tcp")]
+    join(members)
+    arrived: list[int] = []
+
+    def read() -> None:
+        for _ in range(50):
+            message = next_message(members[0])
+            arrived.append(message.header.step)
+            message.release()
+            members[0].send(source, Header(Kind.TENSOR, epoch=0, source=0, step=message.header.step))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for step in range(50):
+        members[source].send(0, Header(Kind.TENSOR, epoch=0, source=source, step=step))
+        assert next_message(members[source]).header.step == step
+    reader.join(timeout=10)
+    assert arrived == list(range(50))
+
+
 @pytest.mark.parametrize("kind", ["shm", "tcp"])
 def test_a_full_edge_fails_after_its_deadline_and_delivers_what_it_took(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)

@@ -14,7 +14,7 @@ class Pumped(Enum):
 
     OPEN = auto()
     FULL = auto()
-    """It has more, for which there is no room."""
+    """There is no room for what it has: nothing was taken."""
     OVER = auto()
 
 
@@ -53,8 +53,8 @@ class Intake:
 
     def look(self, timeout_s: float | None) -> None:
         """Take what has arrived; waits for the first of it, or for a poke, at most this long."""
-        if self._full:
-            self._resume()
+        if self._full and self._resume():
+            timeout_s = 0.0  # the caller shall see what that was
         for descriptor, _ in self._epoll.poll(timeout_s):
             if descriptor == self._bell:
                 os.eventfd_read(self._bell)
@@ -79,12 +79,14 @@ class Intake:
             if state is Pumped.FULL:
                 self._full.append(source)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Try the full ones again; whether any of them went on."""
         with self._lock:
-            full, self._full = self._full, []
-            for source in full:
+            waiting, self._full = self._full, []
+            for source in waiting:
                 state = source.pump()
                 if state is Pumped.OPEN:
                     self._epoll.register(source.connection, select.EPOLLIN)
                 elif state is Pumped.FULL:
                     self._full.append(source)
+            return len(self._full) < len(waiting)

@@ -202,18 +202,16 @@ class TcpInlet:
         return Pumped.OVER
 
     def _read(self) -> Pumped:
-        while self._make_room():
-            writer = self._writer
-            room = writer.free_bytes() if self._length_bytes == HEADER_BYTES else self._length_bytes
-            target = self._data[writer.offset + self._begun_bytes : writer.offset + room]
-            count = self.connection.recv_into(target)
-            if count == 0:
-                raise ValueError(PEER_CLOSED)
-            self._begun_bytes += count
-            self._publish_whole_frames()
-            if count < len(target):
-                return Pumped.OPEN
-        return Pumped.FULL
+        if not self._make_room():
+            return Pumped.FULL
+        writer = self._writer
+        room = writer.free_bytes() if self._length_bytes == HEADER_BYTES else self._length_bytes
+        count = self.connection.recv_into(self._data[writer.offset + self._begun_bytes : writer.offset + room])
+        if count == 0:
+            raise ValueError(PEER_CLOSED)
+        self._begun_bytes += count
+        self._publish_whole_frames()
+        return Pumped.OPEN
 
     def _make_room(self) -> bool:
         """Whether the frame that has begun, or the next one's header, has its bytes of the ring."""
