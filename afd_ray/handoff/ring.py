@@ -18,6 +18,8 @@ _TAIL_WORD = 8
 _SKIP = Struct("<I")
 _SKIP_MAGIC = 0x50494B53  # "SKIP": the rest of the ring is empty, go on at its start
 _MAX_VIEWS = 4096
+_WARM_BYTES = 1 << 16
+"""Past this, an empty ring begins again at its start: memory used a moment ago is in the caches of both sides."""
 
 # Straight from address to address, and without letting go of the interpreter: both cost more than a small tensor's copy.
 _copy = ctypes.PYFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)(
@@ -65,18 +67,20 @@ class RingWriter:
 
     def reserve(self, length_bytes: int) -> int | None:
         """Offset of that many contiguous free bytes, a multiple of ALIGNMENT; None while the reader holds too much."""
-        if self._head + length_bytes > self._limit:
+        head = self._head
+        if head + length_bytes > self._limit or self.offset >= _WARM_BYTES:
             self._limit = self._words[_TAIL_WORD] + self._capacity
         room = self._capacity - self.offset
-        if room < length_bytes:
-            if self._head + room > self._limit:
+        if room < length_bytes or (self.offset >= _WARM_BYTES and head + self._capacity == self._limit):
+            if head + room > self._limit:
                 return None
             _SKIP.pack_into(self._data, self.offset, _SKIP_MAGIC)
             self.publish(room)
         return self.offset if self._head + length_bytes <= self._limit else None
 
     def free_bytes(self) -> int:
-        """Contiguous free bytes at `offset`, as far as is known."""
+        """Contiguous free bytes at `offset`."""
+        self._limit = self._words[_TAIL_WORD] + self._capacity
         return min(self._limit - self._head, self._capacity - self.offset)
 
     def publish(self, length_bytes: int) -> None:

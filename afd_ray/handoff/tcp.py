@@ -216,7 +216,9 @@ class TcpInlet:
     def _make_room(self) -> bool:
         """Whether the frame that has begun, or the next one's header, has its bytes of the ring."""
         writer = self._writer
-        if self._aside is None and self._begun_bytes and writer.offset + self._length_bytes > self._limit_bytes:
+        if self._begun_bytes and self._aside is None:
+            if writer.offset + self._length_bytes <= self._limit_bytes:
+                return writer.free_bytes() >= self._length_bytes
             self._aside = bytes(self._data[writer.offset : writer.offset + self._begun_bytes])
         offset = writer.reserve(self._length_bytes)
         if offset is None:
