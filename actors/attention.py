@@ -15,6 +15,7 @@ from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.scheduler import Scheduler
+from afd_ray.kernels.packed import packed_attention
 from afd_ray.models.checkpoint import load_attention
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf
@@ -69,7 +70,7 @@ class AttentionActor(Member):
     def _build(self) -> AttentionLoop:
         config = self._config
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
-        half = load_attention(checkpoint, dtype, self._note_progress)
+        half = packed_attention(load_attention(checkpoint, dtype, self._note_progress))
         cache, allocator = build_cache(config, half.config)
         scheduler = Scheduler(
             allocator=allocator,
