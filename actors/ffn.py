@@ -38,7 +38,7 @@ class FFNActor(Member):
 
     def _build(self, shard: FFNShard) -> FFNLoop:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        half = packed_ffn(load_ffn(checkpoint, shard, dtype, self._note_progress))
+        half = packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
         return FFNLoop(half, self._config.ffn.pace)
 
     def _ready_loop(self) -> FFNLoop:
