@@ -13,6 +13,7 @@ enum {
     ROWS = 12,   // of a tile: 24 vectors of sums leave registers for two of weights
     HEADS = 8,   // attended together: one half vector of float32
     KEYS = 16,   // scored together
+    ROWS_IN_TURN = 16,
 };
 
 static float widen(bf16 value)
@@ -51,6 +52,39 @@ static __m512 silu16(__m512 x)
 {
     const __m512 one = _mm512_set1_ps(1.0f);
     return _mm512_div_ps(x, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// Memory for one call, kept by its thread for the next: fresh pages at every call would cost more than the arithmetic.
+typedef struct {
+    char *memory;
+    size_t size, used;
+} Workspace;
+
+static _Thread_local Workspace own;
+
+static size_t padded(size_t bytes)
+{
+    return (bytes + 63) / 64 * 64;
+}
+
+// This thread's workspace, empty, with room for `bytes`.
+static Workspace *reserve(size_t bytes)
+{
+    if (own.size < bytes) {
+        free(own.memory);
+        own.memory = aligned_alloc(64, own.size = padded(bytes + bytes / 4));
+        if (!own.memory)
+            abort();
+    }
+    own.used = 0;
+    return &own;
+}
+
+static void *take(Workspace *workspace, size_t bytes)
+{
+    void *memory = workspace->memory + workspace->used;
+    workspace->used += padded(bytes);
+    return memory;
 }
 
 // --- packed matrices ----------------------------------------------------------------------------------------------------------
@@ -168,26 +202,19 @@ static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k,
     starts[0] = 0;
 }
 
-static void *reserve(size_t bytes)
-{
-    void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
-    if (!memory)
-        abort();
-    return memory;
-}
-
 // out [rows, hidden] = sum over k of weights[., k] * down(silu(gate(x)) * up(x)) of expert ids[., k].
 // gate_up: [experts][inner / 16] panels of 16 gate and 16 up columns; down: [experts][hidden / WIDTH] panels.
 void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 *gate_up, const bf16 *down, bf16 *out,
              long rows, long top_k, long experts, long hidden, long inner, int threads)
 {
     const long most = rows * top_k;
-    int32_t *starts = reserve((experts + 1) * sizeof *starts);
-    int32_t *row = reserve(most * sizeof *row);
-    float *weight = reserve(most * sizeof *weight);
-    bf16 *gathered = reserve(most * hidden * sizeof *gathered);
-    bf16 *gated = reserve(most * inner * sizeof *gated);
-    float *total = reserve(rows * hidden * sizeof *total);
+    Workspace *workspace = reserve(8 * 64 + (experts + 1 + 2 * most) * 4 + most * (hidden + inner) * 2 + rows * hidden * 4);
+    int32_t *starts = take(workspace, (experts + 1) * sizeof *starts);
+    int32_t *row = take(workspace, most * sizeof *row);
+    float *weight = take(workspace, most * sizeof *weight);
+    bf16 *gathered = take(workspace, most * hidden * sizeof *gathered);
+    bf16 *gated = take(workspace, most * inner * sizeof *gated);
+    float *total = take(workspace, rows * hidden * sizeof *total);
     sort(ids, weights, rows, top_k, experts, starts, row, weight);
     const Target into_gated = {.out = gated, .width = inner};
     const Target into_total = {.total = total, .width = hidden, .rows = row, .weights = weight};
@@ -216,7 +243,6 @@ void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 
             for (long c = 0; c < hidden; c += 16)
                 narrow16(out + i * hidden + c, _mm512_loadu_ps(total + i * hidden + c));
     }
-    free(starts), free(row), free(weight), free(gathered), free(gated), free(total);
 }
 
 // --- attention over the paged cache -------------------------------------------------------------------------------------------
@@ -266,11 +292,6 @@ score(const Keys *keys, const long dim, const int32_t *q, float *scores)
 {
     for (long from = 0; from < keys->context; from += keys->block_size) {
         const bf16 *token = block_of(keys, from);
-        if (from + keys->block_size < keys->context) {
-            const char *next = (const char *)block_of(keys, from + keys->block_size);
-            for (long at = 0; at < keys->block_size * 4 * keys->dim; at += 64)
-                _mm_prefetch(next + at, _MM_HINT_T1);
-        }
         long i = 0;
         for (; i + KEYS <= keys->block_size; i += KEYS)
             score_keys(KEYS, token + i * 2 * dim, dim, q, scores + (from + i) * HEADS);
@@ -281,10 +302,14 @@ score(const Keys *keys, const long dim, const int32_t *q, float *scores)
 
 static __m256 largest(const float *scores, long context)
 {
-    __m256 most = _mm256_loadu_ps(scores);
-    for (long k = 1; k < context; k++)
-        most = _mm256_max_ps(most, _mm256_loadu_ps(scores + k * HEADS));
-    return most;
+    __m256 most[4] = {_mm256_loadu_ps(scores), most[0], most[0], most[0]};
+    long k = 0;
+    for (; k + 4 <= context; k += 4)
+        for (int i = 0; i < 4; i++)
+            most[i] = _mm256_max_ps(most[i], _mm256_loadu_ps(scores + (k + i) * HEADS));
+    for (; k < context; k++)
+        most[0] = _mm256_max_ps(most[0], _mm256_loadu_ps(scores + k * HEADS));
+    return _mm256_max_ps(_mm256_max_ps(most[0], most[1]), _mm256_max_ps(most[2], most[3]));
 }
 
 // Scores to softmax weights before normalisation, for pairs of tokens of a block: [pairs][HEADS][2]; gives their sum.
@@ -310,7 +335,8 @@ static __m256 weigh(const Keys *keys, const float *scores, float scale, bf16 *we
 }
 
 // WIDTH columns of the values, weighted: sums [HEADS][2], their columns in the order of unpacklo and unpackhi.
-static void add_values(const Keys *keys, const bf16 *weights, long column, __m512 sums[HEADS][2])
+// Memory is idle meanwhile, so it fetches `next`, a share for each column.
+static void add_values(const Keys *keys, const Keys *next, const bf16 *weights, long column, __m512 sums[HEADS][2])
 {
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++)
@@ -318,10 +344,15 @@ static void add_values(const Keys *keys, const bf16 *weights, long column, __m51
     for (long from = 0; from < keys->context; from += keys->block_size) {
         const long count = from + keys->block_size < keys->context ? keys->block_size : keys->context - from;
         const bf16 *value = block_of(keys, from) + keys->dim + column;
+        const char *coming = (const char *)(block_of(next, from < next->context ? from : 0) + 2 * column);
         for (long i = 0; i < count; i += 2, weights += 2 * HEADS) {
             const __m512i first = _mm512_loadu_si512(value + i * 2 * keys->dim);
             // A token without a partner has one of weight 0: itself, for what lies behind it may be anything.
             const __m512i second = _mm512_loadu_si512(value + (i + 1 < count ? i + 1 : i) * 2 * keys->dim);
+            for (int token = 0; token < 2; token++, coming += 4 * keys->dim) {
+                _mm_prefetch(coming, _MM_HINT_T1);
+                _mm_prefetch(coming + 64, _MM_HINT_T1);
+            }
             const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
             const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
 #pragma GCC unroll 8
@@ -334,21 +365,27 @@ static void add_values(const Keys *keys, const bf16 *weights, long column, __m51
     }
 }
 
-static void attend_heads(const Keys *keys, const bf16 *q, long heads, float scale, int32_t *lanes, float *scores, bf16 *weights, bf16 *out)
+typedef struct {
+    int32_t *lanes;
+    float *scores;
+    bf16 *weights;
+} Scratch;
+
+static void attend_heads(const Keys *keys, const Keys *next, const bf16 *q, long heads, float scale, const Scratch *scratch, bf16 *out)
 {
     const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    interleave_heads(q, heads, keys->dim, lanes);
+    interleave_heads(q, heads, keys->dim, scratch->lanes);
     switch (keys->dim) {  // a constant stride leaves the sums in registers
-    case 64: score(keys, 64, lanes, scores); break;
-    case 128: score(keys, 128, lanes, scores); break;
-    default: score(keys, keys->dim, lanes, scores);
+    case 64: score(keys, 64, scratch->lanes, scratch->scores); break;
+    case 128: score(keys, 128, scratch->lanes, scratch->scores); break;
+    default: score(keys, keys->dim, scratch->lanes, scratch->scores);
     }
     float norm[HEADS];
-    _mm256_storeu_ps(norm, _mm256_div_ps(_mm256_set1_ps(1.0f), weigh(keys, scores, scale, weights)));
+    _mm256_storeu_ps(norm, _mm256_div_ps(_mm256_set1_ps(1.0f), weigh(keys, scratch->scores, scale, scratch->weights)));
     for (long column = 0; column < keys->dim; column += WIDTH) {
         __m512 sums[HEADS][2];
-        add_values(keys, weights, column, sums);
+        add_values(keys, next, scratch->weights, column, sums);
         for (long h = 0; h < heads; h++) {
             bf16 *to = out + h * keys->dim + column;
             const __m512 by = _mm512_set1_ps(norm[h]);
@@ -366,17 +403,20 @@ void attend(const bf16 *q, const bf16 *blocks, const int32_t *tables, const int3
     const long groups = (heads + HEADS - 1) / HEADS, tokens = longest + block_size;
 #pragma omp parallel num_threads(threads)
     {
-        int32_t *lanes = reserve(dim / 2 * HEADS * sizeof *lanes);
-        float *scores = reserve(tokens * HEADS * sizeof *scores);
-        bf16 *weights = reserve(2 * tokens * HEADS * sizeof *weights);
-#pragma omp for schedule(dynamic, 4)
+        Workspace *workspace = reserve(4 * 64 + dim * HEADS * 2 + tokens * HEADS * 8);
+        const Scratch scratch = {
+            .lanes = take(workspace, dim / 2 * HEADS * sizeof *scratch.lanes),
+            .scores = take(workspace, tokens * HEADS * sizeof *scratch.scores),
+            .weights = take(workspace, 2 * tokens * HEADS * sizeof *scratch.weights),
+        };
+#pragma omp for schedule(dynamic, ROWS_IN_TURN)
         for (long i = 0; i < rows * groups; i++) {
-            const long row = i / groups, head = i % groups * HEADS;
+            const long row = i / groups, head = i % groups * HEADS, next = (i + 1) % (rows * groups) / groups;
             const Keys keys = {blocks, tables + starts[row], contexts[row], block_size, dim};
-            const long count = heads - head < HEADS ? heads - head : HEADS;
-            attend_heads(&keys, q + (row * heads + head) * dim, count, scale, lanes, scores, weights, out + (row * heads + head) * dim);
+            const Keys then = {blocks, tables + starts[next], contexts[next], block_size, dim};
+            const long at = (row * heads + head) * dim;
+            attend_heads(&keys, &then, q + at, heads - head < HEADS ? heads - head : HEADS, scale, &scratch, out + at);
         }
-        free(lanes), free(scores), free(weights);
     }
 }
 
