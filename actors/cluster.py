@@ -268,7 +268,8 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
 def start_ray(config: Config) -> None:
     """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none."""
     most = config.autoscaling.max
-    attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
+    attention = max(most.attention, config.attention.replicas)
+    ffn = 0 if config.ffn.colocated else max(most.ffn, config.ffn.ranks)
     cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
     # Ray gives its workers a low priority by default: the step loops would lose to any other process of the host.
     os.environ.setdefault("RAY_worker_niceness", "0")
