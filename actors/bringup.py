@@ -27,13 +27,13 @@ SPIN_US = 200.0
 """How long an actor spins for the next message before it parks, where the host has a core for each actor."""
 LOAD_TIMEOUT_S = 3600.0
 """For an actor to start and read its tensors: hundreds of gigabytes from a network disk at worst."""
-AUTO_MICRO_BATCHES = {True: 2, False: 3}
-"""By whether all actors share a host: there the transfer is short beside either stage."""
+MOST_MICRO_BATCHES = 4
+"""Slots of an attention rank that decides itself how many it uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many ranks an epoch has; `micro_batches` None: chosen when the nodes are known."""
+    """How many ranks an epoch has; `micro_batches` None: each attention rank decides, from its stage times."""
 
     attention: int
     tensor_parallel: int
@@ -47,9 +47,10 @@ class Shape:
         count = None if micro_batches == "auto" else micro_batches
         return cls(config.attention.replicas, ffn.tensor_parallel, ffn.expert_parallel, count)
 
-    def epoch(self, number: int, one_host: bool) -> Epoch:
-        micro_batches = self.micro_batches or AUTO_MICRO_BATCHES[one_host]
-        return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, micro_batches)
+    def epoch(self, number: int) -> Epoch:
+        adaptive = self.micro_batches is None
+        slots = self.micro_batches or MOST_MICRO_BATCHES
+        return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, slots, adaptive)
 
 
 @dataclass(slots=True)
@@ -79,11 +80,10 @@ class Bringup:
     async def form(self, shape: Shape) -> None:
         """Get to an epoch of this shape; on an error the caller dissolves what there is."""
         self._number += 1
-        shape.epoch(self._number, one_host=True).check(self.checkpoint.config)
+        epoch = shape.epoch(self._number)
+        epoch.check(self.checkpoint.config)
         await self._leave_epoch()
         await self._provide(shape)
-        one_host = len({hand.reservation.placed.node_id for hand in self.hands}) == 1
-        epoch = shape.epoch(self._number, one_host)
         await self._load(epoch)
         await self._connect(epoch)
         self._doing("starting the step loops")

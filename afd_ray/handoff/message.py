@@ -17,7 +17,7 @@ HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
+_FRAME = struct.Struct("<IHBBQQIIIIQIIQII72s")
 _PREFIX = struct.Struct("<IHBBQQ")
 _DESCRIPTORS = struct.Struct("<8B16I")
 _DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
@@ -55,6 +55,10 @@ class Header(NamedTuple):
     first_row: int = 0
     sent_ns: int = 0
     """The sender's wall clock."""
+    busy_us: int = 0
+    """PARTIAL: how long the FFN stage computed."""
+    queued_us: int = 0
+    """PARTIAL: how long its rows had lain at the FFN rank before that, at most."""
 
 
 def _nothing_to_release() -> None:
