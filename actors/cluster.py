@@ -260,7 +260,7 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
     if wanted is not None and wanted > model.max_position_embedding:
         raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
     try:
-        Shape.of(config).epoch(1, one_host=True).check(model)
+        Shape.of(config).epoch(1).check(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
