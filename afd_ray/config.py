@@ -18,6 +18,7 @@ Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+WireDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 LinkKind = Literal["auto", "shm", "tcp", "gloo", "nccl"]
 
 
@@ -95,7 +96,7 @@ class Pipeline(Section):
 
 class Handoff(Section):
     kind: LinkKind = "auto"
-    wire_dtype: Dtype = "auto"
+    wire_dtype: WireDtype = "auto"
     start_timeout_s: Seconds = 30.0
 
 

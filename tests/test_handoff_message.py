@@ -34,7 +34,9 @@ def test_header_and_layout_survive_the_wire() -> None:
     assert all(field.offset_bytes % ALIGNMENT == 0 for field in layout.fields)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
 def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
     layout = layout_of(((dtype, (4, 3)),))
     assert unpack_from(pack(HEADER, layout, DIGEST), 0, DIGEST).layout.fields[0].dtype == dtype
@@ -44,7 +46,7 @@ def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
     ("offset", "byte", "reason"),
     [
         (0, 0, "frame magic is"),
-        (4, 9, "wire version is 9, this side speaks 1"),
+        (4, 9, "wire version is 9, this side speaks 2"),
         (6, 99, "message kind is 99"),
         (7, 5, "announces 5 tensors"),
         (8, 0, "contract digest is 0123456789abcd00, this side has 0123456789abcdef"),

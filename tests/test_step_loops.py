@@ -1,9 +1,8 @@
 """The step loops over the loopback mesh: token for token the one-process reference, and planted faults are caught."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,15 @@ from torch import Tensor
 
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import check_integrity
-from afd_ray.engine.local import LocalCluster
+from afd_ray.engine.local import LocalCluster, ring_group
 from afd_ray.engine.loop import Wire
 from afd_ray.engine.waves import Wave
-from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import LoopbackMesh, loopback_group
-from afd_ray.handoff.mesh import Mesh, RingMesh, open_mesh
+from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.message import Header, Kind, Message
+from afd_ray.handoff.rows import QUANTISED
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
-from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.step3 import FFNHalf, FFNShard, Routed, Slice
 from afd_ray.request import Request, SamplingParams
@@ -59,6 +57,7 @@ def cluster(
     load: Callable[[FFNShard], FFNHalf] | None = None,
     *,
     num_blocks: int = 400,
+    wire_dtype: torch.dtype | None = None,
     meshes: Sequence[Mesh] | None = None,
 ) -> LocalCluster:
     return LocalCluster(
@@ -67,6 +66,7 @@ def cluster(
         epoch,
         num_blocks=num_blocks,
         max_tokens_per_micro_batch=CHUNK,
+        wire_dtype=wire_dtype,
         meshes=meshes or loopback_group(epoch.world_size, epoch.number, poison=True),
     )
 
@@ -100,6 +100,28 @@ def test_equal_to_the_reference_when_blocks_run_out(
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 3), num_blocks=24) as local:
         assert mismatches(local, requests, expected) == []
         assert local.attention[0].scheduler.preemptions > 0
+
+
+def first_logprobs(
+    checkpoint: Checkpoint, requests: list[Request], epoch: Epoch, wire_dtype: torch.dtype
+) -> list[dict[int, float]]:
+    """The likeliest first tokens of every request."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    with cluster(checkpoint, epoch, wire_dtype=wire_dtype) as local:
+        outputs = local.generate([replace(request, params=params) for request in requests])
+    return [dict(outputs[request.id][0].top_logprobs) for request in requests]
+
+
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (2, 2)])
+def test_an_8_bit_wire_stays_near_a_16_bit_one(checkpoint: Checkpoint, requests: list[Request], tensor: int, expert: int) -> None:
+    epoch = Epoch(1, 1, tensor, expert, 2)
+    sixteen = first_logprobs(checkpoint, requests, epoch, torch.bfloat16)
+    eight = first_logprobs(checkpoint, requests, epoch, QUANTISED)
+    same = [max(a, key=a.__getitem__) == max(b, key=b.__getitem__) for a, b in zip(sixteen, eight, strict=True)]
+    errors = [abs(a[token] - b[token]) for a, b in zip(sixteen, eight, strict=True) for token in a.keys() & b.keys()]
+    assert sum(errors) / len(errors) < 0.05
+    assert max(errors) < 0.4
+    assert sum(same) >= 0.8 * len(same)
 
 
 class Faulty(FFNHalf):
@@ -209,34 +231,8 @@ def test_equal_to_the_reference_over_rings_of_the_configured_size(
     checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], attention: int, tensor: int, expert: int
 ) -> None:
     epoch = Epoch(1, attention, tensor, expert, 4)
-    with connected(epoch, checkpoint.config) as meshes, cluster(checkpoint, epoch, meshes=meshes) as local:
+    with ring_group(epoch, checkpoint.config, torch.float32, CHUNK) as meshes, cluster(checkpoint, epoch, meshes=meshes) as local:
         assert mismatches(local, requests, expected) == []
-
-
-@contextmanager
-def connected(epoch: Epoch, config: ModelConfig) -> Iterator[list[RingMesh]]:
-    """Real meshes of one epoch, all in this process."""
-    meshes = [
-        open_mesh(
-            rank,
-            epoch.world_size,
-            epoch.number,
-            secret=b"test",
-            host="127.0.0.1",
-            peers={peer: inbound_bytes(epoch, rank, peer, config, torch.float32, CHUNK) for peer in epoch.peers(rank)},
-            send_timeout_s=5.0,
-        )
-        for rank in range(epoch.world_size)
-    ]
-    try:
-        endpoints = {mesh.rank: mesh.endpoint for mesh in meshes}
-        with ThreadPoolExecutor(len(meshes)) as pool:
-            list(pool.map(lambda mesh: mesh.connect(endpoints, 20.0), meshes))
-            list(pool.map(lambda mesh: mesh.warm_up(20.0), meshes))
-        yield meshes
-    finally:
-        for mesh in meshes:
-            mesh.close()
 
 
 def test_an_abort_frees_its_blocks_and_harms_nobody(

@@ -19,6 +19,7 @@ from afd_ray.engine.scheduler import Scheduler
 from afd_ray.engine.sequence import MicroBatch
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import row_owners
+from afd_ray.handoff.rows import id_dtype, pack_rows
 from afd_ray.models.step3 import AttentionHalf, Routed
 from afd_ray.request import Request, TokenOutput
 from afd_ray.telemetry import LatencyWindow
@@ -60,6 +61,7 @@ class AttentionLoop(StepLoop):
         self._publish = publish
         self._clocks: dict[str, RequestClock] = {}
         self._answers: dict[int, int] = {}
+        self._ids = id_dtype(half.config.moe_num_experts)
         self._flights: list[Flight | None] = []
         self._parked: list[bool] = []
         self._work_came = False
@@ -201,9 +203,7 @@ class AttentionLoop(StepLoop):
         rows = flight.batch.rows
         place = {"slot": slot, "layer": flight.layer, "step": flight.step}
         header = Header(Kind.DISPATCH, wire.epoch.number, wire.rank, rows=rows, sent_ns=self._wall_ns(), **place)
-        tensors: tuple[Tensor, ...] = (routed.hidden.to(wire.dtype),)
-        if routed.experts is not None and routed.weights is not None:
-            tensors += (routed.experts.int(), routed.weights)
+        tensors = pack_rows(routed, wire.dtype, self._ids)
         flight.awaited = self._answers_to(rows)
         for peer in wire.epoch.ffn_ranks:
             wire.mesh.send(peer, header, tensors)

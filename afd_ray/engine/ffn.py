@@ -15,6 +15,7 @@ from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.waves import Conductor, Wave
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import row_owners
+from afd_ray.handoff.rows import partial_dtype, unpack_rows
 from afd_ray.models.step3 import FFNHalf, Routed
 
 
@@ -181,11 +182,9 @@ class FFNLoop(StepLoop):
         for message in messages:
             if message.header.layer != layer:
                 raise RuntimeError(f"rank {message.header.source} is at layer {message.header.layer} where layer {layer} is due")
-        dtype = self.half.config.dtype
         parts = [message.tensors for message in messages]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-        hidden = joined[0].to(dtype)
-        return Routed(hidden, None, None) if len(joined) == 1 else Routed(hidden, joined[1], joined[2].to(dtype))
+        return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
 
     def _pass_on(self, index: int, slot: SlotState, wave: Wave, partial: Tensor) -> None:
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
@@ -200,7 +199,7 @@ class FFNLoop(StepLoop):
                 header = Header(
                     Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows)
                 )
-                wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(wire.dtype),))
+                wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(partial_dtype(wire.dtype)),))
 
     def _reduce(self, index: int) -> None:
         """Sum the instance's shares in rank order and return each attention rank its rows; does nothing until all are here."""
@@ -213,7 +212,7 @@ class FFNLoop(StepLoop):
                 raise RuntimeError(
                     f"rank {share.header.source} reduces layer {share.header.layer} where {reduction.layer} is due"
                 )
-        total = self._sum_shares(slot, reduction.rows).to(wire.dtype)
+        total = self._sum_shares(slot, reduction.rows).to(partial_dtype(wire.dtype))
         slot.reduction = None
         place = {"slot": index, "layer": reduction.layer, "step": reduction.step}
         first = 0

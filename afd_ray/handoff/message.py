@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAGIC = 0x52444641  # "AFDR"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4
@@ -20,7 +20,16 @@ MAX_DIMENSIONS = 4
 _FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
 _PREFIX = struct.Struct("<IHBBQQ")
 _DESCRIPTORS = struct.Struct("<8B16I")
-_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
 
 
