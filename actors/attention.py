@@ -52,6 +52,7 @@ class AttentionActor(Member):
             "waiting": loop.scheduler.waiting,
             "kv_used": loop.scheduler.kv_used,
             "kv_total": loop.scheduler.kv_total,
+            "expert_loads": loop.expert_loads.tolist(),
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.ttft.recent(now_s),
             "tpot_ms": loop.tpot.recent(now_s),

@@ -76,6 +76,7 @@ class FFN(Section):
     expert_parallel: Count = 1
     colocated: bool = False
     redundant_experts: Annotated[int, Field(ge=0)] = 0
+    """Copies of experts in all instances together, beyond one of each."""
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     labels: dict[str, str] = {}
@@ -181,9 +182,7 @@ def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
         (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
-        (config.ffn.dispatch != "broadcast", "ffn.dispatch", config.ffn.dispatch, "broadcast"),
         (config.ffn.colocated, "ffn.colocated", "true", "false"),
-        (config.ffn.redundant_experts > 0, "ffn.redundant_experts", config.ffn.redundant_experts, "0"),
         (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
         (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),

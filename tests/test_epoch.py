@@ -33,7 +33,7 @@ def test_every_expert_column_is_held_exactly_once(attention: int, tensor: int, e
 
 @pytest.mark.parametrize(("attention", "tensor", "expert"), SHAPES)
 def test_where_rows_are_routed_each_instance_holds_all_that_is_not_routed(attention: int, tensor: int, expert: int) -> None:
-    epoch = Epoch(1, attention, tensor, expert, 2, "routed")
+    epoch = Epoch(1, attention, tensor, expert, 2, dispatch="routed")
     shards = [epoch.shard(rank, TINY) for rank in epoch.ffn_ranks]
     dense = [c for s in shards for c in range(*s.dense.of(TINY.intermediate_size).indices(TINY.intermediate_size))]
     assert sorted(dense) == sorted(list(range(TINY.intermediate_size)) * expert)
@@ -41,7 +41,7 @@ def test_where_rows_are_routed_each_instance_holds_all_that_is_not_routed(attent
 
 
 def test_a_shard_knows_the_ids_of_its_copies_on_the_wire() -> None:
-    epoch = Epoch(1, 1, 2, 3, 1, "routed", ((0, 1, 2, 3), (3, 4, 5), (0, 6, 7)))
+    epoch = Epoch(1, 1, 2, 3, 1, dispatch="routed", experts=((0, 1, 2, 3), (3, 4, 5), (0, 6, 7)))
     shards = [epoch.shard(rank, TINY) for rank in epoch.ffn_ranks]
     assert [(shard.first_id, shard.experts) for shard in shards[::2]] == [(0, (0, 1, 2, 3)), (4, (3, 4, 5)), (7, (0, 6, 7))]
     assert [shard.experts for shard in shards[::2]] == [shard.experts for shard in shards[1::2]]

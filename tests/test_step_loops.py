@@ -38,7 +38,7 @@ def shape(
     attention: int, tensor: int, expert: int, micro_batches: int, dispatch: Dispatch = "broadcast", redundant: int = 0
 ) -> Epoch:
     experts = place_experts(LOADS, expert, redundant) if redundant else ()
-    return Epoch(1, attention, tensor, expert, micro_batches, dispatch, experts)
+    return Epoch(1, attention, tensor, expert, micro_batches, dispatch=dispatch, experts=experts)
 
 
 def name(epoch: Epoch) -> str:
@@ -332,7 +332,7 @@ def test_routed_rows_cross_only_where_an_expert_of_theirs_is(
     tensor: int,
 ) -> None:
     """To the byte: what the recorded choice of experts asks for is what the links have carried."""
-    epoch, instances = Epoch(1, attention, tensor, 4, 2, "routed"), range(4)
+    epoch, instances = Epoch(1, attention, tensor, 4, 2, dispatch="routed"), range(4)
     with (
         ring_group(epoch, checkpoint.config, wire_dtype, CHUNK) as meshes,
         cluster(checkpoint, epoch, wire_dtype=wire_dtype, meshes=meshes) as local,
@@ -364,7 +364,7 @@ def test_routed_rows_cross_only_where_an_expert_of_theirs_is(
 
 def test_an_instance_that_no_row_goes_to_follows_at_its_own_pace(checkpoint: Checkpoint) -> None:
     """The others may be waves ahead of it: nothing that comes early is lost or refused."""
-    epoch, layers = Epoch(1, 1, 1, 2, 1, "routed"), checkpoint.config.num_hidden_layers
+    epoch, layers = Epoch(1, 1, 1, 2, 1, dispatch="routed"), checkpoint.config.num_hidden_layers
     attention, conductor, ffn = loopback_group(epoch.world_size, 1)
     loop = FFNLoop(load_ffn(checkpoint, epoch.shard(2, checkpoint.config)))
     loop._wire = Wire(ffn, epoch, 2, torch.float32)

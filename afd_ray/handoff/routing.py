@@ -78,10 +78,10 @@ class RowRouting:
         self._instances = len(experts)
         self._routed = routed
         flat = [expert for held in experts for expert in held]
-        copies: dict[int, list[int]] = {expert: [] for expert in range(max(flat) + 1)}
+        copies: dict[int, list[int]] = {expert: [] for expert in range(len(set(flat)))}
         for place, expert in enumerate(flat):
             copies[expert].append(place)
-        most = max(map(len, copies.values()))
+        most = max(map(len, copies.values()), default=0)
         self._numbered_alike = flat == list(range(len(flat)))
         # [E, C]: ids of each expert's copies, the first one again where there are fewer.
         self._copies = torch.tensor([places + places[:1] * (most - len(places)) for places in copies.values()])

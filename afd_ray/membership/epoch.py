@@ -1,9 +1,10 @@
 """One epoch's shape: which ranks exist, which of them talk, and which experts each holds."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from afd_ray.membership.experts import ExpertMap, contiguous_map
+from afd_ray.membership.experts import ExpertMap, contiguous_map, initial_map, place_experts
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import FFNShard, Slice
 
@@ -84,6 +85,17 @@ class Epoch:
             dense=within if self.routed else Slice(rank - self.attention, self.ffn),
             at_home=self.routed,
         )
+
+    def with_experts(self, config: ModelConfig, dispatch: Dispatch, redundant: int, loads: Sequence[float] = ()) -> "Epoch":
+        """The same ranks, with experts placed by these loads (empty: none is known yet) and `redundant` copies more.
+
+        Raises ValueError naming the setting that does not fit this model.
+        """
+        if loads:
+            experts = place_experts(loads, self.expert_parallel, redundant)
+        else:
+            experts = initial_map(config.moe_num_experts, self.expert_parallel, redundant)
+        return replace(self, dispatch=dispatch, experts=experts)
 
     def expert_map(self, config: ModelConfig) -> ExpertMap:
         """Which experts each instance holds. A copy's id on the wire is its place in this map, counted over all instances."""
