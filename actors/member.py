@@ -18,6 +18,7 @@ from afd_ray.config import Config, model_directory
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint
+from afd_ray.handoff.rows import WIRE_DTYPES
 from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, Progress, digest
@@ -210,5 +211,5 @@ class Member(ABC):
 
 
 def wire_dtype(config: Config, model: ModelConfig) -> torch.dtype:
-    """Of the rows between the halves."""
-    return model.dtype if config.handoff.wire_dtype == "auto" else DTYPES[config.handoff.wire_dtype]
+    """Of the hidden rows from attention to FFN."""
+    return model.dtype if config.handoff.wire_dtype == "auto" else WIRE_DTYPES[config.handoff.wire_dtype]
