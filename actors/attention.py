@@ -54,6 +54,7 @@ class AttentionActor(Member):
             "waiting": loop.scheduler.waiting,
             "kv_used": loop.scheduler.kv_used,
             "kv_total": loop.scheduler.kv_total,
+            "micro_batches": loop.scheduler.in_use,
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.ttft.recent(now_s),
             "tpot_ms": loop.tpot.recent(now_s),

@@ -227,3 +227,10 @@ def test_a_setting_that_the_model_cannot_have_is_refused_before_anything_starts(
     raw = {"model": {"path": str(tiny_directory)} | changes.get("model", {})}
     with pytest.raises(ConfigError, match=said):
         Cluster.start(parse_config(changes | raw))
+
+
+def test_every_token_has_its_time_in_order(cluster: Cluster) -> None:
+    (answer,) = cluster.generate([[1, 2, 3]], GREEDY)
+    assert len(answer.times_s) == MAX_TOKENS
+    assert list(answer.times_s) == sorted(answer.times_s)
+    assert answer.times_s[0] > 0

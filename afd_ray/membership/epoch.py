@@ -19,6 +19,9 @@ class Epoch:
     tensor_parallel: int
     expert_parallel: int
     micro_batches: int
+    """Slots of each attention rank."""
+    adaptive: bool = False
+    """Whether an attention rank decides how many of them it uses."""
 
     @property
     def ffn(self) -> int:
