@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,23 +53,23 @@ class Worker:
 
     def __init__(self, role: type["Half"], directory: Path, apart: bool) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
+        self.pipe, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(role, directory, apart, there), daemon=True)
         self.process.start()
         there.close()
 
     def start(self, method: str, *arguments: Any) -> None:
-        self._pipe.send((method, arguments))
+        self.pipe.send((method, arguments))
 
     def result(self) -> Any:
-        answer, error = self._pipe.recv()
+        answer, error = self.pipe.recv()
         if error:
             raise RuntimeError(error)
         return answer
 
     def close(self) -> None:
         """The process ends once its pipe has."""
-        self._pipe.close()
+        self.pipe.close()
         self.process.join(TIMEOUT_S)
         self.process.kill()
 
@@ -79,8 +79,7 @@ class Pair:
 
     def __init__(self, directory: Path, apart: bool) -> None:
         self.workers = (Worker(AttentionSide, directory, apart), Worker(FFNSide, directory, apart))
-        for worker in self.workers:
-            worker.result()
+        self.results()
 
     @property
     def pids(self) -> tuple[int, int]:
@@ -94,7 +93,16 @@ class Pair:
         """`method` on both at once, each with its own arguments."""
         for worker, own in zip(self.workers, arguments, strict=True):
             worker.start(method, *own)
-        return [worker.result() for worker in self.workers]
+        return self.results()
+
+    def results(self) -> list[Any]:
+        """Of both; raises RuntimeError as soon as either has failed."""
+        results: dict[int, Any] = {}
+        while len(results) < len(self.workers):
+            left = {worker.pipe: rank for rank, worker in enumerate(self.workers) if rank not in results}
+            for rank in [left[pipe] for pipe in wait(list(left)) if isinstance(pipe, Connection)]:
+                results[rank] = self.workers[rank].result()
+        return [results[rank] for rank in range(len(self.workers))]
 
     def load(self, load: Load) -> None:
         self.both("load", load)

@@ -49,8 +49,8 @@ def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
         (7, 5, "announces 5 tensors"),
         (8, 0, "contract digest is 0123456789abcd00, this side has 0123456789abcdef"),
         (16, 1, "frame length is 129 bytes"),
-        (72, 200, "dtype code 200"),
-        (73, 9, "with 9 dimensions"),
+        (80, 200, "dtype code 200"),
+        (81, 9, "with 9 dimensions"),
     ],
 )
 def test_a_damaged_frame_is_refused_in_one_line(offset: int, byte: int, reason: str) -> None:

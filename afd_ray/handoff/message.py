@@ -17,7 +17,7 @@ HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<IHBBQQIIIIQIIQII72s")
+_FRAME = struct.Struct("<IHBBQQIIIIQIIQQQ72s")
 _PREFIX = struct.Struct("<IHBBQQ")
 _DESCRIPTORS = struct.Struct("<8B16I")
 _DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
