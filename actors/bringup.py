@@ -30,10 +30,13 @@ LOAD_TIMEOUT_S = 3600.0
 MOST_MICRO_BATCHES = 4
 """Slots of an attention rank that decides itself how many it uses."""
 
+COLOCATED_MICRO_BATCHES = 1
+"""Nothing is on a wire meanwhile, and every micro-batch reads all weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many ranks an epoch has; `micro_batches` None: each attention rank decides, from its stage times."""
+    """How many ranks an epoch has, `expert_parallel` 0 when colocated; `micro_batches` None: each attention rank decides, from its stage times."""
 
     attention: int
     tensor_parallel: int
@@ -45,11 +48,12 @@ class Shape:
         micro_batches = config.pipeline.micro_batches
         ffn = config.ffn
         count = None if micro_batches == "auto" else micro_batches
-        return cls(config.attention.replicas, ffn.tensor_parallel, ffn.expert_parallel, count)
+        return cls(config.attention.replicas, ffn.tensor_parallel, ffn.ranks // ffn.tensor_parallel, count)
 
     def epoch(self, number: int) -> Epoch:
-        adaptive = self.micro_batches is None
-        slots = self.micro_batches or MOST_MICRO_BATCHES
+        colocated = self.expert_parallel == 0
+        slots = self.micro_batches or (COLOCATED_MICRO_BATCHES if colocated else MOST_MICRO_BATCHES)
+        adaptive = self.micro_batches is None and not colocated
         return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, slots, adaptive)
 
 
@@ -140,7 +144,9 @@ class Bringup:
         placing = f"placing {sum(group.actors for group in groups)} actors in {len(groups)} placement groups"
         self._doing(placing)
         config = self.config.placement
-        placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), config.separate_nodes)
+        placed: list[Placed] = plan(
+            groups, await asyncio.to_thread(inventory), not self.config.ffn.colocated and config.separate_nodes
+        )
         for reservation in await reserve(placed, f"afd-{self._uid}-e{self._number}", config.timeout_s):
             group = reservation.placed.group
             for bundle in range(group.actors):

@@ -138,9 +138,13 @@ class AttentionLoop(StepLoop):
             round_trip_us = (time.monotonic_ns() - flight.dispatched_ns) / 1000
             slack_us = header.queued_us + (time.monotonic_ns() - self._looked_ns) / 1000
             flight.observed.returned(header.busy_us, transfer_us(round_trip_us, header.busy_us, slack_us))
-            flight.layer += 1
-            self._arrivals += 1
-            flight.since = self._arrivals
+            self._next_layer(flight)
+
+    def _next_layer(self, flight: Flight) -> None:
+        """The layer's FFN is done: the flight is ready, behind those that were ready before."""
+        flight.layer += 1
+        self._arrivals += 1
+        flight.since = self._arrivals
 
     def _fill_idle_slots(self) -> bool:
         self._work_came = False
@@ -162,11 +166,14 @@ class AttentionLoop(StepLoop):
         flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
         self._flights[slot] = flight
         self._parked[slot] = False
-        wire = self.wire
-        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=batch.rows)
-        wire.mesh.send(wire.epoch.conductor, header)
+        self._announce(slot, flight)
         self._attend(slot, flight, started_ns)
         return True
+
+    def _announce(self, slot: int, flight: Flight) -> None:
+        wire = self.wire
+        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=flight.batch.rows)
+        wire.mesh.send(wire.epoch.conductor, header)
 
     def _park(self, slot: int) -> None:
         if not self._parked[slot]:

@@ -84,7 +84,7 @@ class StepLoop(ABC):
         """Until a message or a command comes; time spent with work under way is recorded as waiting."""
         started_ns = time.monotonic_ns()
         under_way = self._under_way()
-        self.wire.mesh.wait(None)
+        self.wire.mesh.wait(None, under_way)
         self._looked_ns = time.monotonic_ns()
         if under_way:
             self._record(self._waiting, 0, 0, 0, 0, started_ns)
