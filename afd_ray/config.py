@@ -75,6 +75,7 @@ class FFN(Section):
     tensor_parallel: Count = 1
     expert_parallel: Count = 1
     colocated: bool = False
+    """No FFN ranks: every attention actor computes whole layers."""
     redundant_experts: Annotated[int, Field(ge=0)] = 0
     """Copies of experts in all instances together, beyond one of each."""
     num_cpus: NonNegativeFloat = 1.0
@@ -85,7 +86,7 @@ class FFN(Section):
 
     @property
     def ranks(self) -> int:
-        return self.tensor_parallel * self.expert_parallel
+        return 0 if self.colocated else self.tensor_parallel * self.expert_parallel
 
 
 class Pipeline(Section):
@@ -175,6 +176,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
     except ValidationError as error:
         raise ConfigError(one_line(error, Config)) from None
     _check_bounds(config.autoscaling)
+    _check_colocated(config.ffn)
     return config
 
 
@@ -182,7 +184,6 @@ def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
         (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
-        (config.ffn.colocated, "ffn.colocated", "true", "false"),
         (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
         (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
@@ -207,6 +208,14 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
         low, high = getattr(autoscaling.min, role), getattr(autoscaling.max, role)
         if low > high:
             raise ConfigError(f"autoscaling.min.{role}: {low} must be at most autoscaling.max.{role}, {high}")
+
+
+def _check_colocated(ffn: FFN) -> None:
+    for key in ("tensor_parallel", "expert_parallel"):
+        if ffn.colocated and getattr(ffn, key) != 1:
+            raise ConfigError(
+                f"ffn.{key}: {getattr(ffn, key)} must be 1 with ffn.colocated: every attention actor holds every FFN"
+            )
 
 
 def _without_empty_sections(raw: dict[Any, Any]) -> dict[Any, Any]:

@@ -1,9 +1,11 @@
 """Groups over shared memory and sockets: what arrives, what is refused, and what a lost peer looks like."""
 
 import logging
+import random
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -29,9 +31,15 @@ def opened() -> Iterator[Open]:
     members: list[RingMesh] = []
 
     def open_member(
-        rank: int, world_size: int = 2, kind: LinkKind = "auto", epoch: int = 0, digest: int = 0, secret: bytes = SECRET
+        rank: int,
+        world_size: int = 2,
+        kind: LinkKind = "auto",
+        epoch: int = 0,
+        digest: int = 0,
+        secret: bytes = SECRET,
+        ring_bytes: int = RING_BYTES,
     ) -> RingMesh:
-        peers = {peer: RING_BYTES for peer in range(world_size) if peer != rank}
+        peers = {peer: ring_bytes for peer in range(world_size) if peer != rank}
         member = open_mesh(
             rank, world_size, epoch, secret=secret, host="127.0.0.1", peers=peers, kind=kind, digest=digest, send_timeout_s=0.2
         )
@@ -64,8 +72,8 @@ def join(members: list[RingMesh]) -> None:
         raise failures[0]
 
 
-def pair(opened: Open, kind: LinkKind) -> tuple[RingMesh, RingMesh]:
-    members = [opened(rank, kind=kind) for rank in range(2)]
+def pair(opened: Open, kind: LinkKind, ring_bytes: int = RING_BYTES) -> tuple[RingMesh, RingMesh]:
+    members = [opened(rank, kind=kind, ring_bytes=ring_bytes) for rank in range(2)]
     join(members)
     return members[0], members[1]
 
@@ -119,6 +127,51 @@ def test_one_group_mixes_shared_memory_and_sockets(opened: Open) -> None:
         arrived[message.header.source].append(int(message.tensors[0]))
         message.release()
     assert arrived == {source: [source * 100 + step for step in range(20)] for source in (1, 2)}
+
+
+@pytest.mark.parametrize("source", [1, 2])
+def test_a_parked_member_of_a_mixed_group_hears_every_kind(opened: Open, source: int) -> None:
+    members = [opened(0, 3), opened(1, 3), opened(2, 3, kind="tcp")]
+    join(members)
+    arrived: list[int] = []
+
+    def read() -> None:
+        for _ in range(50):
+            message = next_message(members[0])
+            arrived.append(message.header.step)
+            message.release()
+            members[0].send(source, Header(Kind.TENSOR, epoch=0, source=0, step=message.header.step))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for step in range(50):
+        members[source].send(0, Header(Kind.TENSOR, epoch=0, source=source, step=step))
+        assert next_message(members[source]).header.step == step
+    reader.join(timeout=10)
+    assert arrived == list(range(50))
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_traffic_of_all_sizes_arrives_whole_however_it_is_cut(opened: Open, kind: LinkKind) -> None:
+    first, second = pair(opened, kind, ring_bytes=1 << 20)
+    draw = random.Random(7)
+    sent = [torch.full((draw.choice([0, 1, 300, 5_000, 70_000, 200_000]),), step % 251, dtype=torch.uint8) for step in range(300)]
+
+    def send() -> None:
+        for step, tensor in enumerate(sent):
+            first.send(1, Header(Kind.TENSOR, epoch=0, source=0, step=step), [tensor])
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    held: deque[Message] = deque()
+    for step, tensor in enumerate(sent):
+        held.append(next_message(second))
+        assert held[-1].header.step == step
+        assert torch.equal(held[-1].tensors[0], tensor)
+        while len(held) > draw.randrange(2):
+            held.popleft().release()
+    sender.join(timeout=10)
+    assert second.edge_counts()[0].received_messages == 301  # one of them warmed the edge up
 
 
 @pytest.mark.parametrize("kind", ["shm", "tcp"])

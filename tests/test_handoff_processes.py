@@ -27,7 +27,7 @@ def join(rank: int, pipe: Connection, kind: LinkKind, spin_us: float) -> RingMes
 def next_message(mesh: RingMesh) -> Message:
     while (message := mesh.receive()) is None:
         began_s = time.monotonic()
-        mesh.wait(WAIT_S)
+        mesh.wait(WAIT_S, under_way=True)
         assert time.monotonic() - began_s < WAIT_S, "nothing woke the reader"
     return message
 

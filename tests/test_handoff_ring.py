@@ -43,11 +43,11 @@ def test_random_traffic_equals_a_queue(seed: int) -> None:
             else:
                 refused += 1
         elif (offset := reader.peek()) is not None:
-            frame = unpack_from(reader._memory.data, offset, 0)
-            lease = reader.take(frame.layout.length_bytes)
+            prefix, header = unpack_from(reader._memory.data, offset, 0)
+            (view,), length_bytes = reader.contents(offset, prefix)
             step, sent = queued.popleft()
-            assert frame.header.step == step
-            held.append((reader.view(offset, frame.layout.fields[0]), sent, lease))
+            assert header.step == step
+            held.append((view, sent, reader.take(length_bytes)))
             received += 1
         while held and (len(held) > 3 or draw.random() < 0.3):
             view, sent, lease = held.pop(draw.randrange(len(held)))
@@ -90,8 +90,8 @@ def test_views_lie_on_the_ring_itself() -> None:
     assert write(writer, reader, 0, values.t())
     offset = reader.peek()
     assert offset is not None
-    frame = unpack_from(reader._memory.data, offset, 0)
-    view = reader.view(offset, frame.layout.fields[0])
+    prefix, _ = unpack_from(reader._memory.data, offset, 0)
+    (view,), _ = reader.contents(offset, prefix)
     assert torch.equal(view, values.t())
     assert view.data_ptr() == reader._memory.address + offset + HEADER_BYTES
     assert view.data_ptr() % 64 == 0

@@ -27,6 +27,9 @@ class Reduction(NamedTuple):
     owned: tuple[Owned, ...]
     rows: Tensor
     """[N, H] of `owned`, as computed here."""
+    busy_us: int
+    queued_us: dict[int, int]
+    """By attention rank."""
 
 
 class SlotState:
@@ -37,6 +40,7 @@ class SlotState:
         """The one under way and those after it: where rows are routed, others may be ahead of an instance that got none."""
         self.layer = 0
         self.arrived: list[deque[Message]] = [deque() for _ in range(attention)]
+        self.since_ns: dict[int, int] = {}
         self.reduction: Reduction | None = None
         self.shares: dict[int, Message] = {}
 
@@ -90,6 +94,7 @@ class FFNLoop(StepLoop):
         if header.kind is Kind.DISPATCH:
             if header.rows:
                 self._record_arrival(header)
+                slot.since_ns[header.source] = self._looked_ns
             slot.arrived[header.source].append(message)
             self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
@@ -144,7 +149,7 @@ class FFNLoop(StepLoop):
         if rows:
             partial = self.half(layer, self._gather(messages))
             hold(self.pace, started_ns, rows)
-            self._pass_on(index, wave, messages, partial)
+            self._pass_on(index, wave, messages, partial, started_ns)
             self._record("ffn", index, layer, wave.number, rows, started_ns)
         for message in messages:
             message.release()
@@ -173,10 +178,10 @@ class FFNLoop(StepLoop):
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
 
-    def _pass_on(self, index: int, wave: Wave, messages: list[Message], partial: Tensor) -> None:
+    def _pass_on(self, index: int, wave: Wave, messages: list[Message], partial: Tensor, started_ns: int) -> None:
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
         wire, slot = self.wire, self._slots[index]
-        layer = slot.layer
+        layer, busy_us = slot.layer, (time.monotonic_ns() - started_ns) // 1000
         counts = [0] * wire.epoch.attention
         for message in messages:
             counts[message.header.source] = message.header.rows
@@ -185,7 +190,8 @@ class FFNLoop(StepLoop):
             owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
             if tp_rank == self._tp_rank:
-                slot.reduction = Reduction(layer, wave.number, owned, rows)
+                queued_us = {o.attention: (started_ns - slot.since_ns[o.attention]) // 1000 for o in owned}
+                slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued_us)
                 self._reduce(index)
             else:
                 header = Header(
@@ -212,6 +218,7 @@ class FFNLoop(StepLoop):
             rows = total[first : first + o.stop - o.start]
             first += len(rows)
             span = {"rows": len(rows), "first_row": o.first_row, "sent_ns": self._wall_ns()}
+            span |= {"busy_us": reduction.busy_us, "queued_us": reduction.queued_us[o.attention]}
             wire.mesh.send(o.attention, Header(Kind.PARTIAL, wire.epoch.number, wire.rank, **place, **span), (rows,))
 
     def _sum_shares(self, slot: SlotState, own: Tensor) -> Tensor:

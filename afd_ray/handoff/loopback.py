@@ -64,7 +64,7 @@ class LoopbackMesh:
             self.stale_messages += 1
         return None
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
         with self._arrived:
             self._arrived.wait_for(self._ready, timeout_s)
             self._woken = False

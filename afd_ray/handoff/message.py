@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 MAGIC = 0x52444641  # "AFDR"
-VERSION = 2
+VERSION = 3
 ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<IHBBQQIIIIQIIQ72s")
-_PREFIX = struct.Struct("<IHBBQQ")
+_FRAME = struct.Struct("<88sQB3xQIIIQIIQII")  # prefix, contract digest, then the fields of Header
+_PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
 _DESCRIPTORS = struct.Struct("<8B16I")
+_MAX_LAYOUTS = 8192
 _DTYPES = (
     torch.uint8,
     torch.int16,
@@ -64,6 +65,10 @@ class Header(NamedTuple):
     first_row: int = 0
     sent_ns: int = 0
     """The sender's wall clock."""
+    busy_us: int = 0
+    """PARTIAL: how long the FFN stage computed."""
+    queued_us: int = 0
+    """PARTIAL: how long its rows had lain at the FFN rank before that, at most."""
 
 
 def _nothing_to_release() -> None:
@@ -123,8 +128,11 @@ class Mesh(Protocol):
         Raises LinkError once an edge is broken and the messages it still held are delivered.
         """
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Return when a message may have arrived, an edge broke, `wake` was called, or the time is over."""
+    def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
+        """Return when a message may have arrived, an edge broke, `wake` was called, or the time is over.
+
+        `under_way`: a message is due; a member with a core of its own then looks for it a moment before it sleeps.
+        """
 
     def wake(self) -> None:
         """End the current or the next `wait`; callable from any thread of this process."""
@@ -133,12 +141,14 @@ class Mesh(Protocol):
         """Leave the group: the peers' readers wake at once with LinkError. Closing twice is harmless."""
 
 
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
 class Field(NamedTuple):
     """One tensor's place in a frame; `offset_bytes` counts from the frame's first byte."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
     offset_bytes: int
     size_bytes: int
 
@@ -146,38 +156,27 @@ class Field(NamedTuple):
 class Layout(NamedTuple):
     """Where each tensor of a frame lies; every offset and the length are multiples of ALIGNMENT."""
 
-    descriptors: bytes
+    prefix: bytes
+    """How such a frame begins, whatever its header."""
     fields: tuple[Field, ...]
     length_bytes: int
-
-
-class Frame(NamedTuple):
-    """A decoded frame header."""
-
-    header: Header
-    layout: Layout
 
 
 def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(shape[index + 1 :]) for index in range(len(shape)))
-
-
-def _place(specs: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[tuple[Field, ...], int]:
+def _place(specs: Sequence[Spec]) -> tuple[tuple[Field, ...], int]:
     fields: list[Field] = []
     offset_bytes = HEADER_BYTES
     for dtype, shape in specs:
         size_bytes = prod(shape) * dtype.itemsize
-        fields.append(Field(dtype, tuple(shape), contiguous_strides(shape), offset_bytes, size_bytes))
+        fields.append(Field(dtype, tuple(shape), offset_bytes, size_bytes))
         offset_bytes += aligned(size_bytes)
     return tuple(fields), offset_bytes
 
 
-@lru_cache(maxsize=8192)
-def layout_of(specs: tuple[tuple[torch.dtype, tuple[int, ...]], ...]) -> Layout:
+def layout_of(specs: Sequence[Spec]) -> Layout:
     """The layout of tensors given as (dtype, shape); ValueError for more or stranger tensors than a frame carries."""
     if len(specs) > MAX_TENSORS:
         raise ValueError(f"tensors: {len(specs)} in one message, at most {MAX_TENSORS} are allowed")
@@ -191,11 +190,43 @@ def layout_of(specs: tuple[tuple[torch.dtype, tuple[int, ...]], ...]) -> Layout:
         codes[2 * index : 2 * index + 2] = _CODES[dtype], len(shape)
         dims[4 * index : 4 * index + len(shape)] = shape
     fields, length_bytes = _place(specs)
-    return Layout(_DESCRIPTORS.pack(*codes, *dims), fields, length_bytes)
+    descriptors = _DESCRIPTORS.pack(*codes, *dims)
+    return Layout(_PREFIX.pack(MAGIC, VERSION, len(specs), length_bytes, descriptors), fields, length_bytes)
 
 
-@lru_cache(maxsize=8192)
-def _layout_from(count: int, descriptors: bytes) -> Layout:
+class _Layouts(dict[Spec, "_Layouts"]):
+    """Layouts already made, as a tree: each branch adds one tensor."""
+
+    def __init__(self, specs: tuple[Spec, ...]) -> None:
+        self.specs = specs
+        self.layout = layout_of(specs)
+
+    def __missing__(self, spec: Spec) -> "_Layouts":
+        branch = self[spec] = _Layouts((*self.specs, spec))
+        return branch
+
+
+_KNOWN = _Layouts(())
+
+
+def layout_for(tensors: Sequence[Tensor]) -> Layout:
+    """The layout of these tensors; ValueError as `layout_of`."""
+    known = _KNOWN
+    if len(known) > _MAX_LAYOUTS:
+        known.clear()
+    for tensor in tensors:
+        known = known[tensor.dtype, tensor.shape]
+    return known.layout
+
+
+@lru_cache(maxsize=_MAX_LAYOUTS)
+def layout_from(prefix: bytes) -> Layout:
+    """The layout that a frame's prefix announces; ValueError with one line when it is not of this version, or damaged."""
+    magic, version, count, length_bytes, descriptors = _PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise ValueError(f"frame magic is {magic:#x}, not {MAGIC:#x}")
+    if version != VERSION:
+        raise ValueError(f"wire version is {version}, this side speaks {VERSION}")
     if count > MAX_TENSORS:
         raise ValueError(f"frame announces {count} tensors, at most {MAX_TENSORS} are allowed")
     values = _DESCRIPTORS.unpack(descriptors)
@@ -206,33 +237,23 @@ def _layout_from(count: int, descriptors: bytes) -> Layout:
         if not 1 <= code <= len(_DTYPES) or rank > MAX_DIMENSIONS:
             raise ValueError(f"frame announces dtype code {code} with {rank} dimensions")
         specs.append((_DTYPES[code - 1], dims[4 * index : 4 * index + rank]))
-    fields, length_bytes = _place(specs)
-    return Layout(descriptors, fields, length_bytes)
+    layout = layout_of(specs)
+    if layout.length_bytes != length_bytes:
+        raise ValueError(f"frame length is {length_bytes} bytes, its tensors need {layout.length_bytes}")
+    return layout
 
 
-def layout_for(tensors: Sequence[Tensor]) -> Layout:
-    return layout_of(tuple([(tensor.dtype, tensor.shape) for tensor in tensors]))
-
-
-def pack_into(buffer: memoryview, offset: int, header: Header, layout: Layout, digest: int) -> None:
+def pack_into(buffer: memoryview | bytearray, offset: int, header: Header, layout: Layout, digest: int) -> None:
     """Write the frame's header; ValueError when a field is negative or too large for it."""
     try:
-        kind, *position = header
-        prefix = MAGIC, VERSION, kind, len(layout.fields), digest, layout.length_bytes
-        _FRAME.pack_into(buffer, offset, *prefix, *position, layout.descriptors)
+        _FRAME.pack_into(buffer, offset, layout.prefix, digest, *header)
     except struct.error as error:
         raise ValueError(f"{header} cannot travel: {error}") from None
 
 
-def pack(header: Header, layout: Layout, digest: int) -> bytes:
-    frame = bytearray(HEADER_BYTES)
-    pack_into(memoryview(frame), 0, header, layout, digest)
-    return bytes(frame)
-
-
-def length_of(head: bytes | bytearray, limit_bytes: int) -> int:
+def length_of(buffer: memoryview, offset: int, limit_bytes: int) -> int:
     """A frame's length from its header, before the rest has come; ValueError when it cannot be one."""
-    magic, version, _, _, _, length_bytes = _PREFIX.unpack_from(head)
+    magic, version, _, length_bytes, _ = _PREFIX.unpack_from(buffer, offset)
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"frame begins with magic {magic:#x} and version {version}, not {MAGIC:#x} and {VERSION}")
     if not HEADER_BYTES <= length_bytes <= limit_bytes or length_bytes % ALIGNMENT:
@@ -240,19 +261,11 @@ def length_of(head: bytes | bytearray, limit_bytes: int) -> int:
     return int(length_bytes)
 
 
-def unpack_from(buffer: memoryview | bytes | bytearray, offset: int, digest: int) -> Frame:
-    """Read and check a frame's header; ValueError with one line when it is not of this contract."""
-    values = _FRAME.unpack_from(buffer, offset)
-    magic, version, kind, count, theirs, length_bytes, *position, descriptors = values
-    if magic != MAGIC:
-        raise ValueError(f"frame magic is {magic:#x}, not {MAGIC:#x}")
-    if version != VERSION:
-        raise ValueError(f"wire version is {version}, this side speaks {VERSION}")
+def unpack_from(buffer: memoryview | bytearray, offset: int, digest: int) -> tuple[bytes, Header]:
+    """A frame's prefix, for `layout_from`, and its header; ValueError with one line when it is not of this contract."""
+    prefix, theirs, kind, *position = _FRAME.unpack_from(buffer, offset)
     if theirs != digest:
         raise ValueError(f"contract digest is {theirs:016x}, this side has {digest:016x}")
     if kind not in _KINDS:
         raise ValueError(f"message kind is {kind}, known are 1 to {max(_KINDS)}")
-    layout = _layout_from(count, descriptors)
-    if layout.length_bytes != length_bytes:
-        raise ValueError(f"frame length is {length_bytes} bytes, its tensors need {layout.length_bytes}")
-    return Frame(Header(_KINDS[kind], *position), layout)
+    return prefix, tuple.__new__(Header, (_KINDS[kind], *position))

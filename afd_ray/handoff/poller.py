@@ -2,15 +2,17 @@
 
 import logging
 import os
-import selectors
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from socket import socket
 
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+GONE = select.EPOLLRDHUP
+"""The peer has closed its side; bytes that it sent wake nobody."""
 
 Handler = Callable[[int], None]
 
@@ -24,9 +26,11 @@ class Poller:
     """
 
     def __init__(self, name: str) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
         self._wake_descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector.register(self._wake_descriptor, READ, self._drain)
+        self._epoll.register(self._wake_descriptor, READ)
+        self._handlers[self._wake_descriptor] = self._drain
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._lock = threading.Lock()
@@ -36,15 +40,16 @@ class Poller:
         self._thread.start()
 
     def watch(self, connection: socket, events: int, handler: Handler) -> None:
-        """Call `handler` with the events that are ready; replaces what was watched on that socket."""
-        if connection.fileno() in self._selector.get_map():
-            self._selector.modify(connection, events, handler)
+        """Call `handler` with the events that are ready, errors always among them; replaces what was watched on that socket."""
+        if connection.fileno() in self._handlers:
+            self._epoll.modify(connection, events)
         else:
-            self._selector.register(connection, events, handler)
+            self._epoll.register(connection, events)
+        self._handlers[connection.fileno()] = handler
 
     def forget(self, connection: socket) -> None:
-        if connection.fileno() >= 0 and connection.fileno() in self._selector.get_map():
-            self._selector.unregister(connection)
+        if self._handlers.pop(connection.fileno(), None) is not None:
+            self._epoll.unregister(connection)
 
     def call(self, work: Callable[[], None]) -> None:
         """Run `work` on the poller's thread soon; dropped once the poller is closed."""
@@ -69,13 +74,13 @@ class Poller:
 
     def _run(self) -> None:
         while not (self._stopping and not self._calls):
-            for key, events in self._selector.select():
-                # an earlier handler of this round may have forgotten this socket
-                if self._selector.get_map().get(key.fd) is key:
-                    self._guard(partial(key.data, events))
+            for descriptor, events in self._epoll.poll():
+                handler = self._handlers.get(descriptor)
+                if handler is not None:  # an earlier handler of this round may have forgotten this socket
+                    self._guard(partial(handler, events))
             while self._calls:
                 self._guard(self._calls.popleft())
-        self._selector.close()
+        self._epoll.close()
         with self._lock:  # whoever asked for the end may not have rung yet
             os.close(self._wake_descriptor)
 

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from mmap import mmap
 from struct import Struct
 from typing import NamedTuple
@@ -10,13 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afd_ray.handoff.message import ALIGNMENT, Field, Layout
+from afd_ray.handoff.message import ALIGNMENT, Field, Layout, layout_from
 
 CONTROL_BYTES = 128  # head and tail on cache lines of their own
 _HEAD_WORD = 0
 _TAIL_WORD = 8
 _SKIP = Struct("<I")
 _SKIP_MAGIC = 0x50494B53  # "SKIP": the rest of the ring is empty, go on at its start
+_MAX_VIEWS = 4096
+_WARM_BYTES = 1 << 16
+"""Past this, an empty ring begins again at its start: memory used a moment ago is in the caches of both sides."""
+
+# Straight from address to address, and without letting go of the interpreter: both cost more than a small tensor's copy.
+_copy = ctypes.PYFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
 
 
 class RingMemory(NamedTuple):
@@ -47,35 +55,45 @@ class RingWriter:
     """The writing side; one thread only. What is stored before `publish` is seen by a reader that sees it (x86 TSO)."""
 
     def __init__(self, memory: RingMemory) -> None:
-        self._memory = memory
+        self.offset = 0
+        """Where the next message begins."""
+        self._data = memory.data
         self._words = memory.words
+        self._address = memory.address
         self._capacity = memory.capacity_bytes
         self._head = memory.words[_HEAD_WORD]
+        self._limit = self._head + self._capacity
+        """What the head may reach; the reader's tail, whose cache line is the reader's, is looked up only when it is reached."""
 
     def reserve(self, length_bytes: int) -> int | None:
         """Offset of that many contiguous free bytes, a multiple of ALIGNMENT; None while the reader holds too much."""
-        free = self._capacity - (self._head - self._words[_TAIL_WORD])
-        offset = self._head % self._capacity
-        room = self._capacity - offset
-        if room < length_bytes:
-            if free < room:
+        head = self._head
+        if head + length_bytes > self._limit or self.offset >= _WARM_BYTES:
+            self._limit = self._words[_TAIL_WORD] + self._capacity
+        room = self._capacity - self.offset
+        if room < length_bytes or (self.offset >= _WARM_BYTES and head + self._capacity == self._limit):
+            if head + room > self._limit:
                 return None
-            _SKIP.pack_into(self._memory.data, offset, _SKIP_MAGIC)
+            _SKIP.pack_into(self._data, self.offset, _SKIP_MAGIC)
             self.publish(room)
-            free -= room
-            offset = 0
-        return offset if length_bytes <= free else None
+        return self.offset if self._head + length_bytes <= self._limit else None
+
+    def free_bytes(self) -> int:
+        """Contiguous free bytes at `offset`."""
+        self._limit = self._words[_TAIL_WORD] + self._capacity
+        return min(self._limit - self._head, self._capacity - self.offset)
 
     def publish(self, length_bytes: int) -> None:
         self._head += length_bytes
+        self.offset = (self.offset + length_bytes) % self._capacity
         self._words[_HEAD_WORD] = self._head
 
     def copy(self, offset: int, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors of a frame that starts at `offset` to their places."""
-        start = self._memory.address + offset
-        for field, tensor in zip(layout.fields, tensors, strict=True):
+        start = self._address + offset
+        for (_, _, field_offset, size_bytes), tensor in zip(layout.fields, tensors, strict=True):
             source = tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous()
-            ctypes.memmove(start + field.offset_bytes, source.data_ptr(), field.size_bytes)
+            _copy(start + field_offset, source.data_ptr(), size_bytes)
 
 
 class Lease:
@@ -94,18 +112,25 @@ class Lease:
             self._reader.reclaim()
 
 
+class Contents(NamedTuple):
+    """What a frame holds."""
+
+    tensors: tuple[Tensor, ...]  # on the ring's own bytes
+    length_bytes: int
+
+
 class RingReader:
     """The reading side; one thread only. The tail passes over a message when it and all before it are released."""
 
     def __init__(self, memory: RingMemory) -> None:
-        self.on_free: Callable[[], None] | None = None
-        """Called after bytes became free."""
         self._memory = memory
         self._words = memory.words
+        self._marks = memory.data.cast("I")
         self._capacity = memory.capacity_bytes
         self._read = memory.words[_TAIL_WORD]
+        self._offset = 0
         self._leases: deque[Lease] = deque()
-        self._typed: dict[torch.dtype, Tensor] = {}
+        self._contents: dict[tuple[int, bytes], Contents] = {}
 
     def ready(self) -> bool:
         return self._words[_HEAD_WORD] != self._read
@@ -118,37 +143,51 @@ class RingReader:
     def peek(self) -> int | None:
         """Offset of the next message; None when all that has arrived is taken."""
         while self._words[_HEAD_WORD] != self._read:
-            offset = self._read % self._capacity
-            if _SKIP.unpack_from(self._memory.data, offset)[0] != _SKIP_MAGIC:
-                return offset
-            self.take(self._capacity - offset)()
+            if self._marks[self._offset >> 2] != _SKIP_MAGIC:
+                return self._offset
+            self.take(self._capacity - self._offset)()
         return None
 
-    def published_bytes(self) -> int:
-        """Bytes published and not taken; a message that announces more is damaged."""
-        return int(self._words[_HEAD_WORD]) - self._read
-
     def take(self, length_bytes: int) -> Lease:
-        """Pass over the message at `peek()`; its bytes stay until the lease is called."""
-        self._read += length_bytes
-        lease = Lease(self, self._read)
+        """Pass over the message at `peek()`; its bytes stay until the lease is called.
+
+        Raises ValueError for more bytes than have been published: such a message is damaged.
+        """
+        read = self._read + length_bytes
+        if read > self._words[_HEAD_WORD]:
+            raise ValueError(f"frame length is {length_bytes} bytes, fewer have arrived")
+        self._read = read
+        self._offset = (self._offset + length_bytes) % self._capacity
+        lease = Lease(self, read)
         self._leases.append(lease)
         return lease
 
-    def view(self, offset: int, field: Field) -> Tensor:
-        """The field of the frame at `offset`, as a tensor on the ring's own bytes."""
-        base = self._typed.get(field.dtype)
-        if base is None:
-            base = self._typed[field.dtype] = self._memory.tensor.view(field.dtype)
-        return base.as_strided(field.shape, field.strides, (offset + field.offset_bytes) // field.dtype.itemsize)
+    def contents(self, offset: int, prefix: bytes) -> Contents:
+        """What lies in the frame at `offset`; kept, since the ring's frames come round to the same places.
+
+        Raises ValueError for a prefix that is not of this version, or damaged.
+        """
+        found = self._contents.get((offset, prefix))
+        if found is None:
+            layout = layout_from(prefix)
+            if offset + layout.length_bytes > self._capacity:
+                raise ValueError(f"frame length is {layout.length_bytes} bytes, fewer have arrived")
+            tensors = tuple([self._view(offset, field) for field in layout.fields])
+            found = Contents(tensors, layout.length_bytes)
+            if len(self._contents) >= _MAX_VIEWS:
+                self._contents.clear()
+            self._contents[offset, prefix] = found
+        return found
+
+    def _view(self, offset: int, field: Field) -> Tensor:
+        start = offset + field.offset_bytes
+        return self._memory.tensor[start : start + field.size_bytes].view(field.dtype).view(field.shape)
 
     def reclaim(self) -> None:
+        """Move the tail over the messages that are released."""
         leases = self._leases
         tail = 0
         while leases and leases[0].released:
             tail = leases.popleft().end
         if tail:
             self._words[_TAIL_WORD] = tail
-            on_free = self.on_free
-            if on_free is not None:
-                on_free()

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from afd_ray.handoff.endpoint import Endpoint
-from afd_ray.handoff.message import HEADER_BYTES, Frame, Header, Kind, LinkError, Message, unpack_from
-from afd_ray.handoff.wiring import OWN_CLOSE, Inbound, Terms, Wiring
+from afd_ray.handoff.inbound import Inbound
+from afd_ray.handoff.intake import Intake
+from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, LinkError, Message
+from afd_ray.handoff.spin import Spin
+from afd_ray.handoff.wiring import OWN_CLOSE, Terms, Wiring
 
 _WARM_UP_POLL_S = 0.5e-3
 
@@ -30,14 +33,15 @@ class RingMesh:
         self.rank = terms.rank
         self.world_size = world_size
         self.epoch = terms.epoch
-        self.stale_messages = 0
         self._digest = terms.digest
-        self._spin_s = spin_us * 1e-6
+        self._spin = Spin(spin_us * 1e-6)
         self._wiring = Wiring(terms, peers)
         self._doorbell = self._wiring.doorbell
         self._inbound = self._wiring.inbound
         self._outbound = self._wiring.outbound
-        self._next_edge = 0
+        self._turns = _turns(self._inbound)
+        self._turn = 0
+        self._sockets: Intake | None = None
         self._closed = False
 
     @property
@@ -45,11 +49,16 @@ class RingMesh:
         """What the peers need for `connect`."""
         return self._wiring.endpoint
 
+    @property
+    def stale_messages(self) -> int:
+        """Messages of other epochs, which were dropped."""
+        return sum(edge.stale_messages for edge in self._inbound)
+
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
         """Build every edge, both ways; LinkError or TimeoutError, one line naming the rank, when one cannot be had."""
         self._wiring.connect(endpoints, timeout_s)
         if any(edge.kind == "tcp" for edge in self._inbound):
-            self._spin_s = 0.0  # a spinning reader would keep the interpreter from the thread that reads the sockets
+            self._sockets = self._wiring.intake
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         edge = self._outbound.get(peer)
@@ -58,55 +67,51 @@ class RingMesh:
         edge.send(header, tensors)
 
     def receive(self) -> Message | None:
+        message = self._next_arrived()
+        if message is None and self._sockets is not None:
+            self._sockets.look(0.0)
+            message = self._next_arrived()
+        return message
+
+    def _next_arrived(self) -> Message | None:
         if self._closed:
             raise LinkError(self.rank, OWN_CLOSE)
-        count = len(self._inbound)
-        for turn in range(count):
-            index = (self._next_edge + turn) % count
-            edge = self._inbound[index]
+        for edge, after in self._turns[self._turn]:
             broken = edge.broken  # read before the ring: what it held is delivered first
-            message = self._receive_from(edge)
+            message = edge.receive()
             if message is not None:
-                self._next_edge = index + 1
+                self._turn = after
                 return message
             if broken is not None:
-                self._next_edge = index + 1
+                self._turn = after
                 raise LinkError(edge.peer, broken)
         return None
 
-    def _receive_from(self, edge: Inbound) -> Message | None:
-        reader = edge.reader
-        while (offset := reader.peek()) is not None:
-            header, layout = self._decode(edge, offset)
-            release = reader.take(layout.length_bytes)
-            edge.messages += 1
-            edge.size_bytes += layout.length_bytes
-            if header.epoch == self.epoch:
-                return Message(header, tuple([reader.view(offset, field) for field in layout.fields]), release)
-            self.stale_messages += 1
-            release()
-        return None
+    def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
+        began_s = time.perf_counter()
+        spin_s = self._spin.budget_s if under_way else 0.0
+        if timeout_s is not None:
+            spin_s = min(spin_s, timeout_s)
+        if not self._spin_until(began_s + spin_s):
+            self._doorbell.park(self._ready, timeout_s, None if self._sockets is None else self._sockets.look)
+        self._doorbell.woken = False
+        if under_way:
+            self._spin.learn(time.perf_counter() - began_s)
 
-    def _decode(self, edge: Inbound, offset: int) -> Frame:
-        try:
-            frame = unpack_from(edge.memory.data, offset, self._digest)
-            if frame.layout.length_bytes > edge.reader.published_bytes():
-                raise ValueError(f"frame length is {frame.layout.length_bytes} bytes, fewer have arrived")
-            if frame.header.source != edge.peer:
-                raise ValueError(f"frame claims to come from rank {frame.header.source}")
-        except ValueError as error:
-            edge.broken = str(error)
-            raise LinkError(edge.peer, str(error)) from None
-        return frame
-
-    def wait(self, timeout_s: float | None) -> None:
-        self._doorbell.wait(self._ready, timeout_s, self._spin_s)
+    def _spin_until(self, until_s: float) -> bool:
+        """Look for messages until that time; whether to look further is over."""
+        while not self._ready():
+            if time.perf_counter() >= until_s:
+                return False
+            if self._sockets is not None:
+                self._sockets.look(0.0)
+        return True
 
     def _ready(self) -> bool:
         for edge in self._inbound:
             if edge.reader.ready():
                 return True
-        return self._closed or self._wiring.any_broken
+        return self._doorbell.woken or self._closed or self._wiring.any_broken
 
     def wake(self) -> None:
         self._doorbell.wake()
@@ -133,7 +138,9 @@ class RingMesh:
             time.sleep(_WARM_UP_POLL_S)
 
     def _warmed(self, edge: Inbound) -> bool:
-        message = self._receive_from(edge)
+        if self._sockets is not None:
+            self._sockets.look(0.0)
+        message = edge.receive()
         if message is None:
             return False
         expected = _pattern(edge.peer, self.rank, edge.memory.capacity_bytes)
@@ -155,6 +162,12 @@ class RingMesh:
     def close(self) -> None:
         self._closed = True
         self._wiring.close()
+
+
+def _turns(inbound: Sequence[Inbound]) -> list[tuple[tuple[Inbound, int], ...]]:
+    """For each edge whose turn may be next: all edges from it on, each with the turn after it."""
+    places = [(edge, (index + 1) % len(inbound)) for index, edge in enumerate(inbound)]
+    return [tuple(places[turn:] + places[:turn]) for turn in range(max(len(places), 1))]
 
 
 def _pattern(source: int, target: int, capacity_bytes: int) -> Tensor:

@@ -5,9 +5,11 @@ import mmap
 import os
 import platform
 import secrets
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,15 +66,18 @@ def supported() -> bool:
 
 
 class Segment:
-    """A mapping with its rings and the doorbell of its receiver."""
+    """A mapping with its rings and the word of its receiver's doorbell."""
 
     def __init__(self, mapping: mmap.mmap, plan: SegmentPlan, name: str) -> None:
         self.name = name
         self.rings: dict[int, RingMemory] = {peer: ring_memory(mapping, *place) for peer, place in plan.rings.items()}
         page = torch.frombuffer(mapping, dtype=torch.uint8, count=_PAGE_BYTES)
-        word = memoryview(mapping)[_DOORBELL_OFFSET : _DOORBELL_OFFSET + 4].cast("I")
-        self.doorbell = Doorbell(word, page.data_ptr() + _DOORBELL_OFFSET)
-        self._page = page  # keeps the mapping alive while the doorbell holds its address
+        self._word = memoryview(mapping)[_DOORBELL_OFFSET : _DOORBELL_OFFSET + 4].cast("I")
+        self._page = page  # keeps the mapping alive while a doorbell holds its address
+
+    def doorbell(self, poke: Callable[[], None]) -> Doorbell:
+        """One side's hand on the receiver's doorbell; `poke` is that side's way to wake a receiver that waits on sockets."""
+        return Doorbell(self._word, self._page.data_ptr() + _DOORBELL_OFFSET, poke)
 
     def unlink(self) -> None:
         """Remove the name; those who have the segment keep it. Harmless to repeat."""
@@ -149,14 +154,17 @@ class ShmEdge:
 
     kind = "shm"
 
-    def __init__(self, peer: int, segment: Segment, rank: int, digest: int, send_timeout_s: float) -> None:
+    def __init__(
+        self, peer: int, segment: Segment, life: socket.socket, *, rank: int, digest: int, send_timeout_s: float
+    ) -> None:
+        """`life` is the connection to the peer that carries nothing: closing it tells of the end, and a byte on it wakes the peer."""
         memory = segment.rings[rank]
         self.peer = peer
         self.broken: str | None = None
         self.messages = 0
         self.size_bytes = 0
         self._segment = segment
-        self._doorbell = segment.doorbell
+        self._doorbell = segment.doorbell(partial(_poke, life))
         self._writer = RingWriter(memory)
         self._data = memory.data
         self._capacity_bytes = memory.capacity_bytes
@@ -198,3 +206,8 @@ class ShmEdge:
                 raise LinkError(self.peer, f"its ring stayed full for {self._send_timeout_s:g} s")
             self._doorbell.ring()  # the ring's end may have been skipped, which the reader must pass first
             time.sleep(_POLL_S)
+
+
+def _poke(life: socket.socket) -> None:
+    with suppress(OSError):  # full of pokes already, or gone
+        life.send(b"\0")

@@ -1,21 +1,27 @@
 """Sockets across hosts: the edge that sends into one, and the inlet that reads one into a ring."""
 
+import select
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from ctypes import Array, c_char
 
-from torch import Tensor, uint8
+from torch import Tensor
 
-from afd_ray.handoff.doorbell import Doorbell
-from afd_ray.handoff.message import HEADER_BYTES, Header, LinkError, aligned, layout_for, length_of, pack
+from afd_ray.handoff.intake import Pumped
+from afd_ray.handoff.message import ALIGNMENT, HEADER_BYTES, Header, LinkError, layout_for, length_of, pack_into
 from afd_ray.handoff.poller import READ, WRITE, Poller
 from afd_ray.handoff.ring import RingMemory, RingWriter
 
 PEER_CLOSED = "closed by the peer"
 
-_PADDING = bytes(64)
+_PADDING = bytes(ALIGNMENT)
+_PAUSE_MS = 1
+"""How long a send waits for the kernel to take more, each time."""
+
+Buffer = bytes | bytearray | memoryview | Array[c_char]
 
 OnBroken = Callable[[str], None]
 
@@ -23,10 +29,6 @@ OnBroken = Callable[[str], None]
 def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setblocking(False)
-
-
-def _wire_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(uint8).numpy().data
 
 
 class TcpEdge:
@@ -57,19 +59,26 @@ class TcpEdge:
         self._queue: deque[memoryview] = deque()
         self._queued_bytes = 0
         self._room = threading.Condition()
+        self._head = bytearray(HEADER_BYTES)
+        self._writable = select.poll()
+        self._writable.register(connection, select.POLLOUT)
 
     def send(self, header: Header, tensors: Sequence[Tensor]) -> None:
         layout = layout_for(tensors)
         if layout.length_bytes > self._capacity_bytes:
             raise ValueError(f"message of {layout.length_bytes} bytes to rank {self.peer}: its ring holds {self._capacity_bytes}")
-        parts: list[bytes | memoryview] = [pack(header, layout, self._digest)]
-        for field, tensor in zip(layout.fields, tensors, strict=True):
-            if field.size_bytes:
-                parts.append(_wire_bytes(tensor))
-                if padding := aligned(field.size_bytes) - field.size_bytes:
-                    parts.append(_PADDING[:padding])
+        pack_into(self._head, 0, header, layout, self._digest)
+        parts: list[Buffer] = [self._head]
+        sources = [tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous() for tensor in tensors]
+        for field, source in zip(layout.fields, sources, strict=True):
+            size_bytes = field.size_bytes
+            if size_bytes:
+                parts.append((c_char * size_bytes).from_address(source.data_ptr()))  # `sources` keeps it alive
+            if size_bytes % ALIGNMENT:
+                parts.append(_PADDING[size_bytes % ALIGNMENT :])
         with self._room:
-            self._await_room(layout.length_bytes)
+            if self.broken is not None or self._queue:
+                self._await_room(layout.length_bytes)
             self._write(parts, layout.length_bytes)
         self.messages += 1
         self.size_bytes += layout.length_bytes
@@ -83,20 +92,26 @@ class TcpEdge:
         if self.broken is not None:
             raise LinkError(self.peer, self.broken)
 
-    def _write(self, parts: Sequence[bytes | memoryview], length_bytes: int) -> None:
-        sent_bytes = 0
-        if not self._queue:
-            try:
-                sent_bytes = self._connection.sendmsg(parts)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise LinkError(self.peer, f"{PEER_CLOSED} ({error.strerror})") from None
-        if sent_bytes < length_bytes:
-            rest = memoryview(b"".join(parts))[sent_bytes:]
+    def _write(self, parts: list[Buffer], length_bytes: int) -> None:
+        """Give the kernel what it takes; the rest goes on while the peer reads, and is queued once it pauses."""
+        sent_bytes = 0 if self._queue else self._try_send(parts)
+        if sent_bytes == length_bytes:
+            return
+        rest = memoryview(b"".join(parts))[sent_bytes:]
+        while rest and not self._queue and self._writable.poll(_PAUSE_MS):
+            rest = rest[self._try_send([rest]) :]
+        if rest:
             self._queue.append(rest)
             self._queued_bytes += len(rest)
             self._poller.call(self.watch)
+
+    def _try_send(self, parts: list[Buffer]) -> int:
+        try:
+            return self._connection.sendmsg(parts)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise LinkError(self.peer, f"{PEER_CLOSED} ({error.strerror})") from None
 
     def watch(self) -> None:
         """On the poller's thread: look for the peer's end, and for room while something is queued."""
@@ -105,7 +120,7 @@ class TcpEdge:
                 self._poller.watch(self._connection, READ | WRITE if self._queue else READ, self._on_event)
 
     def _on_event(self, events: int) -> None:
-        if events & READ:
+        if events & ~WRITE:
             self._on_readable()
         if events & WRITE and self.broken is None:
             self._flush()
@@ -156,84 +171,69 @@ class TcpEdge:
 
 
 class TcpInlet:
-    """Reads one peer's frames from its socket straight into their place in the ring; lives on the poller's thread."""
+    """Reads one peer's frames from its socket straight into the ring that its messages are read from.
 
-    def __init__(
-        self, connection: socket.socket, memory: RingMemory, doorbell: Doorbell, poller: Poller, on_broken: OnBroken
-    ) -> None:
-        self._stalled = False
-        self._connection = connection
+    Frames follow each other in the stream as they do in the ring, so one read may bring many. Where the ring ends within a
+    frame, what has come of it moves to the ring's start.
+    """
+
+    def __init__(self, connection: socket.socket, memory: RingMemory, on_broken: OnBroken) -> None:
+        self.connection = connection
         self._data = memory.data
         self._limit_bytes = memory.capacity_bytes
         self._writer = RingWriter(memory)
-        self._doorbell = doorbell
-        self._poller = poller
         self._on_broken = on_broken
-        self._head = bytearray(HEADER_BYTES)
-        self._head_view = memoryview(self._head)
-        self._got_bytes = 0
-        self._length_bytes = 0
-        self._offset: int | None = None
+        self._begun_bytes = 0
+        """Of the frame at the writer's offset, or, where it cannot go on there, in `_aside`."""
+        self._length_bytes = HEADER_BYTES
+        """Of that frame, as far as is known."""
+        self._aside: bytes | None = None
 
-    def watch(self) -> None:
-        self._poller.watch(self._connection, READ, self._on_readable)
-
-    def on_free(self) -> None:
-        """On the receiver's thread, after it has freed some of the ring."""
-        if self._stalled:
-            self._poller.call(self._resume)
-
-    def _resume(self) -> None:
-        if self._stalled and self._place():
-            self._stalled = False
-            self.watch()
-
-    def _on_readable(self, _events: int) -> None:
+    def pump(self) -> Pumped:
+        """Take what has arrived; calls `on_broken` when the connection is over."""
         try:
-            if self._got_bytes < HEADER_BYTES:
-                self._read_head()
-            if self._offset is not None:
-                self._read_rest(self._offset)
+            return self._read()
         except BlockingIOError:
-            pass
+            return Pumped.OPEN
         except OSError as error:
-            self._give_up(f"{PEER_CLOSED} ({error.strerror})")
+            self._on_broken(f"{PEER_CLOSED} ({error.strerror})")
         except ValueError as error:
-            self._give_up(str(error))
+            self._on_broken(str(error))
+        return Pumped.OVER
 
-    def _give_up(self, reason: str) -> None:
-        self._poller.forget(self._connection)
-        self._on_broken(reason)
-
-    def _read_head(self) -> None:
-        self._receive(self._head_view[self._got_bytes :])
-        if self._got_bytes < HEADER_BYTES:
-            return
-        self._length_bytes = length_of(self._head, self._limit_bytes)
-        if not self._place():
-            self._poller.forget(self._connection)
-            self._stalled = True
-            self._resume()  # the reader may have freed bytes just before it could see that
-
-    def _place(self) -> bool:
-        self._offset = self._writer.reserve(self._length_bytes)
-        if self._offset is None:
-            self._doorbell.ring()  # the ring's end may have been skipped, which the reader must pass first
-            return False
-        self._data[self._offset : self._offset + HEADER_BYTES] = self._head_view
-        return True
-
-    def _read_rest(self, offset: int) -> None:
-        if self._got_bytes < self._length_bytes:
-            self._receive(self._data[offset + self._got_bytes : offset + self._length_bytes])
-        if self._got_bytes == self._length_bytes:
-            self._writer.publish(self._length_bytes)
-            self._doorbell.ring()
-            self._got_bytes = 0
-            self._offset = None
-
-    def _receive(self, into: memoryview) -> None:
-        count = self._connection.recv_into(into)
+    def _read(self) -> Pumped:
+        if not self._make_room():
+            return Pumped.FULL
+        writer = self._writer
+        room = writer.free_bytes() if self._length_bytes == HEADER_BYTES else self._length_bytes
+        count = self.connection.recv_into(self._data[writer.offset + self._begun_bytes : writer.offset + room])
         if count == 0:
             raise ValueError(PEER_CLOSED)
-        self._got_bytes += count
+        self._begun_bytes += count
+        self._publish_whole_frames()
+        return Pumped.OPEN
+
+    def _make_room(self) -> bool:
+        """Whether the frame that has begun, or the next one's header, has its bytes of the ring."""
+        writer = self._writer
+        if self._begun_bytes and self._aside is None:
+            if writer.offset + self._length_bytes <= self._limit_bytes:
+                return writer.free_bytes() >= self._length_bytes
+            self._aside = bytes(self._data[writer.offset : writer.offset + self._begun_bytes])
+        offset = writer.reserve(self._length_bytes)
+        if offset is None:
+            return False
+        if self._aside is not None:
+            self._data[offset : offset + self._begun_bytes] = self._aside
+            self._aside = None
+        return True
+
+    def _publish_whole_frames(self) -> None:
+        writer = self._writer
+        while self._begun_bytes >= HEADER_BYTES:
+            self._length_bytes = length_of(self._data, writer.offset, self._limit_bytes)
+            if self._begun_bytes < self._length_bytes:
+                return
+            writer.publish(self._length_bytes)
+            self._begun_bytes -= self._length_bytes
+        self._length_bytes = HEADER_BYTES

@@ -14,9 +14,10 @@ from afd_ray.handoff import shm
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.gate import Gate, dial
 from afd_ray.handoff.handshake import NONCE_BYTES, Carrier, Claim, Verdict, digest_mismatch, judge
+from afd_ray.handoff.inbound import Inbound
+from afd_ray.handoff.intake import Intake, Pumped
 from afd_ray.handoff.message import LinkError
-from afd_ray.handoff.poller import READ, Poller
-from afd_ray.handoff.ring import RingMemory, RingReader
+from afd_ray.handoff.poller import GONE, Poller
 from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
 
 LinkKind = Literal["auto", "shm", "tcp"]
@@ -24,6 +25,7 @@ LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp")
 OWN_CLOSE = "this mesh is closed"
 
 _CONNECT_POLL_S = 0.5e-3
+_MANY_POKES = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -41,17 +43,24 @@ class Terms:
     send_timeout_s: float
 
 
-class Inbound:
-    """The receiving end of one edge; `kind` is empty until the peer has connected."""
+class _Life:
+    """The connection of a shm edge, as its receiver looks at it: it tells of the peer's end, and a byte on it is a poke."""
 
-    def __init__(self, peer: int, memory: RingMemory) -> None:
-        self.peer = peer
-        self.memory = memory
-        self.reader = RingReader(memory)
-        self.kind = ""
-        self.broken: str | None = None
-        self.messages = 0
-        self.size_bytes = 0
+    def __init__(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
+        self.connection = connection
+        self._on_broken = on_broken
+
+    def pump(self) -> Pumped:
+        try:
+            if self.connection.recv(_MANY_POKES):
+                return Pumped.OPEN
+            reason = PEER_CLOSED
+        except BlockingIOError:
+            return Pumped.OPEN
+        except OSError as error:
+            reason = f"{PEER_CLOSED} ({error.strerror})"
+        self._on_broken(reason)
+        return Pumped.OVER
 
 
 Outbound = shm.ShmEdge | TcpEdge
@@ -68,8 +77,9 @@ class Wiring:
         self._connections: list[socket.socket] = []
         nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self._segment = _segment(terms.kind, peers, nonce)
-        self.doorbell = self._segment.doorbell
-        self.inbound = [Inbound(peer, self._segment.rings[peer]) for peer in sorted(peers)]
+        self.intake = Intake()
+        self.doorbell = self._segment.doorbell(self.intake.poke)
+        self.inbound = [Inbound(peer, self._segment.rings[peer], terms.epoch, terms.digest) for peer in sorted(peers)]
         self._poller = Poller(f"mesh-{terms.rank}-e{terms.epoch}")
         try:
             self._gate = Gate(terms.host, terms.secret, self._poller, self._judge, self._admit)
@@ -137,7 +147,9 @@ class Wiring:
         )
         if segment:
             self._connections.append(connection)
-            edge = shm.ShmEdge(peer, segment, terms.rank, terms.digest, terms.send_timeout_s)
+            edge = shm.ShmEdge(
+                peer, segment, connection, rank=terms.rank, digest=terms.digest, send_timeout_s=terms.send_timeout_s
+            )
             self._poller.call(partial(self._watch_life, connection, edge.fail))
             return edge
         socket_edge = TcpEdge(
@@ -173,26 +185,19 @@ class Wiring:
         self._connections.append(connection)
         if claim.carrier == Carrier.SHM:
             self._watch_life(connection, on_broken)
+            self.intake.add(_Life(connection, on_broken))
             edge.kind = "shm"
-            return
-        inlet = TcpInlet(connection, edge.memory, self.doorbell, self._poller, on_broken)
-        edge.reader.on_free = inlet.on_free
-        inlet.watch()
-        edge.kind = "tcp"
+        else:
+            self.intake.add(TcpInlet(connection, edge.memory, on_broken))
+            edge.kind = "tcp"
 
     def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
-        """The connection of a shm edge carries nothing: that it becomes readable means that the peer is gone."""
-        self._poller.watch(connection, READ, lambda _events: self._on_life(connection, on_broken))
+        """The connection of a shm edge outlives its peer: its end is heard of whether or not this member is looking."""
+        self._poller.watch(connection, GONE, lambda _events: self._on_gone(connection, on_broken))
 
-    def _on_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
-        try:
-            reason = "the peer sent bytes on a silent connection" if connection.recv(1) else PEER_CLOSED
-        except BlockingIOError:
-            return
-        except OSError as error:
-            reason = f"{PEER_CLOSED} ({error.strerror})"
+    def _on_gone(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
         self._poller.forget(connection)
-        on_broken(reason)
+        on_broken(PEER_CLOSED)
 
     def _break_inbound(self, edge: Inbound, reason: str) -> None:
         outbound = self.outbound.get(edge.peer)
@@ -210,18 +215,15 @@ class Wiring:
         self._gate.close()
         for edge in self.outbound.values():
             edge.close()
+        self.intake.close(self._hang_up)
+        self._segment.unlink()
+        del self._gate  # it refers back here: the rings are unmapped with the last user and not at some collection
+        self.doorbell.wake()
+
+    def _hang_up(self) -> None:
         for connection in self._connections:
             self._poller.forget(connection)
             connection.close()
-        self._segment.unlink()
-        self._release()
-        self.doorbell.wake()
-
-    def _release(self) -> None:
-        """Let go of what refers back here, so that the rings are unmapped with the last user and not at some collection."""
-        del self._gate
-        for edge in self.inbound:
-            edge.reader.on_free = None
 
 
 def _segment(kind: LinkKind, peers: Mapping[int, int], nonce: bytes) -> shm.Segment:

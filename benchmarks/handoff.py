@@ -1,0 +1,382 @@
+"""What does a hand-off cost? Round trips between two processes for each link kind, beside the bare mechanism it stands on, in one run.
+
+Bounds: a spinning ping-pong through shared memory, blocking sockets, gloo. All are measured in turns, and nothing is pinned to a core.
+"""
+
+import argparse
+import json
+import mmap
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import date, timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from afd_ray.handoff.mesh import Endpoint, LinkKind, RingMesh, open_mesh
+from afd_ray.handoff.message import Header, Kind, Message
+from benchmarks._machine import hardware
+
+SIZES = tuple(256 << (2 * power) for power in range(8))  # 256 B to 4 MiB
+HOST = "127.0.0.1"
+RING_BYTES = 16 << 20
+SPIN_US = 200.0
+TIMEOUT_S = 30.0
+WAKES = 200
+LINKS: tuple[LinkKind, ...] = ("shm", "tcp")
+RATIOS = {"shm": "bare_shm", "tcp": "bare_tcp", "tcp_parked": "bare_tcp"}
+COMMAND = "python -m benchmarks.handoff --write benchmarks/results/handoff.md"
+
+
+class Way(ABC):
+    """A way for two processes to hand bytes to each other and back."""
+
+    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
+        """`pipe` leads to the other process, which makes the same way at the same time; `scratch` is a directory of both."""
+        self.rank = rank
+
+    @abstractmethod
+    def ping(self, size_bytes: int) -> None:
+        """Send that many bytes, and take as many back."""
+
+    @abstractmethod
+    def pong(self, size_bytes: int) -> None:
+        """Take that many bytes, and send as many back."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what is not given back by itself."""
+
+
+class BareShm(Way):
+    """Two buffers and two counters in shared memory: copy in, count, look for the other's count, copy out."""
+
+    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
+        super().__init__(rank, pipe, scratch)
+        path = scratch / "bare_shm"
+        size_bytes = 4096 + 2 * SIZES[-1]
+        if rank == 0:
+            path.write_bytes(bytes(size_bytes))
+            pipe.send(None)
+        else:
+            pipe.recv()
+        with path.open("r+b") as file:
+            whole = memoryview(mmap.mmap(file.fileno(), size_bytes))
+        self.counts = whole[:4096].cast("Q")
+        buffers = whole[4096 : 4096 + SIZES[-1]], whole[4096 + SIZES[-1] :]
+        self.outgoing, self.incoming = buffers[rank], buffers[1 - rank]
+        self.own = memoryview(bytearray(SIZES[-1]))
+        self.sent_at, self.received_at = 64 * rank, 64 * (1 - rank)
+        self.count = 0
+
+    def send(self, size_bytes: int) -> None:
+        self.outgoing[:size_bytes] = self.own[:size_bytes]
+        self.counts[self.sent_at] = self.count
+
+    def receive(self, size_bytes: int) -> None:
+        counts, place, count = self.counts, self.received_at, self.count
+        while counts[place] != count:
+            pass
+        self.own[:size_bytes] = self.incoming[:size_bytes]
+
+    def ping(self, size_bytes: int) -> None:
+        self.count += 1
+        self.send(size_bytes)
+        self.receive(size_bytes)
+
+    def pong(self, size_bytes: int) -> None:
+        self.count += 1
+        self.receive(size_bytes)
+        self.send(size_bytes)
+
+
+class BareTcp(Way):
+    """Blocking sockets: sendall, recv_into."""
+
+    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
+        super().__init__(rank, pipe, scratch)
+        if rank == 0:
+            with socket.create_server((HOST, 0)) as listener:
+                pipe.send(listener.getsockname())
+                self.connection, _ = listener.accept()
+        else:
+            self.connection = socket.create_connection(pipe.recv())
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.own = memoryview(bytearray(SIZES[-1]))
+
+    def receive(self, size_bytes: int) -> None:
+        received_bytes = 0
+        while received_bytes < size_bytes:
+            received_bytes += self.connection.recv_into(self.own[received_bytes:size_bytes])
+
+    def ping(self, size_bytes: int) -> None:
+        self.connection.sendall(self.own[:size_bytes])
+        self.receive(size_bytes)
+
+    def pong(self, size_bytes: int) -> None:
+        self.receive(size_bytes)
+        self.connection.sendall(self.own[:size_bytes])
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class BareGloo(Way):
+    """ProcessGroupGloo's send and recv of one tensor."""
+
+    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
+        super().__init__(rank, pipe, scratch)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=TIMEOUT_S)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+        self.group = dist.ProcessGroupGloo(dist.FileStore(str(scratch / "bare_gloo"), 2), rank, 2, options)
+        self.own = torch.zeros(SIZES[-1], dtype=torch.uint8)
+
+    def ping(self, size_bytes: int) -> None:
+        self.group.send([self.own[:size_bytes]], 1, 0).wait()
+        self.group.recv([self.own[:size_bytes]], 1, 0).wait()
+
+    def pong(self, size_bytes: int) -> None:
+        self.group.recv([self.own[:size_bytes]], 0, 0).wait()
+        self.group.send([self.own[:size_bytes]], 0, 0).wait()
+
+
+class Link(Way):
+    """An edge of a mesh: a tensor goes in, a tensor comes out."""
+
+    kind: LinkKind
+    under_way: bool
+
+    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
+        super().__init__(rank, pipe, scratch)
+        self.mesh = open_link(self.kind, rank, pipe)
+        self.own = torch.zeros(SIZES[-1], dtype=torch.uint8)
+        self.header = Header(Kind.DISPATCH, epoch=0, source=rank)
+
+    def next(self) -> Message:
+        while (message := self.mesh.receive()) is None:
+            self.mesh.wait(TIMEOUT_S, self.under_way)
+        return message
+
+    def ping(self, size_bytes: int) -> None:
+        self.mesh.send(1, self.header, (self.own[:size_bytes],))
+        self.next().release()
+
+    def pong(self, size_bytes: int) -> None:
+        message = self.next()
+        self.mesh.send(0, self.header, message.tensors)
+        message.release()
+
+    def close(self) -> None:
+        self.mesh.close()
+
+
+def open_link(kind: LinkKind, rank: int, pipe: Connection) -> RingMesh:
+    """One end of a group of two whose other end the other process opens at the same time."""
+    mesh = open_mesh(rank, 2, 0, secret=b"benchmark", host=HOST, peers={1 - rank: RING_BYTES}, kind=kind, spin_us=SPIN_US)
+    pipe.send(mesh.endpoint.to_dict())
+    mesh.connect({1 - rank: Endpoint.from_dict(pipe.recv())}, TIMEOUT_S)
+    mesh.warm_up(TIMEOUT_S)
+    return mesh
+
+
+def link(kind: LinkKind, under_way: bool) -> type[Way]:
+    return type(kind, (Link,), {"kind": kind, "under_way": under_way})
+
+
+WAYS: dict[str, type[Way]] = {
+    "bare_shm": BareShm,
+    "shm": link("shm", under_way=True),
+    "shm_parked": link("shm", under_way=False),
+    "bare_tcp": BareTcp,
+    "tcp": link("tcp", under_way=True),
+    "tcp_parked": link("tcp", under_way=False),
+    "bare_gloo": BareGloo,
+}
+
+
+# --- the other process --------------------------------------------------------------------------------------------------------
+
+
+def follow(pipe: Connection, scratch: Path) -> None:
+    """Take orders until there is none: (function name, its arguments)."""
+    torch.set_num_threads(1)
+    ways: dict[str, Way] = {}
+    orders: dict[str, Callable[..., object]] = {"echo": echo, "wake": answer_wakes, "idle": rest}
+    with torch.inference_mode():
+        while order := pipe.recv():
+            what, name, *arguments = order
+            if name not in ways:
+                ways[name] = WAYS[name](1, pipe, scratch)
+            orders[what](ways[name], *arguments)
+    for way in ways.values():
+        way.close()
+
+
+def echo(way: Way, size_bytes: int, count: int) -> None:
+    for _ in range(count):
+        way.pong(size_bytes)
+
+
+def answer_wakes(way: Link, count: int) -> None:
+    """Answer each message with how many ns after it was sent this process had it."""
+    for _ in range(count):
+        message = way.next()
+        late_ns = time.monotonic_ns() - message.header.sent_ns
+        message.release()
+        way.mesh.send(0, way.header._replace(step=late_ns))
+
+
+def rest(way: Link, seconds: float) -> float:
+    """Percent of a core that a wait of that length costs this process."""
+    began_s, began_cpu_s = time.monotonic(), time.process_time()
+    way.mesh.wait(seconds)
+    return 100 * (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
+
+
+# --- this process -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="bytes of a message, at most 4 MiB")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each way at each size")
+    parser.add_argument("--idle", type=float, default=5.0, help="seconds of idling, each kind")
+    parser.add_argument("--quick", action="store_true", help="a small run")
+    parser.add_argument("--write", type=Path, help="write the tables here")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.sizes, args.rounds, args.idle = [256, 65_536], 3, 0.5
+    torch.set_num_threads(1)
+    report = {"benchmark": "handoff", "date": date.today().isoformat(), "hardware": hardware(), "rounds": args.rounds}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch, torch.inference_mode():
+        report |= measure(Path(scratch), args)
+    print(json.dumps(report))
+    if args.write:
+        args.write.write_text(document(report))
+    return 0
+
+
+def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    context = get_context("spawn")
+    pipe, theirs = context.Pipe()
+    other = context.Process(target=follow, args=(theirs, scratch))
+    other.start()
+    ways = {}
+    for name, make in WAYS.items():
+        pipe.send(("echo", name, 0, 0))
+        ways[name] = make(0, pipe, scratch)
+    times_us = {size: take_turns(ways, pipe, size, args.rounds) for size in args.sizes}
+    kinds = {kind: ways[parked(kind)] for kind in LINKS}
+    result = {
+        "round_trip_us": {size: {name: spread(values) for name, values in by_way.items()} for size, by_way in times_us.items()},
+        "wake_us": {kind: spread(wakes(way, pipe, parked(kind))) for kind, way in kinds.items()},
+        "idle_percent": {kind: idle(way, pipe, parked(kind), args.idle) for kind, way in kinds.items()},
+    }
+    for way in ways.values():
+        way.close()
+    pipe.send(None)
+    other.join()
+    return result
+
+
+def parked(kind: str) -> str:
+    """The way of that kind that sleeps while it waits."""
+    return f"{kind}_parked" if f"{kind}_parked" in WAYS else kind
+
+
+def take_turns(ways: dict[str, Way], pipe: Connection, size_bytes: int, rounds: int) -> dict[str, list[float]]:
+    """Round trips in us of every way, one after the other in each round; a turn's first fifth warms it up."""
+    times_us: dict[str, list[float]] = {name: [] for name in ways}
+    count = max(20, min(400, (8 << 20) // size_bytes))
+    for _ in range(rounds):
+        for name, way in ways.items():
+            pipe.send(("echo", name, size_bytes, count))
+            turn = [timed_us(way, size_bytes) for _ in range(count)]
+            times_us[name] += turn[count // 5 :]
+    return times_us
+
+
+def timed_us(way: Way, size_bytes: int) -> float:
+    began_s = time.perf_counter()
+    way.ping(size_bytes)
+    return (time.perf_counter() - began_s) * 1e6
+
+
+def wakes(way: Link, pipe: Connection, name: str) -> list[float]:
+    """How long, in us, from a send to a parked receiver until it has the message."""
+    pipe.send(("wake", name, WAKES))
+    late_us = []
+    for _ in range(WAKES):
+        time.sleep(2e-3)  # the receiver parks meanwhile
+        way.mesh.send(1, way.header._replace(sent_ns=time.monotonic_ns()))
+        answer = way.next()
+        late_us.append(answer.header.step / 1000)
+        answer.release()
+    return late_us
+
+
+def idle(way: Link, pipe: Connection, name: str, seconds: float) -> float:
+    pipe.send(("idle", name, seconds))
+    return round(rest(way, seconds), 3)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"p50": round(statistics.median(values), 1), "p95": round(statistics.quantiles(values, n=20)[-1], 1)}
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------------
+
+
+def document(report: dict[str, Any]) -> str:
+    """The report as the page under results/."""
+    by_size = report["round_trip_us"]
+    names = list(WAYS)
+    trips = [
+        [shown(size), *(f"{by_way[name]['p50']:,} / {by_way[name]['p95']:,}" for name in names)]
+        for size, by_way in by_size.items()
+    ]
+    ratios = [
+        [shown(size), *(f"{by_way[name]['p50'] / by_way[bare]['p50']:.2f}" for name, bare in RATIOS.items())]
+        for size, by_way in by_size.items()
+    ]
+    rest = [
+        [kind, f"{wake['p50']:,} / {wake['p95']:,}", report["idle_percent"][kind]] for kind, wake in report["wake_us"].items()
+    ]
+    parts = [
+        "# What does a hand-off cost?",
+        f"{report['date']}, {report['hardware']}. Two processes, pinned to nothing; every way in turn, {report['rounds']} rounds.",
+        f"`{COMMAND}`",
+        "Round trips in us, median / 95th percentile. `bare_shm`: counters and byte copies in shared memory, spinning; `bare_tcp`: blocking "
+        "sockets; `bare_gloo`: ProcessGroupGloo. `shm`, `tcp`, `gloo`: the links while a step is in flight; `parked`: between steps.",
+        table(["size", *names], trips),
+        "Ratios of the medians to the bare mechanism.",
+        table(["size", *(f"{name} / {bare}" for name, bare in RATIOS.items())], ratios),
+        "Waking a parked receiver, us from send to receipt, and the CPU that a waiting process takes, percent of a core.",
+        table(["link", "wake p50 / p95", "idle"], rest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def shown(size_bytes: int) -> str:
+    for unit, bytes_each in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= bytes_each:
+            return f"{size_bytes // bytes_each} {unit}"
+    return f"{size_bytes} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
