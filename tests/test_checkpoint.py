@@ -78,11 +78,11 @@ def test_the_ranks_partial_sums_add_up_to_the_whole(written: Path) -> None:
     maps = ((0, 3, 5), (1, 2, 4, 6, 7))
     on_the_wire = moe._replace(experts=torch.tensor(sum(maps, ())).argsort()[experts])
     slices = [(instance, Slice(tp_rank, 3)) for instance in range(2) for tp_rank in range(3)]
-    shards = [FFNShard(maps[i], 3 * i, part, dense=Slice(i * 3 + part.part, 6)) for i, part in slices]
+    shards = [FFNShard(maps[i], part, Slice(i * 3 + part.part, 6), first_id=3 * i) for i, part in slices]
     halves = [load_ffn(checkpoint, shard) for shard in shards]
     assert torch.allclose(sum_partials(halves, 1, on_the_wire), whole(1, moe), atol=1e-5)
     assert torch.allclose(sum_partials(halves, 0, dense), whole(0, dense), atol=1e-5)
-    at_home = [load_ffn(checkpoint, FFNShard(maps[i], 3 * i, part, dense=part, at_home=True)) for i, part in slices]
+    at_home = [load_ffn(checkpoint, FFNShard(maps[i], part, part, first_id=3 * i, at_home=True)) for i, part in slices]
     assert torch.allclose(sum_partials(at_home, 1, on_the_wire), whole(1, moe), atol=1e-5)
 
 

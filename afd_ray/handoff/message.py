@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAGIC = 0x52444641  # "AFDR"
-VERSION = 2
+VERSION = 3
 ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4

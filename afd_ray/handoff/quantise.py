@@ -32,7 +32,7 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     count, columns = rows.shape
     blocks = blocks_of(columns)
-    padded = F.pad(rows.float(), (0, blocks * BLOCK - columns)).view(count, blocks, BLOCK)
+    padded = _padded(rows.float(), blocks).view(count, blocks, BLOCK)
     peak_bits = padded.abs().amax(dim=-1).view(torch.int32)
     # A peak's exponent, and one more above 1.75 times its power of two; less LARGEST's exponent.
     exponents = ((peak_bits - _JUST_ABOVE_LARGEST) >> _MANTISSA_BITS).sub_(7).clamp_(min=_SMALLEST)
@@ -45,10 +45,16 @@ def dequantise(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantise` gave back into rows [N, H] of `dtype`."""
     count, columns = values.shape
     blocks = exponents.shape[1]
-    codes = F.pad(values.view(torch.uint8).int(), (0, blocks * BLOCK - columns))
+    codes = _padded(values.view(torch.uint8), blocks).int()
     rows = _VALUES.index_select(0, codes.view(-1)).view(count, blocks, BLOCK)
     rows *= _power_of_two(exponents.int())[..., None]
     return rows.view(count, blocks * BLOCK)[:, :columns].to(dtype)
+
+
+def _padded(rows: Tensor, blocks: int) -> Tensor:
+    """With zeros up to the end of the last block."""
+    missing = blocks * BLOCK - rows.shape[1]
+    return F.pad(rows, (0, missing)) if missing else rows
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:

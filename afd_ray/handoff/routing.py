@@ -123,8 +123,8 @@ class RowRouting:
             return [None] * self._instances
         if ids is None:
             return [torch.arange(rows)[instance :: self._instances] for instance in range(self._instances)]
-        visited = self._instance_of[ids]
-        return [(visited == instance).any(1).nonzero().squeeze(1) for instance in range(self._instances)]
+        visited = torch.zeros(self._instances, rows, dtype=torch.bool).scatter_(0, self._instance_of[ids].t(), True)
+        return [column.nonzero().squeeze(1) for column in visited.unbind(0)]
 
 
 def _check(rows: int, a_rank: int, attention: int, tensor_parallel: int) -> None:

@@ -86,9 +86,9 @@ class Epoch:
         within = Slice(tp_rank, self.tensor_parallel)
         return FFNShard(
             experts=experts[instance],
-            first_id=sum(map(len, experts[:instance])),
             routed=within,
             dense=within if self.routed else Slice(rank - self.attention, self.ffn),
+            first_id=sum(map(len, experts[:instance])),
             at_home=self.routed,
         )
 

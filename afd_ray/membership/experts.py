@@ -1,7 +1,6 @@
 """Which FFN instance holds which experts: decided from how often each expert was chosen, with copies of the most wanted."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 ExpertMap = tuple[tuple[int, ...], ...]
 """For each instance the experts that it holds, ascending. Some may be held by several instances, none twice by one."""
@@ -13,8 +12,7 @@ def contiguous_map(experts: int, instances: int) -> ExpertMap:
     >>> contiguous_map(5, 2)
     ((0, 1), (2, 3, 4))
     """
-    bounds = [instance * experts // max(instances, 1) for instance in range(instances + 1)]
-    return tuple(tuple(range(start, stop)) for start, stop in pairwise(bounds))
+    return tuple(tuple(range(i * experts // instances, (i + 1) * experts // instances)) for i in range(instances))
 
 
 def initial_map(experts: int, instances: int, redundant: int) -> ExpertMap:
@@ -52,7 +50,7 @@ def place_experts(loads: Sequence[float], instances: int, redundant: int = 0) ->
 
 def check_redundant(experts: int, instances: int, redundant: int) -> None:
     """Raises ValueError when there are more copies than instances that could hold them."""
-    most = experts * (instances - 1)
+    most = max(0, experts * (instances - 1))
     if redundant > most:
         raise ValueError(
             f"ffn.redundant_experts must be at most {most}, for no instance holds an expert twice"

@@ -210,12 +210,12 @@ class FFNShard(NamedTuple):
 
     experts: tuple[int, ...]
     """The routed experts held, as the model numbers them."""
-    first_id: int = 0
-    """Id on the wire of the first of them; the others follow."""
     routed: Slice = Slice()
     """This rank's slice of each routed expert's intermediate dimension: tensor parallel inside its instance."""
     dense: Slice = Slice()
     """This rank's slice of the shared experts and dense layers."""
+    first_id: int = 0
+    """Id on the wire of the first expert held; the others follow."""
     at_home: bool = False
     """Whether the shared expert serves only the rows whose first expert is held here, so that the sum over instances counts it once."""
 
