@@ -179,7 +179,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
-        (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
+        (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
         (config.ffn.dispatch != "broadcast", "ffn.dispatch", config.ffn.dispatch, "broadcast"),
         (config.ffn.colocated, "ffn.colocated", "true", "false"),
         (config.ffn.redundant_experts > 0, "ffn.redundant_experts", config.ffn.redundant_experts, "0"),

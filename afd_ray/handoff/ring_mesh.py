@@ -59,6 +59,8 @@ class RingMesh:
         self._wiring.connect(endpoints, timeout_s)
         if any(edge.kind == "tcp" for edge in self._inbound):
             self._sockets = self._wiring.intake
+        if any(edge.kind == "gloo" for edge in self._inbound):
+            self._spin = Spin(0.0)  # one that spins keeps the interpreter from the threads that receive
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         edge = self._outbound.get(peer)
@@ -151,7 +153,7 @@ class RingMesh:
         return True
 
     def edge_kinds(self) -> dict[int, str]:
-        """What carries the messages to each connected peer: shm or tcp."""
+        """What carries the messages to each connected peer: shm, tcp or gloo."""
         return {peer: edge.kind for peer, edge in self._outbound.items()}
 
     def edge_counts(self) -> dict[int, EdgeCount]:
