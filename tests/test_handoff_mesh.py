@@ -184,6 +184,24 @@ def test_traffic_of_all_sizes_arrives_whole_however_it_is_cut(opened: Open, kind
     assert second.edge_counts()[0].received_messages == 301  # one of them warmed the edge up
 
 
+def test_a_large_message_arrives_while_its_receiver_computes(opened: Open) -> None:
+    first, second = pair(opened, "tcp", ring_bytes=32 << 20)
+    assert second.receive() is None
+    large = torch.ones(15 << 20, dtype=torch.uint8)  # more than the kernel holds on both sides
+    first.send(1, Header(Kind.TENSOR, epoch=0, source=0), [large])
+    edge = second._inbound[0]
+    poll_until(edge.reader.ready)
+    message = edge.receive()
+    assert message is not None
+    assert torch.equal(message.tensors[0], large)
+
+
+def poll_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_edge_fails_after_its_deadline_and_delivers_what_it_took(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)

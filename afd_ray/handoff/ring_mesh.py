@@ -73,6 +73,8 @@ class RingMesh:
         if message is None and self._sockets is not None:
             self._sockets.look(0.0)
             message = self._next_arrived()
+            if message is None and self._sockets.bulky and not self._sockets.lent:
+                self._wiring.lend_intake()
         return message
 
     def _next_arrived(self) -> Message | None:
@@ -90,6 +92,8 @@ class RingMesh:
         return None
 
     def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
+        if self._sockets is not None and self._sockets.lent:
+            self._wiring.reclaim_intake()
         began_s = time.perf_counter()
         spin_s = self._spin.budget_s if under_way else 0.0
         if timeout_s is not None:

@@ -20,6 +20,8 @@ PEER_CLOSED = "closed by the peer"
 _PADDING = bytes(ALIGNMENT)
 _STAGED_BYTES = 16 << 10
 """Up to here a frame is put together before it is sent: one buffer costs the kernel's interface less than several."""
+_BULK_MEMORY = 64
+"""Frames for which an inlet stays bulky after one that the kernel could not hold."""
 _PAUSE_MS = 1
 """How long a send waits for the kernel to take more, each time."""
 
@@ -201,6 +203,12 @@ class TcpInlet:
         self._length_bytes = HEADER_BYTES
         """Of that frame, as far as is known."""
         self._aside: bytes | None = None
+        self._kernel_bytes = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        self._since_bulk = _BULK_MEMORY
+
+    @property
+    def bulky(self) -> bool:
+        return self._since_bulk < _BULK_MEMORY
 
     def pump(self) -> Pumped:
         """Take what has arrived; calls `on_broken` when the connection is over."""
@@ -247,6 +255,7 @@ class TcpInlet:
             self._length_bytes = length_of(self._data, writer.offset, self._limit_bytes)
             if self._begun_bytes < self._length_bytes:
                 return
+            self._since_bulk = 0 if self._length_bytes > self._kernel_bytes else self._since_bulk + 1
             writer.publish(self._length_bytes)
             self._begun_bytes -= self._length_bytes
         self._length_bytes = HEADER_BYTES

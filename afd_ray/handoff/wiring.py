@@ -18,7 +18,7 @@ from afd_ray.handoff.handshake import NONCE_BYTES, Carrier, Claim, Verdict, dige
 from afd_ray.handoff.inbound import Inbound
 from afd_ray.handoff.intake import Intake, Pumped
 from afd_ray.handoff.message import LinkError
-from afd_ray.handoff.poller import GONE, Poller
+from afd_ray.handoff.poller import GONE, READ, Poller
 from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
 
 LinkKind = Literal["auto", "shm", "tcp", "gloo"]
@@ -50,6 +50,10 @@ class _Life:
     def __init__(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
         self.connection = connection
         self._on_broken = on_broken
+
+    @property
+    def bulky(self) -> bool:
+        return False
 
     def pump(self) -> Pumped:
         try:
@@ -101,6 +105,7 @@ class Wiring:
             rings=dict(peers),
         )
         self._gate.open()
+        self._poller.watch(self.intake, 0, self._help)
         self._poller.start()
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
@@ -126,6 +131,16 @@ class Wiring:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"rank {self._terms.rank} waited {timeout_s:g} s for these ranks to connect: {_listed(late)}")
             time.sleep(_CONNECT_POLL_S)
+
+    def lend_intake(self) -> None:
+        """The receiving thread leaves: what arrives is read for it, lest a large message wait in the sender's kernel."""
+        self.intake.lend()
+        self._poller.watch_once(self.intake, READ)
+
+    def reclaim_intake(self) -> None:
+        """The receiving thread is back, and is not to share its sockets or its interpreter."""
+        self.intake.reclaim()
+        self._poller.watch_once(self.intake, 0)
 
     def capacity_to(self, peer: int) -> int:
         """Bytes of the ring that the peer has for this member."""
@@ -195,6 +210,11 @@ class Wiring:
 
     # On the poller's thread:
 
+    def _help(self, _events: int) -> None:
+        if self.intake.help():
+            self.doorbell.ring()  # the receiver may have come back just before
+            self._poller.watch_once(self.intake, READ)
+
     def _judge(self, claim: Claim) -> tuple[Verdict, int, int]:
         terms = self._terms
         expected = frozenset(edge.peer for edge in self.inbound if not edge.kind)
@@ -237,6 +257,7 @@ class Wiring:
         self._poller.close(self._close_all)
 
     def _close_all(self) -> None:
+        self._poller.forget(self.intake)
         self._gate.close()
         for edge in self.outbound.values():
             edge.close()
