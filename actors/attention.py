@@ -13,11 +13,13 @@ from actors.member import Member
 from actors.token_stream import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
+from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.models.checkpoint import load_attention
+from afd_ray.kernels.packed import packed_attention, packed_ffn
+from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
-from afd_ray.models.step3 import AttentionHalf
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 from afd_ray.request import Request, TokenOutput
 
 MAX_CACHE_BYTES = 1 << 30
@@ -52,6 +54,7 @@ class AttentionActor(Member):
             "waiting": loop.scheduler.waiting,
             "kv_used": loop.scheduler.kv_used,
             "kv_total": loop.scheduler.kv_total,
+            "micro_batches": loop.scheduler.in_use,
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.ttft.recent(now_s),
             "tpot_ms": loop.tpot.recent(now_s),
@@ -69,7 +72,8 @@ class AttentionActor(Member):
     def _build(self) -> AttentionLoop:
         config = self._config
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
-        half = load_attention(checkpoint, dtype, self._note_progress)
+        colocated = config.ffn.colocated
+        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated)))
         cache, allocator = build_cache(config, half.config)
         scheduler = Scheduler(
             allocator=allocator,
@@ -79,7 +83,10 @@ class AttentionActor(Member):
             max_context=max_context(config, half.config),
             eos_token_ids=half.config.eos_token_ids,
         )
-        return AttentionLoop(half, cache, scheduler, self._tokens.publish, config.attention.pace)
+        if not colocated:
+            return AttentionLoop(half, cache, scheduler, self._tokens.publish, config.attention.pace)
+        ffn = packed_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
+        return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, config.attention.pace, config.ffn.pace)
 
     def _submit(self, request: Request) -> None:
         if self._failure is not None:
@@ -103,6 +110,10 @@ class AttentionActor(Member):
 
     def _ready_half(self) -> AttentionHalf:
         return self._ready_loop().half
+
+    def _held(self) -> list[AttentionHalf | FFNHalf]:
+        loop = self._ready_loop()
+        return [loop.half, loop.ffn] if isinstance(loop, ColocatedLoop) else [loop.half]
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "head", steps

@@ -27,13 +27,16 @@ SPIN_US = 200.0
 """How long an actor spins for the next message before it parks, where the host has a core for each actor."""
 LOAD_TIMEOUT_S = 3600.0
 """For an actor to start and read its tensors: hundreds of gigabytes from a network disk at worst."""
-AUTO_MICRO_BATCHES = {True: 2, False: 3}
-"""By whether all actors share a host: there the transfer is short beside either stage."""
+MOST_MICRO_BATCHES = 4
+"""Slots of an attention rank that decides itself how many it uses."""
+
+COLOCATED_MICRO_BATCHES = 1
+"""Nothing is on a wire meanwhile, and every micro-batch reads all weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many ranks an epoch has; `micro_batches` None: chosen when the nodes are known."""
+    """How many ranks an epoch has, `expert_parallel` 0 when colocated; `micro_batches` None: each attention rank decides, from its stage times."""
 
     attention: int
     tensor_parallel: int
@@ -45,11 +48,13 @@ class Shape:
         micro_batches = config.pipeline.micro_batches
         ffn = config.ffn
         count = None if micro_batches == "auto" else micro_batches
-        return cls(config.attention.replicas, ffn.tensor_parallel, ffn.expert_parallel, count)
+        return cls(config.attention.replicas, ffn.tensor_parallel, ffn.ranks // ffn.tensor_parallel, count)
 
-    def epoch(self, number: int, one_host: bool) -> Epoch:
-        micro_batches = self.micro_batches or AUTO_MICRO_BATCHES[one_host]
-        return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, micro_batches)
+    def epoch(self, number: int) -> Epoch:
+        colocated = self.expert_parallel == 0
+        slots = self.micro_batches or (COLOCATED_MICRO_BATCHES if colocated else MOST_MICRO_BATCHES)
+        adaptive = self.micro_batches is None and not colocated
+        return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, slots, adaptive)
 
 
 @dataclass(slots=True)
@@ -79,11 +84,10 @@ class Bringup:
     async def form(self, shape: Shape) -> None:
         """Get to an epoch of this shape; on an error the caller dissolves what there is."""
         self._number += 1
-        shape.epoch(self._number, one_host=True).check(self.checkpoint.config)
+        epoch = shape.epoch(self._number)
+        epoch.check(self.checkpoint.config)
         await self._leave_epoch()
         await self._provide(shape)
-        one_host = len({hand.reservation.placed.node_id for hand in self.hands}) == 1
-        epoch = shape.epoch(self._number, one_host)
         await self._load(epoch)
         await self._connect(epoch)
         self._doing("starting the step loops")
@@ -140,7 +144,9 @@ class Bringup:
         placing = f"placing {sum(group.actors for group in groups)} actors in {len(groups)} placement groups"
         self._doing(placing)
         config = self.config.placement
-        placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), config.separate_nodes)
+        placed: list[Placed] = plan(
+            groups, await asyncio.to_thread(inventory), not self.config.ffn.colocated and config.separate_nodes
+        )
         for reservation in await reserve(placed, f"afd-{self._uid}-e{self._number}", config.timeout_s):
             group = reservation.placed.group
             for bundle in range(group.actors):

@@ -7,6 +7,7 @@ import random
 import reprlib
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -43,6 +44,8 @@ class Generation(NamedTuple):
     finish_reason: FinishReason
     outputs: tuple[TokenOutput, ...]
     """A token each, with logprobs where they were asked for."""
+    times_s: tuple[float, ...]
+    """When each token arrived here, seconds since its request was submitted: the first is TTFT, the gaps are TPOT."""
 
 
 class Cluster:
@@ -197,6 +200,8 @@ class Cluster:
 
     async def _generate_one(self, request: Request) -> Generation:
         outputs: list[TokenOutput] = []
+        times_s: list[float] = []
+        submitted_s = time.perf_counter()
         detokenizer = IncrementalDetokenizer(self._tokenizer, request.params.stop) if self._tokenizer else None
         text = ""
         reason: FinishReason = "length"
@@ -207,6 +212,7 @@ class Cluster:
                 reason = output.finish_reason or reason
                 if output.token_id is not None:
                     outputs.append(output)
+                    times_s.append(time.perf_counter() - submitted_s)
                 # The token that ended a request is not part of its text.
                 if detokenizer is not None and output.token_id is not None and reason != "stop":
                     text += detokenizer.feed(output.token_id)
@@ -214,7 +220,8 @@ class Cluster:
                         reason = "stop"
                         break
         text += detokenizer.flush() if detokenizer else ""
-        return Generation(text, tuple(o.token_id for o in outputs if o.token_id is not None), reason, tuple(outputs))
+        token_ids = tuple(output.token_id for output in outputs if output.token_id is not None)
+        return Generation(text, token_ids, reason, tuple(outputs), tuple(times_s))
 
     async def _connect(self, address: str) -> TokenStreamClient:
         return await TokenStreamClient.connect(address, secret=self._secret, ingress_id=f"py-{uuid.uuid4().hex[:8]}")
@@ -253,7 +260,7 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
     if wanted is not None and wanted > model.max_position_embedding:
         raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
     try:
-        Shape.of(config).epoch(1, one_host=True).check(model)
+        Shape.of(config).epoch(1).check(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -261,7 +268,8 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
 def start_ray(config: Config) -> None:
     """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none."""
     most = config.autoscaling.max
-    attention, ffn = max(most.attention, config.attention.replicas), max(most.ffn, config.ffn.ranks)
+    attention = max(most.attention, config.attention.replicas)
+    ffn = 0 if config.ffn.colocated else max(most.ffn, config.ffn.ranks)
     cpus = attention * config.attention.num_cpus + ffn * config.ffn.num_cpus
     # Ray gives its workers a low priority by default: the step loops would lose to any other process of the host.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -49,6 +49,10 @@ class Controller:
     @ray.method
     async def reshape(self, attention: int, tensor_parallel: int, expert_parallel: int, micro_batches: int | None = None) -> None:
         """Form a new epoch of another shape once nothing is in progress; actors are reused, started and stopped as needed."""
+        if self._config.ffn.colocated:
+            if tensor_parallel * expert_parallel != 1:
+                raise ValueError(f"a colocated cluster has no FFN ranks to cut, got {tensor_parallel} x {expert_parallel}")
+            expert_parallel = 0
         await self._wait_idle()
         await self._form(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
 

@@ -8,6 +8,7 @@ import ray
 from actors.member import Member
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
+from afd_ray.kernels.packed import packed_ffn
 from afd_ray.models.checkpoint import load_ffn
 from afd_ray.models.step3 import FFNHalf, FFNShard
 
@@ -37,7 +38,8 @@ class FFNActor(Member):
 
     def _build(self, shard: FFNShard) -> FFNLoop:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        return FFNLoop(load_ffn(checkpoint, shard, dtype, self._note_progress), self._config.ffn.pace)
+        half = packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+        return FFNLoop(half, self._config.ffn.pace)
 
     def _ready_loop(self) -> FFNLoop:
         if self._loop is None:

@@ -20,7 +20,7 @@ from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint
 from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
-from afd_ray.models.checkpoint import Checkpoint, digest
+from afd_ray.models.checkpoint import Checkpoint, Progress, digest
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
 from afd_ray.telemetry import clock_offset_ns
@@ -50,6 +50,10 @@ class Member(ABC):
     @abstractmethod
     def _ready_half(self) -> AttentionHalf | FFNHalf:
         """The loaded half of the model; RuntimeError before `load`."""
+
+    def _held(self) -> "list[AttentionHalf | FFNHalf]":
+        """Everything of the model in this process."""
+        return [self._ready_half()]
 
     @abstractmethod
     def _stages(self, steps: int) -> tuple[str, int]:
@@ -145,7 +149,7 @@ class Member(ABC):
     @ray.method
     async def resident_bytes(self) -> dict[str, int]:
         """Memory: resident set of the process, and the weights held."""
-        return await asyncio.to_thread(resident_bytes, self._ready_half())
+        return await asyncio.to_thread(resident_bytes, self._held())
 
     async def _halt(self) -> None:
         thread, self._thread = self._thread, None
@@ -182,8 +186,13 @@ class Member(ABC):
         self._model_digest = digest(checkpoint)
         return checkpoint, checkpoint.config.dtype if model.dtype == "auto" else DTYPES[model.dtype]
 
-    def _note_progress(self, done: int, total: int) -> None:
-        self._loaded = done / total if total else 1.0
+    def _progress(self, part: int = 0, parts: int = 1) -> Progress:
+        """Takes in how far one of several loads, done one after the other, has come."""
+
+        def note(done: int, total: int) -> None:
+            self._loaded = (part + (done / total if total else 1.0)) / parts
+
+        return note
 
     def _run(self, loop: StepLoop, wire: Wire, events: asyncio.AbstractEventLoop) -> None:
         try:

@@ -60,7 +60,7 @@ def _common(hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _attention_row(hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
-    counts = {key: answer[key] if answer else None for key in ("running", "waiting", "kv_used", "kv_total")}
+    counts = {key: answer[key] if answer else None for key in ("running", "waiting", "kv_used", "kv_total", "micro_batches")}
     return _common(hand, answer) | counts
 
 

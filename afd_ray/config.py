@@ -74,6 +74,7 @@ class FFN(Section):
     tensor_parallel: Count = 1
     expert_parallel: Count = 1
     colocated: bool = False
+    """No FFN ranks: every attention actor computes whole layers."""
     redundant_experts: Annotated[int, Field(ge=0)] = 0
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
@@ -83,7 +84,7 @@ class FFN(Section):
 
     @property
     def ranks(self) -> int:
-        return self.tensor_parallel * self.expert_parallel
+        return 0 if self.colocated else self.tensor_parallel * self.expert_parallel
 
 
 class Pipeline(Section):
@@ -173,6 +174,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
     except ValidationError as error:
         raise ConfigError(one_line(error, Config)) from None
     _check_bounds(config.autoscaling)
+    _check_colocated(config.ffn)
     return config
 
 
@@ -181,7 +183,6 @@ def check_supported(config: Config) -> None:
     refused: list[tuple[bool, str, object, str]] = [
         (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
         (config.ffn.dispatch != "broadcast", "ffn.dispatch", config.ffn.dispatch, "broadcast"),
-        (config.ffn.colocated, "ffn.colocated", "true", "false"),
         (config.ffn.redundant_experts > 0, "ffn.redundant_experts", config.ffn.redundant_experts, "0"),
         (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
@@ -207,6 +208,14 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
         low, high = getattr(autoscaling.min, role), getattr(autoscaling.max, role)
         if low > high:
             raise ConfigError(f"autoscaling.min.{role}: {low} must be at most autoscaling.max.{role}, {high}")
+
+
+def _check_colocated(ffn: FFN) -> None:
+    for key in ("tensor_parallel", "expert_parallel"):
+        if ffn.colocated and getattr(ffn, key) != 1:
+            raise ConfigError(
+                f"ffn.{key}: {getattr(ffn, key)} must be 1 with ffn.colocated: every attention actor holds every FFN"
+            )
 
 
 def _without_empty_sections(raw: dict[Any, Any]) -> dict[Any, Any]:

@@ -165,6 +165,25 @@ def test_bad_prompts_are_refused_in_one_line_and_harm_nobody(cluster: Cluster, p
     assert len(cluster.generate(prompts[:1], GREEDY)[0].token_ids) == MAX_TOKENS
 
 
+def test_a_colocated_cluster_has_no_ffn_actors_and_equals_the_reference(
+    tiny_directory: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with Cluster.start(config_for(tiny_directory, ffn={"colocated": True}), name="afd-colocated") as colocated:
+        answers = colocated.generate(prompts[:24], GREEDY)
+        assert [list(answer.token_ids) for answer in answers] == expected[:24]
+        status = colocated.status()
+        assert (len(status["attention"]), status["ffn"], status["micro_batches"]) == (2, [], 1)
+        assert len({actor["node"] for actor in status["attention"]}) == 2
+        assert {group["role"] for group in status["placement_groups"]} == {"attention"}
+        assert all(status["stages_us"][stage] > 0 for stage in ("attention", "ffn"))
+        assert colocated.check_integrity() == []
+        colocated.reshape(1)
+        assert (len(colocated.status()["attention"]), colocated.status()["ffn"]) == (1, [])
+        assert [list(answer.token_ids) for answer in colocated.generate(prompts[:4], GREEDY)] == expected[:4]
+        with pytest.raises(ClusterError, match="a colocated cluster has no FFN ranks"):
+            colocated.reshape(1, expert_parallel=2)
+
+
 def test_a_dead_ffn_actor_fails_requests_and_degrades_the_cluster_without_a_hang(
     tiny_directory: Path, prompts: list[list[int]]
 ) -> None:
@@ -208,3 +227,10 @@ def test_a_setting_that_the_model_cannot_have_is_refused_before_anything_starts(
     raw = {"model": {"path": str(tiny_directory)} | changes.get("model", {})}
     with pytest.raises(ConfigError, match=said):
         Cluster.start(parse_config(changes | raw))
+
+
+def test_every_token_has_its_time_in_order(cluster: Cluster) -> None:
+    (answer,) = cluster.generate([[1, 2, 3]], GREEDY)
+    assert len(answer.times_s) == MAX_TOKENS
+    assert list(answer.times_s) == sorted(answer.times_s)
+    assert answer.times_s[0] > 0

@@ -135,7 +135,6 @@ def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> Non
     [
         "handoff.kind=nccl",
         "ffn.dispatch=routed",
-        "ffn.colocated=true",
         "ffn.redundant_experts=1",
         "autoscaling.policy=queue",
         "attention.num_gpus=1",
@@ -146,6 +145,13 @@ def test_what_is_not_built_yet_is_refused(override: str) -> None:
     config = load_config(None, [override])
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         check_supported(config)
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel", "expert_parallel"])
+def test_a_colocated_cluster_has_no_ffn_ranks_to_cut(key: str) -> None:
+    assert load_config(None, ["ffn.colocated=true"]).ffn.ranks == 0
+    with pytest.raises(ConfigError, match=rf"ffn\.{key}: 2 must be 1 with ffn\.colocated"):
+        load_config(None, ["ffn.colocated=true", f"ffn.{key}=2"])
 
 
 def test_pace_is_linear() -> None:

@@ -60,6 +60,7 @@ BAD_COMPLETIONS: list[tuple[bytes, str | None]] = [
     (b'{"prompt": [1.0]}', "prompt"),
     (b'{"prompt": {"a": 1}}', "prompt"),
     (b'{"prompt": "\\ud800"}', "prompt"),
+    (b'{"prompt": "x", "stop": "\\ud800"}', "stop"),
     (b'{"prompt": [-1]}', "prompt"),
     (b'{"prompt": [%d]}' % VOCAB_SIZE, "prompt"),
     (b'{"prompt": [1%s]}' % (b"0" * 30), "prompt"),
@@ -115,7 +116,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, "top_logprobs"),
     ({"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": [{"role": "user", "content": "hi"}], "logprobs": 1}, "logprobs"),
-    ({"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 0}, "max_tokens"),
+    ({"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
 ]
 
 

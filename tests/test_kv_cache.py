@@ -45,14 +45,14 @@ def test_blocks_for_rounds_up() -> None:
 
 
 def test_slots_follow_the_block_table() -> None:
-    assert slot_indices([7, 2, 5], 3, 6, 4).tolist() == [31, 8, 9, 10, 11, 20]
-    assert slot_indices([7, 2, 5], 8, 1, 4).tolist() == [20]
+    assert slot_indices([7, 2, 5], 3, 6, 4) == [31, 8, 9, 10, 11, 20]
+    assert slot_indices([7, 2, 5], 8, 1, 4) == [20]
 
 
 def test_gather_returns_what_was_written_and_rewriting_changes_nothing() -> None:
     cache = PagedCache(layers=2, num_blocks=6, block_size=4, head_dim=3, dtype=torch.float32)
     k, v = torch.randn(2, 7, 3).unbind(0)
-    slots = slot_indices([4, 1], 0, 7, 4)
+    slots = torch.tensor(slot_indices([4, 1], 0, 7, 4))
     for _ in range(2):
         cache.write(1, slots, k, v)
         tokens = cache.gather(1, torch.tensor([4, 1]), torch.empty(2, 4, 6)).view(8, 6)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afd_ray.engine import paged_attention
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, slot_indices
-from afd_ray.engine.paged_attention import attend_paged, plan_attention
+from afd_ray.engine.paged_attention import Gathered, attend_paged, plan_attention
 from afd_ray.engine.sequence import Chunk, Sequence
 from afd_ray.models.step3 import attend
 from afd_ray.request import Request
@@ -31,7 +31,7 @@ def paged(shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[PagedCache
         rng.shuffle(sequence.block_table)
         k, v = torch.randn(2, start + count, DIM, generator=noise).to(dtype).unbind(0)
         q = torch.randn(count, HEADS, DIM, generator=noise).to(dtype)
-        cache.write(LAYER, slot_indices(sequence.block_table, 0, start + count, BLOCK), k, v)
+        cache.write(LAYER, torch.tensor(slot_indices(sequence.block_table, 0, start + count, BLOCK)), k, v)
         chunks.append(Chunk(sequence, start, count, samples=count != 9))
         queries.append(q)
         expected.append(attend(q, k, v, start))
@@ -62,7 +62,8 @@ def test_groups_of_single_rows_bound_their_padding_and_size(monkeypatch: pytest.
     monkeypatch.setattr(paged_attention, "GROUP_BYTES", 27 * BLOCK * 2 * DIM * 4)  # 27 blocks
     cache, chunks, q, expected = paged(MIXED, torch.float32)
     plan = plan_attention(chunks, cache)
-    groups = [plan.positions[group.rows].tolist() for group in plan.singles]
+    assert isinstance(plan.keys, Gathered)
+    groups = [plan.positions[group.rows].tolist() for group in plan.keys.singles]
     assert groups == [[101, 100], [99], [30, 15], [8, 7], [0]]
     torch.testing.assert_close(attend_paged(cache, LAYER, plan, q), expected, atol=1e-5, rtol=1e-5)
 

@@ -1,8 +1,9 @@
-"""The pipeline's schedule: golden timelines, and the micro-batch count that keeps both halves busy."""
+"""The pipeline's schedule: golden timelines, the period they settle to, and the micro-batch count that costs least."""
 
 import pytest
 
-from afd_ray.engine.pipeline import Interval, Ready, StageTimes, fewest_micro_batches, next_slot, timeline
+from afd_ray.engine.pipeline import Interval, Load, Ready, micro_batches_for, next_slot, predicted_period, timeline
+from afd_ray.engine.stage_costs import CostLine, StageCosts, StageTimes
 
 
 def drawn(intervals: list[Interval], stage: str) -> str:
@@ -33,14 +34,59 @@ def test_the_longest_waiting_slot_goes_first() -> None:
     assert next_slot([]) is None
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("times", "count"),
+    "times", [StageTimes(2, 1, 2, 1), StageTimes(3, 0, 2, 0), StageTimes(1, 5, 2, 4), StageTimes(1, 1, 6, 1)], ids=str
+)
+def test_the_predicted_period_is_what_the_timeline_settles_to(times: StageTimes, slots: int) -> None:
+    layers = 40
+    starts = [i.start for i in timeline(layers, slots, times) if i.stage == "attention" and i.slot == 0]
+    assert starts[-1] - starts[layers // 2] == (layers - 1 - layers // 2) * predicted_period(times, slots)
+
+
+def decoding(sequences: int, context: int = 0) -> Load:
+    return Load(sequences, decoding=sequences, context=context * sequences, prefill=0)
+
+
+def proportional(us_a_row: float, transfer_us: float = 0.0) -> StageCosts:
+    return StageCosts(CostLine(per_row_us=us_a_row), CostLine(per_row_us=us_a_row), CostLine(base_us=transfer_us))
+
+
+@pytest.mark.parametrize(
+    ("costs", "load", "count"),
     [
-        (StageTimes(272, 91, 272, 181), 3),
-        (StageTimes(272, 0, 272, 0), 2),
-        (StageTimes(100, 300, 100, 300), 4),
-        (StageTimes(0, 1, 0, 1), 1),
+        (proportional(10), decoding(96), 2),
+        (proportional(10, transfer_us=300), decoding(96), 3),
+        (proportional(10, transfer_us=3000), decoding(96), 4),
+        (StageCosts(CostLine(2000, 1), CostLine(2000, 1), CostLine()), decoding(96), 1),
+        (StageCosts(CostLine(500, 20), CostLine(1000, 10), CostLine(10)), decoding(96), 2),
+        (StageCosts(CostLine(0, 1, 1), CostLine(per_row_us=1001), CostLine()), decoding(96, context=1000), 2),
+        (StageCosts(CostLine(0, 1), CostLine(per_row_us=1001), CostLine()), decoding(96, context=1000), 1),
+        (proportional(10, transfer_us=3000), decoding(1), 1),
+        (proportional(1000, transfer_us=3000), decoding(2), 2),
+        (StageCosts(CostLine(), CostLine(), CostLine()), decoding(96), 1),
+        (StageCosts(CostLine(2000, 1), CostLine(2000, 1), CostLine()), Load(9, 0, 0, prefill=9000), 2),
+    ],
+    ids=[
+        "equal halves, no transfer",
+        "transfer of a third of a stage",
+        "transfer-bound",
+        "small micro-batches re-read all expert weights",
+        "some base and some slope",
+        "contexts make the halves equal",
+        "one half does nearly all",
+        "1 request",
+        "2 requests",
+        "nothing measured yet",
+        "prompts fill every micro-batch",
     ],
 )
-def test_fewest_micro_batches(times: StageTimes, count: int) -> None:
-    assert fewest_micro_batches(times) == count
+def test_the_count_in_which_a_row_costs_least(costs: StageCosts, load: Load, count: int) -> None:
+    assert micro_batches_for(load, costs, most_rows=512, most=4, in_use=0) == count
+
+
+def test_the_count_in_use_stays_until_another_gains_enough() -> None:
+    costs = proportional(10, transfer_us=40)  # 2 micro-batches cost 4% more than 3
+    assert [micro_batches_for(decoding(96), costs, 512, most=4, in_use=count) for count in (1, 2, 3, 4)] == [3, 2, 3, 4]
+    much = proportional(10, transfer_us=100)
+    assert micro_batches_for(decoding(96), much, 512, most=4, in_use=2) == 3

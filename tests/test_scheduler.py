@@ -83,13 +83,13 @@ def test_decode_rows_are_shared_out_over_the_slots() -> None:
         "slot 0: a prefill 0..1, b prefill 0..1, c prefill 0..1, d prefill 0..1\n"
         "slot 1: idle\n"
         "slot 2: idle\n"
-        "slot 0: a decode@2, b decode@2\n"
-        "slot 1: c decode@2, d decode@2\n"
-        "slot 2: idle\n"
-        "slot 0: a decode@3, b decode@3\n"
-        "slot 1: c decode@3, d decode@3\n"
-        "slot 2: idle\n"
-        "slot 0: a decode@4, b decode@4"
+        "slot 0: a decode@2, d decode@2\n"
+        "slot 1: b decode@2\n"
+        "slot 2: c decode@2\n"
+        "slot 0: a decode@3, d decode@3\n"
+        "slot 1: b decode@3\n"
+        "slot 2: c decode@3\n"
+        "slot 0: a decode@4, d decode@4"
     )
 
 

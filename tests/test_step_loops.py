@@ -94,6 +94,22 @@ def test_equal_to_the_reference(
             assert check_integrity(loop.scheduler.allocator, loop.scheduler.sequences) == []
 
 
+def test_a_rank_that_decides_how_many_slots_it_uses_equals_the_reference(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]
+) -> None:
+    with cluster(checkpoint, Epoch(1, 2, 1, 1, 4, adaptive=True)) as local:
+        assert mismatches(local, requests, expected) == []
+
+
+def test_one_request_goes_through_one_slot(checkpoint: Checkpoint, requests: list[Request]) -> None:
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 4, adaptive=True)) as local:
+        (loop,) = local.attention
+        loop.recorder.start_trace()
+        local.generate(requests[:1])
+        assert {event.slot for event in loop.recorder.take_trace() if event.stage == "attention"} == {0}
+        assert loop.scheduler.in_use == 1
+
+
 def test_equal_to_the_reference_when_blocks_run_out(
     checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]]
 ) -> None:

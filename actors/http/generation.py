@@ -194,8 +194,7 @@ async def _chat_prompt(body: ChatBody, tokenizer: Tokenizer) -> Prompt:
     if not body.messages:
         raise bad_request("messages must not be empty", param="messages")
     messages = [message.for_template(index) for index, message in enumerate(body.messages)]
-    variables = {**(body.chat_template_kwargs or {}), "tools": body.tools}
-    variables["add_generation_prompt"] = body.add_generation_prompt is not False
+    variables = body.template_variables()
     try:
         text = tokenizer.render_chat(messages, **variables)
     except (ValueError, TypeError) as error:

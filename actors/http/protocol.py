@@ -64,6 +64,8 @@ class GenerationBody(BaseModel):
         """Raises ValueError naming the parameter that is out of range."""
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(_is_unicode(text) for text in stop):
+            raise bad_request("stop must be valid Unicode, got a lone surrogate", param="stop")
         return SamplingParams(
             max_tokens=self.token_limit(),
             stop=stop,
@@ -84,6 +86,8 @@ _SAMPLING_FIELDS = (
     "seed",
     "ignore_eos",
 )
+
+_TEMPLATE_FIELDS = ("messages", "tools", "add_generation_prompt")
 
 
 class CompletionBody(GenerationBody):
@@ -137,7 +141,20 @@ class ChatBody(GenerationBody):
         return self.token_limit() is not None
 
     def token_limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        wanted = self.max_completion_tokens
+        if wanted is not None and wanted < 1:
+            raise bad_request(f"max_completion_tokens must be at least 1, got {wanted}", param="max_completion_tokens")
+        return self.max_tokens if wanted is None else wanted
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template sees besides the messages; raises ApiError for a name that the body has a field for."""
+        given = self.chat_template_kwargs or {}
+        for name in _TEMPLATE_FIELDS:
+            if name in given:
+                raise bad_request(
+                    f"chat_template_kwargs must not hold {name}: it is a field of the body", param="chat_template_kwargs"
+                )
+        return {**given, "tools": self.tools, "add_generation_prompt": self.add_generation_prompt is not False}
 
     def logprob_count(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -202,6 +219,10 @@ def parse_prompts(prompt: object) -> list[str] | list[list[int]]:
     if not all(prompts):
         raise bad_request("prompt must not be empty", param="prompt")
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_integer(value: object) -> bool:

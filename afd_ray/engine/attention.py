@@ -13,10 +13,11 @@ from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.paged_attention import AttentionPlan, attend_paged, plan_attention
-from afd_ray.engine.pipeline import Ready, next_slot
+from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.engine.sequence import MicroBatch
+from afd_ray.engine.stage_costs import FlightTimes, StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import row_owners
 from afd_ray.models.step3 import AttentionHalf, Routed
@@ -38,6 +39,8 @@ class Flight:
         self.since = 0
         self.awaited = 0
         self.partials: list[Message] = []
+        self.dispatched_ns = 0
+        self.observed = FlightTimes()
 
 
 class RequestClock:
@@ -65,6 +68,7 @@ class AttentionLoop(StepLoop):
         self._work_came = False
         self._arrivals = 0
         self._steps = 0
+        self._meter = StageMeter()
 
     def submit(self, request: Request) -> "Future[None]":
         """Queue a request; the future raises ValueError (one line) if it can never be served."""
@@ -89,6 +93,8 @@ class AttentionLoop(StepLoop):
         self._parked = [True] * slots
         self._answers = {}
         self._work_came = True
+        if wire.epoch.adaptive:
+            self.scheduler.use(1)
 
     def _run_stage(self) -> bool:
         filled = self._work_came and self._fill_idle_slots()
@@ -129,9 +135,16 @@ class AttentionLoop(StepLoop):
         # Only what completes the set stays in its edge's buffer: the slot may wait long for the others.
         flight.partials.append(message if flight.awaited == 0 else message.copied())
         if flight.awaited == 0:
-            flight.layer += 1
-            self._arrivals += 1
-            flight.since = self._arrivals
+            round_trip_us = (time.monotonic_ns() - flight.dispatched_ns) / 1000
+            slack_us = header.queued_us + (time.monotonic_ns() - self._looked_ns) / 1000
+            flight.observed.returned(header.busy_us, transfer_us(round_trip_us, header.busy_us, slack_us))
+            self._next_layer(flight)
+
+    def _next_layer(self, flight: Flight) -> None:
+        """The layer's FFN is done: the flight is ready, behind those that were ready before."""
+        flight.layer += 1
+        self._arrivals += 1
+        flight.since = self._arrivals
 
     def _fill_idle_slots(self) -> bool:
         self._work_came = False
@@ -153,11 +166,14 @@ class AttentionLoop(StepLoop):
         flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
         self._flights[slot] = flight
         self._parked[slot] = False
-        wire = self.wire
-        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=batch.rows)
-        wire.mesh.send(wire.epoch.conductor, header)
+        self._announce(slot, flight)
         self._attend(slot, flight, started_ns)
         return True
+
+    def _announce(self, slot: int, flight: Flight) -> None:
+        wire = self.wire
+        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=flight.batch.rows)
+        wire.mesh.send(wire.epoch.conductor, header)
 
     def _park(self, slot: int) -> None:
         if not self._parked[slot]:
@@ -193,6 +209,8 @@ class AttentionLoop(StepLoop):
         flight.residual, routed = layer.after(flight.residual, context)
         hold(self.pace, started_ns, flight.batch.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
+        flight.dispatched_ns = time.monotonic_ns()
+        flight.observed.attended((flight.dispatched_ns - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
@@ -223,14 +241,26 @@ class AttentionLoop(StepLoop):
         sampled = sample(self.half.logits(flight.residual[flight.plan.sample_rows]).float(), sampling) if sampling else []
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
+        flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
+        self._meter.add(flight.observed, flight.batch.rows, flight.context_tokens, flight.layer)
         self._record("head", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
         if outputs:
             self._time(outputs)
             self._publish(outputs)
         self._take_commands()
+        if slot == 0:
+            self._replan()
         if self._running:
             self._begin(slot)
             self._work_came = True
+
+    def _replan(self) -> None:
+        """Balance by what stages cost by now, and use as many slots as pay."""
+        scheduler, costs = self.scheduler, self._meter.costs
+        scheduler.costs = costs.row
+        if self.wire.epoch.adaptive:
+            budget, slots = scheduler.token_budget, scheduler.slots
+            scheduler.use(micro_batches_for(scheduler.load, costs, budget, slots, scheduler.in_use))
 
     # --- measuring ----------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,9 @@ class Reduction(NamedTuple):
     owned: tuple[Owned, ...]
     rows: Tensor
     """[N, H] of `owned`, as computed here."""
+    busy_us: int
+    queued_us: dict[int, int]
+    """By attention rank."""
 
 
 class SlotState:
@@ -48,6 +51,7 @@ class SlotState:
         self.layer = 0
         self.owned: tuple[Owned, ...] = ()
         self.arrived: dict[int, Message] = {}
+        self.since_ns: dict[int, int] = {}
         self.reduction: Reduction | None = None
         self.shares: dict[int, Message] = {}
 
@@ -103,6 +107,7 @@ class FFNLoop(StepLoop):
             if header.source in slot.arrived:
                 raise RuntimeError(f"rank {header.source} sent slot {header.slot} rows twice")
             slot.arrived[header.source] = message
+            slot.since_ns[header.source] = self._looked_ns
             self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
             slot.shares[header.source] = message if slot.reduction is not None else message.copied()
@@ -168,7 +173,7 @@ class FFNLoop(StepLoop):
         for message in messages:
             message.release()
         hold(self.pace, started_ns, wave.total_rows)
-        self._pass_on(index, slot, wave, partial)
+        self._pass_on(index, slot, wave, partial, started_ns)
         self._record("ffn", index, layer, wave.number, wave.total_rows, started_ns)
         slot.layer += 1
         if slot.layer == self.half.config.num_hidden_layers:
@@ -187,14 +192,16 @@ class FFNLoop(StepLoop):
         hidden = joined[0].to(dtype)
         return Routed(hidden, None, None) if len(joined) == 1 else Routed(hidden, joined[1], joined[2].to(dtype))
 
-    def _pass_on(self, index: int, slot: SlotState, wave: Wave, partial: Tensor) -> None:
+    def _pass_on(self, index: int, slot: SlotState, wave: Wave, partial: Tensor, started_ns: int) -> None:
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
         wire, layer = self.wire, slot.layer
+        busy_us = (time.monotonic_ns() - started_ns) // 1000
         for tp_rank in sorted({o.tp_rank for o in slot.owned}):
             owned = tuple(o for o in slot.owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
             if tp_rank == self._tp_rank:
-                slot.reduction = Reduction(layer, wave.number, owned, rows)
+                queued_us = {o.attention: (started_ns - slot.since_ns[o.attention]) // 1000 for o in owned}
+                slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued_us)
                 self._reduce(index)
             else:
                 header = Header(
@@ -221,6 +228,7 @@ class FFNLoop(StepLoop):
             rows = total[first : first + o.stop - o.start]
             first += len(rows)
             span = {"rows": len(rows), "first_row": o.first_row, "sent_ns": self._wall_ns()}
+            span |= {"busy_us": reduction.busy_us, "queued_us": reduction.queued_us[o.attention]}
             wire.mesh.send(o.attention, Header(Kind.PARTIAL, wire.epoch.number, wire.rank, **place, **span), (rows,))
 
     def _sum_shares(self, slot: SlotState, own: Tensor) -> Tensor:

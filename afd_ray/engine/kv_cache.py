@@ -79,10 +79,9 @@ class PagedCache:
         return torch.index_select(self.blocks[layer], 0, blocks, out=out)
 
 
-def slot_indices(block_table: list[int], start: int, count: int, block_size: int) -> Tensor:
-    """Token slots [count] int64 of positions start..start+count-1."""
-    positions = range(start, start + count)
-    return torch.tensor([block_table[i // block_size] * block_size + i % block_size for i in positions], dtype=torch.int64)
+def slot_indices(block_table: list[int], start: int, count: int, block_size: int) -> list[int]:
+    """Token slots of positions start..start+count-1."""
+    return [block_table[i // block_size] * block_size + i % block_size for i in range(start, start + count)]
 
 
 def check_integrity(allocator: BlockAllocator, sequences: Iterable[Sequence]) -> list[str]:

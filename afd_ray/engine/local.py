@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from afd_ray.engine.attention import AttentionLoop
+from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
@@ -40,21 +41,19 @@ class LocalCluster:
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self._meshes = list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
-        self.attention = [
-            AttentionLoop(
-                attention,
-                *_cache_and_scheduler(
-                    attention.config, epoch, num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests
-                ),
-                self._outputs.put,
-            )
-            for _ in range(epoch.attention)
-        ]
+        sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
+        self.attention = [self._attention_loop(attention, load_ffn, sizes) for _ in range(epoch.attention)]
         self.ffn = [FFNLoop(load_ffn(epoch.shard(rank, attention.config))) for rank in epoch.ffn_ranks]
         self._threads = [
             threading.Thread(target=self._run, args=(loop, rank), name=f"rank-{rank}", daemon=True)
             for rank, loop in enumerate([*self.attention, *self.ffn])
         ]
+
+    def _attention_loop(self, half: AttentionHalf, load_ffn: LoadFFN, sizes: tuple[int, int, int, int]) -> AttentionLoop:
+        cache, scheduler = _cache_and_scheduler(half.config, self.epoch, *sizes)
+        if self.epoch.ffn:
+            return AttentionLoop(half, cache, scheduler, self._outputs.put)
+        return ColocatedLoop(half, load_ffn(FFNShard.whole(half.config)), cache, scheduler, self._outputs.put)
 
     def __enter__(self) -> "LocalCluster":
         for thread in self._threads:

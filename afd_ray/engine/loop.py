@@ -38,6 +38,8 @@ class StepLoop(ABC):
         self._offset_ns = clock_offset_ns()
         self._wire: Wire | None = None
         self._running = False
+        self._looked_ns = 0
+        """When this loop last looked for messages: what it takes now may have come at any time since."""
 
     @property
     def wire(self) -> Wire:
@@ -73,6 +75,7 @@ class StepLoop(ABC):
         self._enter(wire)
         while self._running:
             progressed = self._take_commands() | self._receive()
+            self._looked_ns = time.monotonic_ns()
             if self._running and not self._run_stage() and not progressed:
                 self._wait()
 
@@ -81,6 +84,7 @@ class StepLoop(ABC):
         started_ns = time.monotonic_ns()
         under_way = self._under_way()
         self.wire.mesh.wait(None, under_way)
+        self._looked_ns = time.monotonic_ns()
         if under_way:
             self._record(self._waiting, 0, 0, 0, 0, started_ns)
 

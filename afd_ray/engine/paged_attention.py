@@ -3,6 +3,7 @@
 Legend of shapes: N rows, A heads, D head_dim, G rows of a group, T keys (padded to whole blocks), B blocks of a sequence.
 """
 
+from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from itertools import accumulate
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from afd_ray.engine.kv_cache import PagedCache, slot_indices
 from afd_ray.engine.sequence import Chunk
+from afd_ray.kernels import native
 
 # Keys and values gathered at a time. Larger groups save calls, but their copy falls out of the CPU's cache before it is used.
 GROUP_BYTES = 2 << 20
@@ -38,6 +40,23 @@ class ManyRows(NamedTuple):
     mask: Tensor | None  # [N, T], 0 or -inf; None: plainly causal, it begins at position 0
 
 
+class Gathered(NamedTuple):
+    """The rows' keys and values are copied together, group by group."""
+
+    singles: tuple[SingleRows, ...]
+    chunks: tuple[ManyRows, ...]
+    scratch: Tensor  # [blocks of the largest group, block_size, 2 * D]
+
+
+class InPlace(NamedTuple):
+    """Every row reads its blocks where they lie: the compiled kernel's way."""
+
+    tables: Tensor  # [.] int32, the chunks' block tables one after the other
+    starts: Tensor  # [N] int32, where a row's table begins
+    contexts: Tensor  # [N] int32, tokens it may attend to
+    longest: int
+
+
 class AttentionPlan(NamedTuple):
     """Where a micro-batch's rows are, and what each may attend to; the same for every layer."""
 
@@ -45,40 +64,60 @@ class AttentionPlan(NamedTuple):
     positions: Tensor  # [N] int64
     slots: Tensor  # [N] int64, where their keys and values go
     sample_rows: Tensor  # [S] int64, the rows whose logits choose a token, one a sampling chunk, in order
-    singles: tuple[SingleRows, ...]
-    chunks: tuple[ManyRows, ...]
-    scratch: Tensor  # [blocks of the largest group, block_size, 2 * D]
+    keys: Gathered | InPlace
 
 
 def plan_attention(chunks: Many[Chunk], cache: PagedCache) -> AttentionPlan:
     """Plan the rows of a micro-batch, chunk after chunk; at least one chunk."""
+    size = cache.block_size
     ends = list(accumulate(chunk.count for chunk in chunks))
-    placed = [(end - chunk.count, chunk) for end, chunk in zip(ends, chunks, strict=True)]  # (first row, chunk)
-    groups = _similar([(row, chunk) for row, chunk in placed if chunk.count == 1], cache)
-    singles = tuple(_plan_singles(group, cache) for group in groups)
-    many = tuple(_plan_many(row, chunk, cache) for row, chunk in placed if chunk.count > 1)
-    largest = max([group.blocks.numel() for group in singles] + [part.blocks.numel() for part in many])
+    positions = torch.tensor([position for chunk in chunks for position in chunk.positions])
+    slots = [slot for chunk in chunks for slot in slot_indices(chunk.sequence.block_table, chunk.start, chunk.count, size)]
     return AttentionPlan(
         token_ids=torch.tensor([token for chunk in chunks for token in chunk.token_ids]),
-        positions=torch.tensor([position for chunk in chunks for position in chunk.positions]),
-        slots=torch.cat(
-            [slot_indices(chunk.sequence.block_table, chunk.start, chunk.count, cache.block_size) for chunk in chunks]
-        ),
+        positions=positions,
+        slots=torch.tensor(slots),
         sample_rows=torch.tensor([end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples], dtype=torch.int64),
-        singles=singles,
-        chunks=many,
-        scratch=torch.empty(largest, cache.block_size, 2 * cache.head_dim, dtype=cache.dtype),
+        keys=_in_place(chunks, positions) if _reads_in_place(cache) else _gathered(chunks, ends, cache),
     )
 
 
 def attend_paged(cache: PagedCache, layer: int, plan: AttentionPlan, q: Tensor) -> Tensor:
     """Causal attention of rotated q [N, A, D] over what the cache holds of each row's sequence, that row included: [N, A, D]."""
+    keys = plan.keys
+    if isinstance(keys, InPlace):
+        return native.attend(q.to(cache.dtype), cache.blocks[layer], *keys).to(q.dtype)
     out = torch.empty_like(q)
-    for group in plan.singles:
-        out[group.rows] = _attend_singles(cache, layer, group, q[group.rows], plan.scratch)
-    for chunk in plan.chunks:
-        out[chunk.rows] = _attend_many(cache, layer, chunk, q[chunk.rows], plan.scratch)
+    for group in keys.singles:
+        out[group.rows] = _attend_singles(cache, layer, group, q[group.rows], keys.scratch)
+    for chunk in keys.chunks:
+        out[chunk.rows] = _attend_many(cache, layer, chunk, q[chunk.rows], keys.scratch)
     return out
+
+
+def _reads_in_place(cache: PagedCache) -> bool:
+    return cache.dtype == torch.bfloat16 and cache.head_dim % native.WIDTH == 0 and native.available()
+
+
+def _in_place(chunks: Many[Chunk], positions: Tensor) -> InPlace:
+    tables: array[int] = array("i")
+    starts: list[int] = []
+    for chunk in chunks:
+        starts += [len(tables)] * chunk.count
+        tables.extend(chunk.sequence.block_table)
+    contexts = positions.int() + 1
+    return InPlace(
+        torch.frombuffer(tables, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32), contexts, int(contexts.max())
+    )
+
+
+def _gathered(chunks: Many[Chunk], ends: list[int], cache: PagedCache) -> Gathered:
+    placed = [(end - chunk.count, chunk) for end, chunk in zip(ends, chunks, strict=True)]  # (first row, chunk)
+    groups = _similar([(row, chunk) for row, chunk in placed if chunk.count == 1], cache)
+    singles = tuple(_plan_singles(group, cache) for group in groups)
+    many = tuple(_plan_many(row, chunk, cache) for row, chunk in placed if chunk.count > 1)
+    largest = max([group.blocks.numel() for group in singles] + [part.blocks.numel() for part in many])
+    return Gathered(singles, many, torch.empty(largest, cache.block_size, 2 * cache.head_dim, dtype=cache.dtype))
 
 
 def _attend_singles(cache: PagedCache, layer: int, group: SingleRows, q: Tensor, scratch: Tensor) -> Tensor:

@@ -1,8 +1,14 @@
 """The pipeline's schedule as pure functions: what to run next, and what a step costs when the stages overlap."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+from afd_ray.engine.stage_costs import StageCosts, StageTimes
+
+TOLERANCE = 0.03
+"""A count that costs so little more is as good: fewer micro-batches read the weights less often."""
+SWITCH_GAIN = 0.05
+"""What another count must gain: estimates are noisy, and a change moves rows between slots."""
 
 Stage = Literal["attention", "a2f", "ffn", "f2a"]
 
@@ -30,15 +36,6 @@ class Interval(NamedTuple):
     end: float
 
 
-class StageTimes(NamedTuple):
-    """How long one micro-batch spends in each stage of a layer."""
-
-    attention: float
-    a2f: float
-    ffn: float
-    f2a: float
-
-
 def timeline(layers: int, slots: int, times: StageTimes) -> list[Interval]:
     """Every stage of one step of `slots` micro-batches over `layers`: attention and FFN serve one at a time, the wires are full duplex."""
     free = {"attention": 0.0, "ffn": 0.0}
@@ -61,9 +58,40 @@ def timeline(layers: int, slots: int, times: StageTimes) -> list[Interval]:
     return out
 
 
-def fewest_micro_batches(times: StageTimes, most: int = 4) -> int:
-    """The smallest count that keeps both halves busy: M >= 2 + t_c / max(t_a, t_f), t_c the mean one-way transfer; within 1..most."""
-    slower = max(times.attention, times.ffn)
-    if slower <= 0:
-        return 1
-    return max(1, min(most, math.ceil(2 + (times.a2f + times.f2a) / 2 / slower - 1e-9)))
+def predicted_period(times: StageTimes, slots: int) -> float:
+    """How long `slots` micro-batches take for one layer each: either half has them all to serve, and none comes back sooner than its own round."""
+    return max(slots * times.attention, slots * times.ffn, sum(times))
+
+
+class Load(NamedTuple):
+    """What an attention rank has to run."""
+
+    sequences: int
+    decoding: int
+    """Sequences that go on by one row a step."""
+    context: int
+    """Cached tokens of those, in all."""
+    prefill: int
+    """Tokens of prompts not yet computed."""
+
+
+def micro_batches_for(load: Load, costs: StageCosts, most_rows: int, most: int, in_use: int) -> int:
+    """How many micro-batches, 1 to `most`, share `load` so that a row costs least: the fewest within TOLERANCE of the best.
+
+    `most_rows` bounds the rows of one micro-batch. The count `in_use` stays unless the other one gains more than SWITCH_GAIN.
+    """
+    allowed = range(1, max(1, min(most, load.sequences)) + 1)
+    us_per_row = {count: _us_per_row(load, costs, most_rows, count) for count in allowed}
+    best = min(us_per_row.values())
+    wanted = next(count for count, us in us_per_row.items() if us <= best * (1 + TOLERANCE))
+    if in_use in us_per_row and us_per_row[in_use] <= us_per_row[wanted] * (1 + SWITCH_GAIN):
+        return in_use
+    return wanted
+
+
+def _us_per_row(load: Load, costs: StageCosts, most_rows: int, count: int) -> float:
+    """Decoding rows are split; prompts fill every micro-batch up as long as there is enough of them."""
+    decoding = load.decoding / count
+    chunk = max(0.0, min(load.prefill, most_rows - decoding))
+    rows = load.decoding + min(load.prefill, count * chunk)
+    return predicted_period(costs.times(decoding + chunk, load.context / count), count) / max(rows, 1)

@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Many
 
 from afd_ray.engine.kv_cache import BlockAllocator
+from afd_ray.engine.pipeline import Load
 from afd_ray.engine.sampling import Sampled
 from afd_ray.engine.sequence import Chunk, MicroBatch, Sequence
+from afd_ray.engine.shares import LEAST_PREFILL, ROWS_ALONE, Share
+from afd_ray.engine.stage_costs import CostLine
 from afd_ray.request import FinishReason, Request, TokenOutput
 
 
@@ -15,6 +18,9 @@ class Scheduler:
 
     The oldest admitted sequence can always go on: for its next block the youngest idle one gives up its own, and starts over later from
     its prompt and the tokens it has. So work never deadlocks, and no token is lost or repeated.
+
+    Micro-batches are equal in predicted time, not in rows: a slot leaves what exceeds its share to slots that have less. What was left
+    goes first at the next turn, and goes in any case when each slot has had one.
     """
 
     def __init__(
@@ -30,9 +36,11 @@ class Scheduler:
         _at_least_1("slots", slots)
         _at_least_1("max_tokens_per_micro_batch", max_tokens_per_micro_batch)
         _at_least_1("max_running_requests", max_running_requests)
-        self.allocator, self.slots = allocator, slots
+        self.allocator, self.slots, self.in_use = allocator, slots, slots
         self.token_budget, self.max_running = max_tokens_per_micro_batch, max_running_requests
         self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
+        self.costs: CostLine | None = None
+        """What a row of a micro-batch takes on its way through a layer; None: not known, rows count alike."""
         self.preemptions = 0
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}  # admission order
@@ -64,6 +72,13 @@ class Scheduler:
     @property
     def kv_total(self) -> int:
         return self.allocator.total
+
+    @property
+    def load(self) -> Load:
+        """What there is to run, admitted or not."""
+        decoding = [sequence for sequence in self._running.values() if sequence.decodes]
+        prefill = sum(s.remaining for s in self._running.values() if not s.decodes) + sum(s.remaining for s in self._waiting)
+        return Load(len(self._running) + len(self._waiting), len(decoding), sum(s.computed for s in decoding), prefill)
 
     @property
     def context_limit(self) -> int:
@@ -101,14 +116,17 @@ class Scheduler:
         return True
 
     def schedule(self, slot: int) -> MicroBatch | None:
-        """The rows that a free slot computes next: a fair share of decode rows, then prefill within the token budget; None if idle."""
+        """The rows that a free slot computes next: a fair share of decode rows, then prefill; None if idle or not in use."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot must be from 0 to {self.slots - 1}, got {slot}")
         if slot in self._in_flight:
             raise ValueError(f"slot {slot} is still in flight")
+        if slot >= self.in_use:
+            return None
         self._admit()
-        chunks = self._decode_chunks()
-        chunks += self._prefill_chunks(self.token_budget - len(chunks))
+        share = self._share(slot)
+        chunks = self._decode_chunks(share)
+        chunks += self._prefill_chunks(self._prefill_room(len(chunks), share))
         if not chunks:
             return None
         batch = MicroBatch(slot, tuple(chunks))
@@ -145,10 +163,16 @@ class Scheduler:
             self.cancel(batch)
 
     def reslot(self, slots: int) -> None:
-        """Change the number of slots; nothing may be in flight."""
+        """Change the number of slots, all of them in use; nothing may be in flight."""
         _at_least_1("slots", slots)
         self._require_landed("reslot")
-        self.slots = slots
+        self.slots = self.in_use = slots
+
+    def use(self, slots: int) -> None:
+        """Schedule the first so many slots from now on; a micro-batch in flight in another one is its last."""
+        if not 1 <= slots <= self.slots:
+            raise ValueError(f"slots in use must be from 1 to {self.slots}, got {slots}")
+        self.in_use = slots
 
     def requests_in_progress(self) -> list[tuple[Request, tuple[int, ...]]]:
         """Every unfinished request with the tokens generated for it, oldest first: what `add` takes elsewhere."""
@@ -202,27 +226,42 @@ class Scheduler:
             self._waiting.popleft()
             self._running[sequence.id] = self._idle[sequence.id] = sequence
 
-    def _decode_chunks(self) -> list[Chunk]:
+    def _share(self, slot: int) -> Share:
+        others = [self._in_flight.get(other) for other in range(self.in_use) if other != slot]
+        return Share(self._running.values(), others, self.costs or ROWS_ALONE)
+
+    def _decode_chunks(self, share: Share) -> list[Chunk]:
+        """Rows left over at an earlier turn first, then the costliest, until the share is full and the rest fits other slots."""
+        candidates = [sequence for sequence in self._idle.values() if sequence.decodes]
+        candidates.sort(key=lambda sequence: (-sequence.passed_over, -share.row_us(sequence)))
         chunks: list[Chunk] = []
         room = self._decode_room()
-        for sequence in list(self._idle.values()):
+        for sequence in candidates:
             if len(chunks) == room:
                 break
+            due = not chunks or sequence.passed_over >= self.in_use - 1 or share.wants(sequence)
             # A preemption below may have taken the sequence from the idle ones.
-            if sequence.id in self._idle and sequence.decodes and self._grow(sequence):
+            if due and sequence.id in self._idle and self._grow(sequence):
                 chunks.append(self._take(sequence, 1))
+                share.take(sequence)
+        for sequence in candidates:
+            sequence.passed_over = sequence.passed_over + 1 if sequence.id in self._idle else 0
         return chunks
 
     def _decode_room(self) -> int:
-        """Decode rows for this micro-batch: an equal share of the slots, leaving a part of the budget to prefill that waits."""
-        decoding = sum(sequence.decodes for sequence in self._running.values())
-        share = min(-(-decoding // self.slots), self.token_budget)
+        """Decode rows for this micro-batch at most: the budget, but for a part of it that is left to prefill that waits."""
         if all(sequence.decodes for sequence in self._idle.values()):
-            return share
+            return self.token_budget
         if self.token_budget > 1:
-            return min(share, self.token_budget - max(1, self.token_budget // 4))
+            return self.token_budget - max(1, self.token_budget // 4)
         self._decode_turn = not self._decode_turn  # a budget of one row: they take turns
-        return share if self._decode_turn else 0
+        return self.token_budget if self._decode_turn else 0
+
+    def _prefill_room(self, decode_rows: int, share: Share) -> int:
+        """Prefill rows for this micro-batch at most: the budget, and what stretches it no further than allowed where others decode."""
+        room = self.token_budget - decode_rows
+        stretch = share.prefill_rows() if self.costs is not None else None
+        return room if stretch is None else min(room, max(stretch, self.token_budget // LEAST_PREFILL, 1))
 
     def _prefill_chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -253,7 +292,7 @@ class Scheduler:
                 return False
             if victim.id in self._idle:
                 self._release(victim)
-                victim.computed = 0
+                victim.computed = victim.passed_over = 0
                 self._waiting.appendleft(victim)
                 self.preemptions += 1
                 return True

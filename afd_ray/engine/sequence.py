@@ -10,7 +10,7 @@ from afd_ray.request import Request
 class Sequence:
     """The mutable state of one request: its tokens, and where their keys and values lie."""
 
-    __slots__ = ("aborted", "block_table", "computed", "prompt_count", "request", "token_ids")
+    __slots__ = ("aborted", "block_table", "computed", "passed_over", "prompt_count", "request", "token_ids")
 
     def __init__(self, request: Request, generated: Many[int] = ()) -> None:
         self.request = request
@@ -20,6 +20,8 @@ class Sequence:
         """Tokens whose keys and values are in the cache."""
         self.block_table: list[int] = []
         self.aborted = False
+        self.passed_over = 0
+        """Turns in a row at which a slot left it for another."""
 
     @property
     def id(self) -> str:

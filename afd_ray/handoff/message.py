@@ -17,7 +17,7 @@ HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<88sQB3xQIIIQIIQ")  # prefix, contract digest, then the fields of Header
+_FRAME = struct.Struct("<88sQB3xQIIIQIIQII")  # prefix, contract digest, then the fields of Header
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
 _DESCRIPTORS = struct.Struct("<8B16I")
 _MAX_LAYOUTS = 8192
@@ -56,6 +56,10 @@ class Header(NamedTuple):
     first_row: int = 0
     sent_ns: int = 0
     """The sender's wall clock."""
+    busy_us: int = 0
+    """PARTIAL: how long the FFN stage computed."""
+    queued_us: int = 0
+    """PARTIAL: how long its rows had lain at the FFN rank before that, at most."""
 
 
 def _nothing_to_release() -> None:

@@ -9,13 +9,19 @@ from afd_ray.models.step3 import FFNShard, Slice
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """The members of one epoch. Group ranks: attention 0..A-1, then FFN A..A+F-1, instance by instance."""
+    """The members of one epoch. Group ranks: attention 0..A-1, then FFN A..A+F-1, instance by instance.
+
+    `expert_parallel` 0: colocated, there are no FFN ranks and attention ranks exchange nothing.
+    """
 
     number: int
     attention: int
     tensor_parallel: int
     expert_parallel: int
     micro_batches: int
+    """Slots of each attention rank."""
+    adaptive: bool = False
+    """Whether an attention rank decides how many of them it uses."""
 
     @property
     def ffn(self) -> int:

@@ -141,7 +141,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progres
     with Unallocated():
         model = Step3Model(_in_dtype(checkpoint.config, dtype))
     model.attention = load_attention(checkpoint, dtype, progress)
-    model.ffn = load_ffn(checkpoint, FFNShard(tuple(range(checkpoint.config.moe_num_experts))), dtype, progress)
+    model.ffn = load_ffn(checkpoint, FFNShard.whole(checkpoint.config), dtype, progress)
     return model.eval()
 
 

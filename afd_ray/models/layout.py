@@ -74,7 +74,7 @@ class Unallocated(TorchFunctionMode):
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of this shape, by key, in the order of the layers."""
     with Unallocated():
-        halves: tuple[nn.Module, ...] = (AttentionHalf(config), FFNHalf(config, FFNShard(tuple(range(config.moe_num_experts)))))
+        halves: tuple[nn.Module, ...] = (AttentionHalf(config), FFNHalf(config, FFNShard.whole(config)))
     shapes = {file_key(name): tuple(p.shape) for half in halves for name, p in half.named_parameters()}
     return dict(sorted(shapes.items(), key=lambda item: _order(item[0])))
 

@@ -215,6 +215,11 @@ class FFNShard(NamedTuple):
     dense: Slice = Slice()
     """This rank's slice of the shared experts and dense layers: over the ranks of all instances, so that the partial sums count them once."""
 
+    @classmethod
+    def whole(cls, config: ModelConfig) -> "FFNShard":
+        """All of every FFN."""
+        return cls(tuple(range(config.moe_num_experts)))
+
 
 class FFNLayer(nn.Module):
     """The FFN of one layer as one rank holds it."""
@@ -263,7 +268,7 @@ class Step3Model(nn.Module):
         super().__init__()
         self.config = config
         self.attention = AttentionHalf(config)
-        self.ffn = FFNHalf(config, FFNShard(experts=tuple(range(config.moe_num_experts))))
+        self.ffn = FFNHalf(config, FFNShard.whole(config))
 
     def forward(self, token_ids: Tensor, cache: "list[tuple[Tensor, Tensor]] | None" = None) -> Tensor:
         """Logits [N, V] of the N tokens of one sequence that follow what `cache` holds; extends `cache` in place.

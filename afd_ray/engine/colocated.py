@@ -1,0 +1,61 @@
+"""The colocated step loop: every attention rank computes whole layers by itself, with the same halves and no messages.
+
+What attention-FFN disaggregation is to be compared with.
+"""
+
+import time
+
+from afd_ray.engine.attention import AttentionLoop, Flight, Publish
+from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.engine.loop import Wire
+from afd_ray.engine.pace import Pace, hold
+from afd_ray.engine.scheduler import Scheduler
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, Routed
+
+
+class ColocatedLoop(AttentionLoop):
+    """An attention rank that holds every FFN too: what it would dispatch it computes as the slot's next stage."""
+
+    def __init__(
+        self,
+        half: AttentionHalf,
+        ffn: FFNHalf,
+        cache: PagedCache,
+        scheduler: Scheduler,
+        publish: Publish,
+        pace: Pace | None = None,
+        ffn_pace: Pace | None = None,
+    ) -> None:
+        """`ffn` holds all experts, uncut."""
+        super().__init__(half, cache, scheduler, publish, pace)
+        self.ffn, self.ffn_pace = ffn, ffn_pace
+        self._routed: dict[int, Routed] = {}
+
+    def _enter(self, wire: Wire) -> None:
+        super()._enter(wire)
+        self._routed = {}
+
+    def _announce(self, slot: int, flight: Flight) -> None:
+        """Nobody waits for this slot's rows."""
+
+    def _park(self, slot: int) -> None:
+        """Nobody waits for this slot."""
+
+    def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
+        self._routed[slot] = routed
+
+    def _advance(self, slot: int) -> None:
+        routed = self._routed.pop(slot, None)
+        if routed is None:
+            super()._advance(slot)
+        else:
+            self._feed_forward(slot, routed)
+
+    def _feed_forward(self, slot: int, routed: Routed) -> None:
+        started_ns = time.monotonic_ns()
+        flight = self._flights[slot]
+        assert flight is not None
+        flight.residual = flight.residual + self.ffn(flight.layer, routed)
+        hold(self.ffn_pace, started_ns, flight.batch.rows)
+        self._record("ffn", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+        self._next_layer(flight)

@@ -1,0 +1,154 @@
+"""What a stage costs by its rows and their context, learned from the stages that were run."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+GAIN = 0.2
+"""Weight of a new sample in the mean of its row count."""
+PRIOR = 0.05
+"""Weight of the belief that base, rows and context cost alike, beside samples of weight 1."""
+SAMPLES_A_FIT = 8
+MOST_SLACK = 0.1
+"""A round trip tells of the transfer when at most this share of it may have been waiting for a busy actor."""
+
+
+class StageTimes(NamedTuple):
+    """How long one micro-batch spends in each stage of a layer."""
+
+    attention: float
+    a2f: float
+    ffn: float
+    f2a: float
+
+
+class CostLine(NamedTuple):
+    """Microseconds of one layer of a micro-batch."""
+
+    base_us: float = 0.0
+    per_row_us: float = 0.0
+    per_token_us: float = 0.0
+    """Of cached context."""
+
+    def duration_us(self, rows: float, context_tokens: float = 0) -> float:
+        return self.base_us + self.per_row_us * rows + self.per_token_us * context_tokens
+
+
+class StageCosts(NamedTuple):
+    """The lines of one attention rank's layer, as it sees them."""
+
+    attention: CostLine
+    ffn: CostLine
+    transfer: CostLine
+    """Both ways together."""
+
+    @property
+    def row(self) -> CostLine:
+        """Attention and FFN together: what a row takes on its way through a layer."""
+        return CostLine(*(sum(pair) for pair in zip(self.attention, self.ffn, strict=True)))
+
+    def times(self, rows: float, context_tokens: float) -> StageTimes:
+        one_way = self.transfer.duration_us(rows) / 2
+        return StageTimes(self.attention.duration_us(rows, context_tokens), one_way, self.ffn.duration_us(rows), one_way)
+
+
+class CostMeter:
+    """Learns a CostLine.
+
+    It keeps an exponentially weighted mean for each power of two of rows, and draws the line through those means, the nearer to the
+    last sample the heavier. So base and slope stay known while one row count alone is run.
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[int, np.ndarray] = {}  # rows.bit_length(): rows, context tokens, microseconds
+        self._counts: dict[int, int] = {}
+        self._last = 0
+        self._line = CostLine()
+        self._unfitted = 0
+
+    def add(self, rows: int, context_tokens: int, duration_us: float) -> None:
+        """A stage of so many rows over so many cached tokens took so long."""
+        size = self._last = rows.bit_length()
+        sample = np.array((rows, context_tokens, max(duration_us, 1e-3)))
+        count = self._counts[size] = self._counts.get(size, 0) + 1
+        mean = self._means.setdefault(size, sample)
+        self._means[size] = mean + (sample - mean) * max(GAIN, 1 / count)
+        self._unfitted += 1
+
+    @property
+    def line(self) -> CostLine:
+        """What the samples say; zeros without any. Fitted anew when some more have come."""
+        if self._unfitted >= min(SAMPLES_A_FIT, sum(self._counts.values())) > 0:
+            self._line = self._fit()
+            self._unfitted = 0
+        return self._line
+
+    def _fit(self) -> CostLine:
+        means = np.stack(list(self._means.values()))
+        inputs = np.column_stack((np.ones(len(means)), means[:, :2]))
+        us = means[:, 2]
+        near = np.array([2.0 ** -abs(size - self._last) for size in self._means])
+        scale = inputs[list(self._means).index(self._last)] / self._means[self._last][2]
+        # Relative errors, so that large micro-batches do not outweigh small ones.
+        weights = near / us
+        design = np.concatenate((inputs * weights[:, None], PRIOR * np.diag(scale)))
+        target = np.concatenate((near, PRIOR * (scale > 0) / max(1, np.count_nonzero(scale))))
+        return CostLine(*_least_squares(design, target))
+
+
+def _least_squares(design: np.ndarray, target: np.ndarray) -> list[float]:
+    """Coefficients of the least squared error, none negative: the most negative is taken out until there is none."""
+    kept = list(range(design.shape[1]))
+    out = [0.0] * design.shape[1]
+    while kept:
+        solved = np.linalg.lstsq(design[:, kept], target, rcond=None)[0]
+        if solved.min() >= 0:
+            for index, value in zip(kept, solved, strict=True):
+                out[index] = float(value)
+            break
+        del kept[int(solved.argmin())]
+    return out
+
+
+def transfer_us(round_trip_us: float, busy_us: float, slack_us: float) -> float | None:
+    """Both ways' transfer from dispatch to return; None when `slack_us`, how long the rows may have lain unseen at either end, hides it."""
+    if slack_us > MOST_SLACK * round_trip_us:
+        return None
+    return max(0.0, round_trip_us - busy_us - slack_us)
+
+
+class FlightTimes:
+    """What one micro-batch took on its way through the layers, in microseconds."""
+
+    def __init__(self) -> None:
+        self.attention = self.ffn = self.transfer = 0.0
+        self.transfers = 0
+
+    def attended(self, duration_us: float) -> None:
+        """The attention rank worked on it."""
+        self.attention += duration_us
+
+    def returned(self, busy_us: float, transfer: float | None) -> None:
+        """A layer came back from the FFN; `transfer` None: it could not be told."""
+        self.ffn += busy_us
+        if transfer is not None:
+            self.transfer += transfer
+            self.transfers += 1
+
+
+class StageMeter:
+    """Learns the StageCosts of one attention rank."""
+
+    def __init__(self) -> None:
+        self.attention, self.ffn, self.transfer = CostMeter(), CostMeter(), CostMeter()
+
+    def add(self, times: FlightTimes, rows: int, context_tokens: int, layers: int) -> None:
+        """A micro-batch has passed all layers; embedding, head and sampling count as part of them."""
+        self.attention.add(rows, context_tokens, times.attention / layers)
+        self.ffn.add(rows, 0, times.ffn / layers)
+        if times.transfers:
+            self.transfer.add(rows, 0, times.transfer / times.transfers)
+
+    @property
+    def costs(self) -> StageCosts:
+        return StageCosts(self.attention.line, self.ffn.line, self.transfer.line)

@@ -1,0 +1,181 @@
+"""The kernels of `bf16.c` over tensors: compiled by the machine's C compiler when first asked for, then kept in the user's cache.
+
+Legend of shapes: N rows, I input and O output features, H hidden, M intermediate, E experts, K top-k, A heads, D head_dim.
+A packed matrix is [panels, depth / 2, WIDTH, 2]: WIDTH output features a panel, pairs of inputs side by side.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 32
+GATED_WIDTH = WIDTH // 2
+"""Gate features of a panel, beside as many of up."""
+
+_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
+_COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES))
+_COMPILE_TIMEOUT_S = 120.0
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "linear": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
+    "experts": [_POINTER] * 6 + [_LONG] * 5 + [_INT],
+    "attend": [_POINTER] * 6 + [_LONG] * 5 + [_FLOAT, _INT],
+    "rms_norm": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _FLOAT],
+    "rotate": [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG],
+}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine can run the kernels: AVX512-BF16 and a C compiler; says once why not."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        logger.info("no bfloat16 kernels: this CPU has no AVX512-BF16; plain torch computes")
+        return False
+    try:
+        _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("no bfloat16 kernels: they cannot be compiled (%s); plain torch computes, more slowly", error)
+        return False
+    return True
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[..., O, I] to packed [..., ceil(O / WIDTH), I / 2, WIDTH, 2]; missing output features are zeros."""
+    *batch, outputs, inputs = weight.shape
+    panels = -(-outputs // WIDTH)
+    padded = weight.new_zeros(*batch, panels * WIDTH, inputs)
+    padded[..., :outputs, :] = weight
+    return padded.view(*batch, panels, WIDTH, inputs // 2, 2).transpose(-3, -2).contiguous()
+
+
+def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate and up [..., M, H] to packed panels of GATED_WIDTH features of each; M is padded to a multiple of it."""
+    *batch, inner, hidden = gate.shape
+    panels = -(-inner // GATED_WIDTH)
+    both = gate.new_zeros(*batch, 2, panels * GATED_WIDTH, hidden)
+    both[..., 0, :inner, :], both[..., 1, :inner, :] = gate, up
+    sides = both.view(*batch, 2, panels, GATED_WIDTH, hidden).transpose(-4, -3)  # [..., panels, 2, GATED_WIDTH, H]
+    return pack(sides.reshape(*batch, panels * WIDTH, hidden))
+
+
+def pack_down(down: Tensor) -> Tensor:
+    """Down [..., H, M], M padded as `pack_gated` pads it."""
+    *batch, hidden, inner = down.shape
+    padded = down.new_zeros(*batch, hidden, -(-inner // GATED_WIDTH) * GATED_WIDTH)
+    padded[..., :inner] = down
+    return pack(padded)
+
+
+def linear(x: Tensor, packed: Tensor) -> Tensor:
+    """x [N, I] times a packed matrix: [N, panels * WIDTH]."""
+    x = x.contiguous()
+    rows, panels = len(x), len(packed)
+    out = x.new_empty(rows, panels * WIDTH)
+    _library().linear(x.data_ptr(), packed.data_ptr(), out.data_ptr(), rows, x.shape[1], panels, torch.get_num_threads())
+    return out
+
+
+def experts(x: Tensor, local: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sum [N, H] of the SwiGLUs that x [N, H] chose: local [N, K] int64 (negative: none), weights [N, K], both packed [E, ...]."""
+    x, local, weights = x.contiguous(), local.contiguous(), weights.contiguous()
+    out = torch.empty_like(x)
+    _library().experts(
+        x.data_ptr(),
+        local.data_ptr(),
+        weights.data_ptr(),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        out.data_ptr(),
+        len(x),
+        local.shape[1],
+        len(gate_up),
+        x.shape[1],
+        gate_up.shape[1] * GATED_WIDTH,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attend(q: Tensor, blocks: Tensor, tables: Tensor, starts: Tensor, contexts: Tensor, longest: int) -> Tensor:
+    """q [N, A, D] over the first contexts[row] tokens of the blocks tables[starts[row]:]: [N, A, D].
+
+    blocks [.., block_size, 2 * D] contiguous; tables, starts [N] and contexts [N] int32; `longest` is the largest context.
+    """
+    q = q.contiguous()
+    rows, heads, dim = q.shape
+    out = torch.empty_like(q)
+    _library().attend(
+        q.data_ptr(),
+        blocks.data_ptr(),
+        tables.data_ptr(),
+        starts.data_ptr(),
+        contexts.data_ptr(),
+        out.data_ptr(),
+        rows,
+        heads,
+        dim,
+        blocks.shape[1],
+        longest,
+        dim**-0.5,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [N, H], rows any distance apart, to x / rms(x) * weight [N, H]."""
+    rows, width = x.shape
+    out = x.new_empty(rows, width)
+    _library().rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """x [N, A * D], rows any distance apart, rotated by float32 cos and sin [N, D / 2], half-split: [N, A, D]."""
+    rows, dim = len(x), x.shape[1] // heads
+    out = x.new_empty(rows, heads, dim)
+    _library().rotate(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dim)
+    return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled kernels; raises OSError or SubprocessError where they cannot be had."""
+    source = (resources.files("afd_ray.kernels") / "bf16.c").read_bytes()
+    digest = hashlib.sha256(source + " ".join(_COMPILE).encode()).hexdigest()[:16]
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afd-ray"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = directory / f"bf16-{digest}.so"
+    if not file.exists():
+        _compile(source, file)
+    library = ctypes.CDLL(str(file))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _compile(source: bytes, file: Path) -> None:
+    """Into place at once, for several actors may do it at the same time."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as workplace:
+        written, compiled, linked = (Path(workplace) / name for name in ("bf16.c", "bf16.o", "bf16.so"))
+        written.write_bytes(source)
+        _run([os.environ.get("CC", "cc"), *_COMPILE, "-c", str(written), "-o", str(compiled)])
+        # Linked without OpenMP's library: torch's, which is loaded already, serves both, so that they share one pool of threads.
+        _run([os.environ.get("CC", "cc"), "-shared", str(compiled), "-o", str(linked)])
+        linked.replace(file)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
