@@ -117,6 +117,7 @@ class GlooEdge:
         if self.broken is not None:
             raise LinkError(self.peer, self.broken)
 
+    @torch.inference_mode()  # what it sends may have been made in that mode
     def _run(self) -> None:
         try:
             while (frame := self._next()) is not None:
@@ -127,8 +128,8 @@ class GlooEdge:
                     self._queued_bytes -= len(frame)
                     self._changed.notify_all()
             self._hand_over(_GOODBYE)
-        except RuntimeError:
-            self.fail(PEER_CLOSED)
+        except RuntimeError as error:
+            self.fail(_closed(error))
 
     def _next(self) -> Tensor | None:
         """The next frame, once there is one; None when the edge is over and all are sent."""
@@ -157,13 +158,14 @@ class GlooInlet:
         """Take no more; what still comes until the peer's goodbye is dropped."""
         self._closed = True
 
+    @torch.inference_mode()  # the ring may have been made in that mode
     def _run(self) -> None:
         try:
             while self._receive_frame():
                 self._ring_bell()
             self._on_broken(PEER_CLOSED)
-        except RuntimeError:
-            self._on_broken(PEER_CLOSED)
+        except RuntimeError as error:
+            self._on_broken(_closed(error))
         except ValueError as error:
             self._on_broken(str(error))
 
@@ -200,3 +202,7 @@ class GlooInlet:
 
 def _peer_of(group: Pair) -> int:
     return 1 - group.rank()
+
+
+def _closed(error: RuntimeError) -> str:
+    return f"{PEER_CLOSED} ({str(error).splitlines()[0]})"
