@@ -159,7 +159,14 @@ def test_a_packed_attention_half_equals_the_plain_one() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("shard", [FFNShard(tuple(range(16))), FFNShard((3, 4), Slice(1, 3), Slice(2, 3))])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        FFNShard(tuple(range(16))),
+        FFNShard((3, 4), Slice(1, 3), Slice(2, 3), first_id=3),
+        FFNShard((3, 4, 9), Slice(1, 3), Slice(1, 3), first_id=7, at_home=True),
+    ],
+)
 def test_a_packed_ffn_half_equals_the_plain_one(shard: FFNShard) -> None:
     plain = filled(FFNHalf(CONFIG, shard))
     assert isinstance(plain, FFNHalf)
