@@ -82,6 +82,13 @@ def test_rows_whose_experts_are_all_elsewhere_are_zeros() -> None:
 
 
 @needs_kernels
+def test_no_rows_give_no_rows() -> None:
+    chosen, weights = torch.empty(0, 3, dtype=torch.int64), noise(0, 3)
+    assert PackedLinear(filled(Linear(70, 96)))(noise(0, 96)).shape == (0, 70)
+    assert PackedExperts(filled(Experts(5, 96, 64)))(noise(0, 96), chosen, weights).shape == (0, 96)
+
+
+@needs_kernels
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_packed_dense_ffn_equals_the_plain_one(rows: int) -> None:
     plain = filled(DenseFFN(64, 43))

@@ -176,7 +176,7 @@ DEFINE_PANEL(panel_weighted, add_weighted)
 void linear(const bf16 *x, const bf16 *packed, bf16 *out, long rows, long depth, long panels, int threads)
 {
     const Target target = {.out = out, .width = panels * WIDTH};
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long p = 0; p < panels; p++)
         panel_rows(x, depth, packed + p * depth * WIDTH, 0, rows, p * WIDTH, &target);
 }
@@ -209,7 +209,7 @@ static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k,
 void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 *gate_up, const bf16 *down, bf16 *out,
              long rows, long top_k, long count, long hidden, long inner, int threads)
 {
-    const long most = rows * top_k;
+    const long most = rows * top_k, panels = hidden / WIDTH, stripes = threads > 1 ? 4 * threads : 1;
     Workspace *workspace = reserve(8 * 64 + (count + 1 + 2 * most) * 4 + most * (hidden + inner) * 2 + rows * hidden * 4);
     int32_t *starts = take(workspace, (count + 1) * sizeof *starts);
     int32_t *row = take(workspace, most * sizeof *row);
@@ -225,21 +225,21 @@ void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 
 #pragma omp for schedule(static)
         for (long i = 0; i < starts[count]; i++)
             memcpy(gathered + i * hidden, x + row[i] * hidden, hidden * sizeof *x);
+#pragma omp for collapse(2) schedule(dynamic, 8)
         for (long e = 0; e < count; e++)
-#pragma omp for schedule(static) nowait
             for (long p = 0; p < inner / 16; p++)
                 panel_gated(gathered, hidden, gate_up + (e * inner / 16 + p) * hidden * WIDTH, starts[e], starts[e + 1],
                             p * WIDTH, &into_gated);
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             memset(total + i * hidden, 0, hidden * sizeof *total);
-        // A thread has the same panels of every expert: no two add to one place, and the order of the sum is that of the experts.
-        for (long e = 0; e < count; e++)
-#pragma omp for schedule(static) nowait
-            for (long p = 0; p < hidden / WIDTH; p++)
-                panel_weighted(gated, inner, down + (e * hidden / WIDTH + p) * inner * WIDTH, starts[e], starts[e + 1],
-                               p * WIDTH, &into_total);
-#pragma omp barrier
+        // A thread has a stripe of columns of all experts: no two add to one place, and the order of the sum is that of the experts.
+#pragma omp for schedule(dynamic)
+        for (long s = 0; s < stripes; s++)
+            for (long e = 0; e < count; e++)
+                for (long p = s * panels / stripes; p < (s + 1) * panels / stripes; p++)
+                    panel_weighted(gated, inner, down + (e * panels + p) * inner * WIDTH, starts[e], starts[e + 1],
+                                   p * WIDTH, &into_total);
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             for (long c = 0; c < hidden; c += 16)
