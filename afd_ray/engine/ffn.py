@@ -145,14 +145,17 @@ class FFNLoop(StepLoop):
         slot = self._slots[index]
         wave, layer = slot.waves[0], slot.layer
         messages = self._take_layer(slot, wave)
-        rows = sum(message.header.rows for message in messages)
-        if rows:
-            partial = self.half(layer, self._gather(messages))
-            hold(self.pace, started_ns, rows)
-            self._pass_on(index, wave, messages, partial, started_ns)
-            self._record("ffn", index, layer, wave.number, rows, started_ns)
+        counts = [0] * self.wire.epoch.attention
+        for message in messages:
+            counts[message.header.source] = message.header.rows
+        rows = sum(counts)
+        partial = self.half(layer, self._gather(messages)) if rows else None
         for message in messages:
             message.release()
+        if partial is not None:
+            hold(self.pace, started_ns, rows)
+            self._pass_on(index, wave, tuple(counts), partial, started_ns)
+            self._record("ffn", index, layer, wave.number, rows, started_ns)
         self._end_layer(index, slot)
 
     def _take_layer(self, slot: SlotState, wave: Wave) -> list[Message]:
@@ -178,14 +181,14 @@ class FFNLoop(StepLoop):
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
 
-    def _pass_on(self, index: int, wave: Wave, messages: list[Message], partial: Tensor, started_ns: int) -> None:
-        """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
+    def _pass_on(self, index: int, wave: Wave, counts: tuple[int, ...], partial: Tensor, started_ns: int) -> None:
+        """Send the other ranks of the instance their rows; return this rank's own once theirs are here.
+
+        `counts`: how many rows of `partial` each attention rank sent.
+        """
         wire, slot = self.wire, self._slots[index]
         layer, busy_us = slot.layer, (time.monotonic_ns() - started_ns) // 1000
-        counts = [0] * wire.epoch.attention
-        for message in messages:
-            counts[message.header.source] = message.header.rows
-        all_owned = ownership(tuple(counts), wire.epoch.tensor_parallel)
+        all_owned = ownership(counts, wire.epoch.tensor_parallel)
         for tp_rank in sorted({o.tp_rank for o in all_owned}):
             owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
