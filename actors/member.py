@@ -74,8 +74,8 @@ class Member(ABC):
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
         config, model = self._config, self._ready_half().config
         kind = config.handoff.kind
-        if kind == "gloo" or kind == "nccl":  # spelled out: it narrows the type
-            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm or tcp")
+        if kind == "nccl":
+            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm, tcp or gloo")
         register_backend()
         # Ray types the name of a backend as one of its own two.
         await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)

@@ -183,7 +183,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
-        (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
+        (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
         (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
         (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
@@ -211,10 +211,11 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
 
 
 def _check_colocated(ffn: FFN) -> None:
-    for key in ("tensor_parallel", "expert_parallel"):
-        if ffn.colocated and getattr(ffn, key) != 1:
+    for key in ("tensor_parallel", "expert_parallel", "redundant_experts", "dispatch"):
+        alone = FFN.model_fields[key].default
+        if ffn.colocated and getattr(ffn, key) != alone:
             raise ConfigError(
-                f"ffn.{key}: {getattr(ffn, key)} must be 1 with ffn.colocated: every attention actor holds every FFN"
+                f"ffn.{key}: {getattr(ffn, key)} must be {alone} with ffn.colocated: every attention actor holds every FFN"
             )
 
 

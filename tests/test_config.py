@@ -133,7 +133,6 @@ def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "override",
     [
-        "handoff.kind=gloo",
         "handoff.kind=nccl",
         "autoscaling.policy=queue",
         "attention.num_gpus=1",

@@ -32,6 +32,13 @@ class Reduction(NamedTuple):
     """By attention rank."""
 
 
+class Arrival(NamedTuple):
+    """One attention rank's rows for a layer, and when they were found here."""
+
+    message: Message
+    looked_ns: int
+
+
 class SlotState:
     """One micro-batch slot as one FFN rank sees it."""
 
@@ -39,8 +46,7 @@ class SlotState:
         self.waves: deque[Wave] = deque()
         """The one under way and those after it: where rows are routed, others may be ahead of an instance that got none."""
         self.layer = 0
-        self.arrived: list[deque[Message]] = [deque() for _ in range(attention)]
-        self.since_ns: dict[int, int] = {}
+        self.arrived: list[deque[Arrival]] = [deque() for _ in range(attention)]
         self.reduction: Reduction | None = None
         self.shares: dict[int, Message] = {}
 
@@ -94,8 +100,7 @@ class FFNLoop(StepLoop):
         if header.kind is Kind.DISPATCH:
             if header.rows:
                 self._record_arrival(header)
-                slot.since_ns[header.source] = self._looked_ns
-            slot.arrived[header.source].append(message)
+            slot.arrived[header.source].append(Arrival(message, self._looked_ns))
             self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
             slot.shares[header.source] = message if slot.reduction is not None else message.copied()
@@ -109,9 +114,9 @@ class FFNLoop(StepLoop):
     def _free_edges(self, slot: SlotState) -> None:
         """Rows that are not next, or wait for other ranks' rows, leave the edge's buffer: other slots may go round many times meanwhile."""
         for queue in slot.arrived:
-            for i, message in enumerate(queue):
+            for i, (message, looked_ns) in enumerate(queue):
                 if message.borrowed and (i > 0 or not slot.ready):
-                    queue[i] = message.copied()
+                    queue[i] = Arrival(message.copied(), looked_ns)
 
     def _conduct(self, message: Message) -> None:
         header = message.header
@@ -144,28 +149,25 @@ class FFNLoop(StepLoop):
         started_ns = time.monotonic_ns()
         slot = self._slots[index]
         wave, layer = slot.waves[0], slot.layer
-        messages = self._take_layer(slot, wave)
-        counts = [0] * self.wire.epoch.attention
-        for message in messages:
-            counts[message.header.source] = message.header.rows
-        rows = sum(counts)
-        partial = self.half(layer, self._gather(messages)) if rows else None
-        for message in messages:
+        arrivals = self._take_layer(slot, wave)
+        rows = sum(message.header.rows for message, _ in arrivals)
+        partial = self.half(layer, self._gather(arrivals)) if rows else None
+        for message, _ in arrivals:
             message.release()
         if partial is not None:
             hold(self.pace, started_ns, rows)
-            self._pass_on(index, wave, tuple(counts), partial, started_ns)
+            self._pass_on(index, wave, arrivals, partial, started_ns)
             self._record("ffn", index, layer, wave.number, rows, started_ns)
         self._end_layer(index, slot)
 
-    def _take_layer(self, slot: SlotState, wave: Wave) -> list[Message]:
+    def _take_layer(self, slot: SlotState, wave: Wave) -> list[Arrival]:
         """The members' messages for the layer that is due, in the order of the attention ranks."""
-        messages = [slot.arrived[member].popleft() for member in wave.members]
-        for message in messages:
+        arrivals = [slot.arrived[member].popleft() for member in wave.members]
+        for message, _ in arrivals:
             header = message.header
             if header.layer != slot.layer:
                 raise RuntimeError(f"rank {header.source} is at layer {header.layer} where layer {slot.layer} is due")
-        return messages
+        return arrivals
 
     def _end_layer(self, index: int, slot: SlotState) -> None:
         slot.layer += 1
@@ -175,25 +177,26 @@ class FFNLoop(StepLoop):
             if self._conductor is not None:
                 self._start(self._conductor.finish(index))
 
-    def _gather(self, messages: list[Message]) -> Routed:
+    def _gather(self, arrivals: list[Arrival]) -> Routed:
         """The rows that have come, in the order of the attention ranks, in the compute dtype."""
-        parts = [message.tensors for message in messages if message.header.rows]
+        parts = [message.tensors for message, _ in arrivals if message.header.rows]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
 
-    def _pass_on(self, index: int, wave: Wave, counts: tuple[int, ...], partial: Tensor, started_ns: int) -> None:
-        """Send the other ranks of the instance their rows; return this rank's own once theirs are here.
-
-        `counts`: how many rows of `partial` each attention rank sent.
-        """
+    def _pass_on(self, index: int, wave: Wave, arrivals: list[Arrival], partial: Tensor, started_ns: int) -> None:
+        """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
         wire, slot = self.wire, self._slots[index]
-        layer, busy_us = slot.layer, (time.monotonic_ns() - started_ns) // 1000
-        all_owned = ownership(counts, wire.epoch.tensor_parallel)
+        layer = slot.layer
+        busy_us = (time.monotonic_ns() - started_ns) // 1000
+        queued_us = {message.header.source: (started_ns - looked_ns) // 1000 for message, looked_ns in arrivals}
+        counts = [0] * wire.epoch.attention
+        for message, _ in arrivals:
+            counts[message.header.source] = message.header.rows
+        all_owned = ownership(tuple(counts), wire.epoch.tensor_parallel)
         for tp_rank in sorted({o.tp_rank for o in all_owned}):
             owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
             if tp_rank == self._tp_rank:
-                queued_us = {o.attention: (started_ns - slot.since_ns[o.attention]) // 1000 for o in owned}
                 slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued_us)
                 self._reduce(index)
             else:

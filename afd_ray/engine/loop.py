@@ -72,6 +72,7 @@ class StepLoop(ABC):
         """Serve in this epoch until `stop`; raises LinkError when a peer is lost."""
         self._wire = wire
         self._running = True
+        self._looked_ns = time.monotonic_ns()
         self._enter(wire)
         while self._running:
             progressed = self._take_commands() | self._receive()

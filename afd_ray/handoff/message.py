@@ -17,7 +17,7 @@ HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 
-_FRAME = struct.Struct("<88sQB3xQIIIQIIQII")  # prefix, contract digest, then the fields of Header
+_FRAME = struct.Struct("<88sQB3xQIIIQIIQQQ")  # prefix, contract digest, then the fields of Header
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
 _DESCRIPTORS = struct.Struct("<8B16I")
 _MAX_LAYOUTS = 8192

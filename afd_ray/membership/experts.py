@@ -7,7 +7,7 @@ ExpertMap = tuple[tuple[int, ...], ...]
 
 
 def contiguous_map(experts: int, instances: int) -> ExpertMap:
-    """Every expert once, in nearly equal parts.
+    """Every expert once, in nearly equal parts; without instances there is nobody to hold one.
 
     >>> contiguous_map(5, 2)
     ((0, 1), (2, 3, 4))
