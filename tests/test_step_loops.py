@@ -291,6 +291,7 @@ def test_partials_that_wait_for_another_instance_do_not_stay_in_their_edges_buff
     [
         (shape(2, 1, 2, 4), ["auto"]),
         (shape(2, 2, 1, 4), ["tcp"]),
+        (shape(1, 1, 2, 2, "routed"), ["gloo"]),
         (shape(2, 2, 2, 2, "routed"), ["auto", "tcp"]),
         (shape(1, 1, 3, 3, "routed", redundant=3), ["auto", "tcp"]),
     ],

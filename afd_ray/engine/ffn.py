@@ -151,13 +151,13 @@ class FFNLoop(StepLoop):
         wave, layer = slot.waves[0], slot.layer
         arrivals = self._take_layer(slot, wave)
         rows = sum(message.header.rows for message, _ in arrivals)
-        if rows:
-            partial = self.half(layer, self._gather(arrivals))
+        partial = self.half(layer, self._gather(arrivals)) if rows else None
+        for message, _ in arrivals:
+            message.release()
+        if partial is not None:
             hold(self.pace, started_ns, rows)
             self._pass_on(index, wave, arrivals, partial, started_ns)
             self._record("ffn", index, layer, wave.number, rows, started_ns)
-        for message, _ in arrivals:
-            message.release()
         self._end_layer(index, slot)
 
     def _take_layer(self, slot: SlotState, wave: Wave) -> list[Arrival]:
