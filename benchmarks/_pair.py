@@ -26,6 +26,7 @@ from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint, LinkKind, Mesh, RingMesh, open_mesh
 from afd_ray.handoff.message import Header, Kind, LinkError, Message
+from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn
 from afd_ray.request import Request, SamplingParams, TokenOutput
@@ -248,7 +249,7 @@ class AttentionSide(Half):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.half = load_attention(self.checkpoint)
+        self.half = packed_attention(load_attention(self.checkpoint))
 
     def load(self, load: Load) -> None:
         """Every sequence decoding, its context full of noise: what a key says does not change what it costs."""
@@ -358,7 +359,7 @@ class FFNSide(Half):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.half = load_ffn(self.checkpoint, Epoch(1, 1, 1, 1, 1).shard(FFN, self.model))
+        self.half = packed_ffn(load_ffn(self.checkpoint, Epoch(1, 1, 1, 1, 1).shard(FFN, self.model)))
 
     def new_loop(self) -> FFNLoop:
         return FFNLoop(self.half, self.pace)
@@ -394,7 +395,7 @@ class Answering:
     def receive(self) -> Message | None:
         return self.due.popleft() if self.due else None
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None, busy: bool = False) -> None:
         raise LinkError(self.rank, "nothing will come")
 
     def wake(self) -> None:

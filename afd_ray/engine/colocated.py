@@ -57,5 +57,6 @@ class ColocatedLoop(AttentionLoop):
         assert flight is not None
         flight.residual = flight.residual + self.ffn(flight.layer, routed)
         hold(self.ffn_pace, started_ns, flight.batch.rows)
+        flight.observed.returned((time.monotonic_ns() - started_ns) / 1000, None)
         self._record("ffn", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
         self._next_layer(flight)
