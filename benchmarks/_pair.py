@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,21 +158,26 @@ def _pairwise(busy_us: list[float]) -> tuple[float, float, float, float]:
 def _serve(role: type["Half"], directory: Path, apart: bool, pipe: Connection) -> None:
     """A worker's life: what it is told, until the pipe ends."""
     torch.set_num_threads(1)
-    try:
-        if apart:
-            _netns.leave_network()
-        half = role(directory)
-        pipe.send((None, ""))
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        half, error = _try(_settle, role, directory, apart)
+        pipe.send((None, error))
         while True:
             method, arguments = pipe.recv()
-            try:
-                pipe.send((getattr(half, method)(*arguments), ""))
-            except Exception as error:  # told to the parent, who raises it
-                pipe.send((None, f"{role.__name__}.{method}: {type(error).__name__}: {error}"))
-    except (EOFError, KeyboardInterrupt):
-        pass
-    except OSError as error:
-        pipe.send((None, f"{role.__name__}: {error}"))
+            pipe.send(_try(getattr(half, method), *arguments))
+
+
+def _settle(role: type["Half"], directory: Path, apart: bool) -> "Half":
+    if apart:
+        _netns.leave_network()
+    return role(directory)
+
+
+def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """(result, "") or (None, the error in one line)."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:  # told to the parent, who raises it
+        return None, f"{function.__name__}: {type(error).__name__}: {error}"
 
 
 class Half:
