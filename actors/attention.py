@@ -55,6 +55,7 @@ class AttentionActor(Member):
             "kv_used": loop.scheduler.kv_used,
             "kv_total": loop.scheduler.kv_total,
             "micro_batches": loop.scheduler.in_use,
+            "expert_loads": loop.expert_loads.tolist(),
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.ttft.recent(now_s),
             "tpot_ms": loop.tpot.recent(now_s),

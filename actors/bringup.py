@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from afd_ray.config import Config
 from afd_ray.membership.contract import check_same_model
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint
+from afd_ray.models.config import ModelConfig
 from placement.groups import Reservation, inventory, release, reserve
 from placement.planner import Group, Placed, plan
 
@@ -57,6 +59,12 @@ class Shape:
         return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, slots, adaptive)
 
 
+def epoch_for(config: Config, model: ModelConfig, shape: Shape, number: int, loads: Sequence[int] = ()) -> Epoch:
+    """An epoch of this shape as configured; `loads`: how often each expert was chosen, empty where that is not known."""
+    ffn = config.ffn
+    return shape.epoch(number).with_experts(model, ffn.dispatch, ffn.redundant_experts, loads)
+
+
 @dataclass(slots=True)
 class Bringup:
     """The actors and placement groups of a cluster, and how they get from one epoch to the next."""
@@ -67,6 +75,8 @@ class Bringup:
     attention: list[Hand] = field(default_factory=list)
     ffn: list[Hand] = field(default_factory=list)
     epoch: Epoch | None = None
+    shape: Shape | None = None
+    """Asked for, of the last epoch."""
     doing: str = ""
     _uid: str = field(default_factory=lambda: secrets.token_hex(4))
     _started: int = 0
@@ -81,10 +91,10 @@ class Bringup:
     def epoch_number(self) -> int:
         return self.epoch.number if self.epoch else 0
 
-    async def form(self, shape: Shape) -> None:
-        """Get to an epoch of this shape; on an error the caller dissolves what there is."""
+    async def form(self, shape: Shape, loads: Sequence[int] = ()) -> None:
+        """Get to an epoch of this shape, with experts placed by these loads; on an error the caller dissolves what there is."""
         self._number += 1
-        epoch = shape.epoch(self._number)
+        epoch = epoch_for(self.config, self.checkpoint.config, shape, self._number, loads)
         epoch.check(self.checkpoint.config)
         await self._leave_epoch()
         await self._provide(shape)
@@ -94,7 +104,7 @@ class Bringup:
         await ask(self.hands, "start", timeout_s=self.config.handoff.start_timeout_s)
         for hand in self.hands:
             hand.state = "running"
-        self.epoch = epoch
+        self.epoch, self.shape = epoch, shape
         self._doing("ready")
 
     async def progress(self) -> str:

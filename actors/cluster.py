@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 
 from actors.attention_pool import AttentionPool
-from actors.bringup import Shape
+from actors.bringup import Shape, epoch_for
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.roster import first_line
 from actors.token_stream import TokenStreamClient
@@ -142,6 +142,13 @@ class Cluster:
         """Form an epoch of another shape once nothing is in progress; keeps the actors that fit. Raises ClusterError."""
         self._call(self.controller.reshape.remote(attention, tensor_parallel, expert_parallel, micro_batches))
 
+    def rebalance(self) -> list[list[int]]:
+        """Place the experts anew by how often each was chosen, once nothing is in progress; gives what each FFN instance holds.
+
+        Raises ClusterError, also when no request has chosen an expert yet.
+        """
+        return [list(held) for held in self._call(self.controller.rebalance.remote())["experts"]]
+
     def check_integrity(self) -> list[str]:
         """What is wrong with KV blocks or streams, a line each."""
         return list(ray.get(self.controller.check_integrity.remote()))
@@ -260,7 +267,7 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
     if wanted is not None and wanted > model.max_position_embedding:
         raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
     try:
-        Shape.of(config).epoch(1).check(model)
+        epoch_for(config, model, Shape.of(config), number=1).check(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -55,6 +56,17 @@ class Controller:
             expert_parallel = 0
         await self._wait_idle()
         await self._form(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
+
+    @ray.method
+    async def rebalance(self) -> dict[str, Any]:
+        """Form a new epoch of the same shape once nothing is in progress, its experts placed by how often each was chosen in this one."""
+        await self._wait_idle()
+        loads, shape = await self._expert_loads(), self._bringup.shape
+        if shape is None or not any(loads):
+            raise ValueError("no expert was chosen in this epoch yet, so there is nothing to place them by: send requests first")
+        await self._form(shape, loads)
+        epoch = self._bringup.epoch
+        return {"epoch": self._bringup.epoch_number, "experts": epoch.experts if epoch else ()}
 
     @ray.method
     async def ingress_view(self) -> dict[str, Any]:
@@ -151,11 +163,11 @@ class Controller:
         self._unwatch()
         await self._bringup.dissolve()
 
-    async def _form(self, shape: Shape) -> None:
+    async def _form(self, shape: Shape, loads: Sequence[int] = ()) -> None:
         self._unwatch()
         await self._set_state("starting")
         try:
-            await self._bringup.form(shape)
+            await self._bringup.form(shape, loads)
         except BaseException:
             await self._bringup.dissolve()
             raise
@@ -181,6 +193,11 @@ class Controller:
         async with self._changed:
             self._state = state
             self._changed.notify_all()
+
+    async def _expert_loads(self) -> list[int]:
+        """How often each expert was chosen in this epoch, by all attention ranks."""
+        answers = await ask(self._bringup.attention, "status", timeout_s=30)
+        return [sum(counts) for counts in zip(*(answer["expert_loads"] for answer in answers), strict=True)]
 
     async def _wait_idle(self, timeout_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + timeout_s

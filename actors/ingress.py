@@ -70,6 +70,9 @@ class ClusterBackend:
     async def scale(self, attention: int | None, ffn: int | None) -> dict[str, Any]:
         return dict(await self.ask("scale", attention, ffn))
 
+    async def rebalance(self) -> dict[str, Any]:
+        return dict(await self.ask("rebalance"))
+
     async def trace(self, steps: int) -> dict[str, Any]:
         return dict(await self.ask("trace", steps))
 

@@ -18,6 +18,7 @@ from afd_ray.config import Config, model_directory
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint
+from afd_ray.handoff.rows import WIRE_DTYPES
 from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, Progress, digest
@@ -73,8 +74,8 @@ class Member(ABC):
         """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
         config, model = self._config, self._ready_half().config
         kind = config.handoff.kind
-        if kind == "gloo" or kind == "nccl":  # spelled out: it narrows the type
-            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm or tcp")
+        if kind == "nccl":
+            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm, tcp or gloo")
         register_backend()
         # Ray types the name of a backend as one of its own two.
         await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)
@@ -210,5 +211,5 @@ class Member(ABC):
 
 
 def wire_dtype(config: Config, model: ModelConfig) -> torch.dtype:
-    """Of the rows between the halves."""
-    return model.dtype if config.handoff.wire_dtype == "auto" else DTYPES[config.handoff.wire_dtype]
+    """Of the hidden rows from attention to FFN."""
+    return model.dtype if config.handoff.wire_dtype == "auto" else WIRE_DTYPES[config.handoff.wire_dtype]

@@ -26,6 +26,7 @@ async def cluster_status(config: Config, state: str, bringup: Bringup) -> dict[s
         "ttft_ms": quantiles_ms(v for a in attention if a for v in a["ttft_ms"]),
         "stages_us": {stage: mean_us(totals, stage) for stage in STAGES},
         "micro_batches": bringup.epoch.micro_batches if bringup.epoch else None,
+        "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention if a), strict=True)],
         "last_resize": None,
     }
 

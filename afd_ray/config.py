@@ -18,6 +18,7 @@ Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+WireDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 LinkKind = Literal["auto", "shm", "tcp", "gloo", "nccl"]
 
 
@@ -76,6 +77,7 @@ class FFN(Section):
     colocated: bool = False
     """No FFN ranks: every attention actor computes whole layers."""
     redundant_experts: Annotated[int, Field(ge=0)] = 0
+    """Copies of experts in all instances together, beyond one of each."""
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     labels: dict[str, str] = {}
@@ -96,7 +98,7 @@ class Pipeline(Section):
 
 class Handoff(Section):
     kind: LinkKind = "auto"
-    wire_dtype: Dtype = "auto"
+    wire_dtype: WireDtype = "auto"
     start_timeout_s: Seconds = 30.0
 
 
@@ -181,9 +183,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
-        (config.handoff.kind in ("gloo", "nccl"), "handoff.kind", config.handoff.kind, "auto, shm or tcp"),
-        (config.ffn.dispatch != "broadcast", "ffn.dispatch", config.ffn.dispatch, "broadcast"),
-        (config.ffn.redundant_experts > 0, "ffn.redundant_experts", config.ffn.redundant_experts, "0"),
+        (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
         (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
         (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
@@ -211,10 +211,11 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
 
 
 def _check_colocated(ffn: FFN) -> None:
-    for key in ("tensor_parallel", "expert_parallel"):
-        if ffn.colocated and getattr(ffn, key) != 1:
+    for key in ("tensor_parallel", "expert_parallel", "redundant_experts", "dispatch"):
+        alone = FFN.model_fields[key].default
+        if ffn.colocated and getattr(ffn, key) != alone:
             raise ConfigError(
-                f"ffn.{key}: {getattr(ffn, key)} must be 1 with ffn.colocated: every attention actor holds every FFN"
+                f"ffn.{key}: {getattr(ffn, key)} must be {alone} with ffn.colocated: every attention actor holds every FFN"
             )
 
 

@@ -46,8 +46,9 @@ async def ask_all(url: str, questions: Sequence[Question], concurrency: int = CO
 
 
 @contextmanager
-def own_server() -> Iterator[str]:
-    with served() as server:
+def own_server(overrides: Sequence[str] = ()) -> Iterator[str]:
+    """With `key.path=value` overrides of the demo's configuration."""
+    with served(*(argument for override in overrides for argument in ("--set", override))) as server:
         yield server.url
 
 
@@ -59,24 +60,27 @@ def too_low(shares: dict[str, float]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a running server (default: one of its own)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for a server of its own; repeatable")
     parser.add_argument("--seed", type=int, default=20_261)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--quick", action="store_true", help="100 questions")
     args = parser.parse_args(argv)
     count = 100 if args.quick else args.count
-    with nullcontext(args.url) if args.url else own_server() as url:
+    with nullcontext(args.url) if args.url else own_server(args.set) as url:
         replies = asyncio.run(ask_all(url, fresh_questions(args.seed, count)))
     shares = accuracy(replies)
     for name, share in shares.items():
         print(f"{name:12}{share:8.1%}")
-    print(json.dumps(report(args.seed, count, shares)))
+    print(json.dumps(report(args.seed, count, shares, args.set)))
     for name, share in too_low(shares).items():
         print(f"{name}: {share:.1%} is too low", file=sys.stderr)
     return 1 if too_low(shares) else 0
 
 
-def report(seed: int, count: int, shares: dict[str, float]) -> dict[str, Any]:
-    command = f"python -m benchmarks.accuracy --seed {seed} --count {count}"
+def report(seed: int, count: int, shares: dict[str, float], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    command = " ".join(
+        [f"python -m benchmarks.accuracy --seed {seed} --count {count}", *(f"--set {override}" for override in overrides)]
+    )
     return {"date": date.today().isoformat(), "hardware": hardware(), "command": command} | {
         name: round(share, 4) for name, share in shares.items()
     }

@@ -32,8 +32,8 @@ RING_BYTES = 16 << 20
 SPIN_US = 200.0
 TIMEOUT_S = 30.0
 WAKES = 200
-LINKS: tuple[LinkKind, ...] = ("shm", "tcp")
-RATIOS = {"shm": "bare_shm", "tcp": "bare_tcp", "tcp_parked": "bare_tcp"}
+LINKS: tuple[LinkKind, ...] = ("shm", "tcp", "gloo")
+RATIOS = {"shm": "bare_shm", "tcp": "bare_tcp", "tcp_parked": "bare_tcp", "gloo": "bare_gloo"}
 COMMAND = "python -m benchmarks.handoff --write benchmarks/results/handoff.md"
 
 
@@ -200,6 +200,7 @@ WAYS: dict[str, type[Way]] = {
     "tcp": link("tcp", under_way=True),
     "tcp_parked": link("tcp", under_way=False),
     "bare_gloo": BareGloo,
+    "gloo": link("gloo", under_way=False),
 }
 
 

@@ -117,6 +117,9 @@ class FakeBackend:
     async def scale(self, attention: int | None, ffn: int | None) -> dict[str, Any]:
         return {"outcome": "committed", "to": {"attention": attention, "ffn": ffn}}
 
+    async def rebalance(self) -> dict[str, Any]:
+        return {"epoch": 2, "experts": [[0, 1], [1, 2]]}
+
     async def trace(self, steps: int) -> dict[str, Any]:
         return {"traceEvents": [], "steps": steps}
 

@@ -9,7 +9,9 @@ import pytest
 import ray
 
 from actors.cluster import Cluster, ClusterError
-from afd_ray.config import Config, ConfigError, parse_config
+from afd_ray.config import Config, ConfigError, LinkKind, parse_config
+from afd_ray.membership.epoch import Dispatch
+from afd_ray.membership.experts import place_experts
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from afd_ray.models.presets import PRESETS
 from afd_ray.request import SamplingParams
@@ -35,6 +37,10 @@ COVER: list[tuple[Shape, int]] = [
     ((2, 1, 1), 1),
     ((3, 1, 1), 2),
 ]
+# With links and dispatch other than the default's, and copies of experts, for which there must be two instances.
+OTHER_COVER: list[tuple[Shape, int]] = [((2, 2, 2), 2), ((3, 1, 2), 3)]
+OTHER_SHAPES = [shape for shape in SHAPES if shape[2] > 1]
+OTHERS: list[tuple[Dispatch, LinkKind]] = [("routed", "tcp")]
 FULL = [(shape, count) for shape, count in product(SHAPES, (1, 2, 3, 4)) if (shape, count) not in COVER]
 
 
@@ -69,6 +75,14 @@ def expected(tiny_directory: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [reference.generate_greedy(prompt, MAX_TOKENS) for prompt in prompts]
 
 
+@pytest.fixture(scope="module", params=OTHERS, ids=str)
+def other_cluster(request: pytest.FixtureRequest, tiny_directory: Path, two_nodes: None) -> Iterator[Cluster]:
+    dispatch, kind = request.param
+    ffn = {"tensor_parallel": 2, "expert_parallel": 2, "dispatch": dispatch, "redundant_experts": 3}
+    with Cluster.start(config_for(tiny_directory, ffn=ffn, handoff={"kind": kind}), name=f"afd-{dispatch}-{kind}") as cluster:
+        yield cluster
+
+
 def check_equal(cluster: Cluster, shape: Shape, count: int, prompts: list[list[int]], expected: list[list[int]]) -> None:
     attention, tensor, expert = shape
     cluster.reshape(attention, tensor_parallel=tensor, expert_parallel=expert, micro_batches=count)
@@ -85,6 +99,40 @@ def test_token_for_token_equal_to_the_reference(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
 ) -> None:
     check_equal(cluster, shape, count, prompts, expected)
+
+
+@pytest.mark.parametrize(("shape", "count"), OTHER_COVER, ids=str)
+def test_token_for_token_equal_to_the_reference_over_other_links_and_dispatch(
+    other_cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
+) -> None:
+    check_equal(other_cluster, shape, count, prompts, expected)
+
+
+def test_rebalancing_places_experts_by_how_often_they_were_chosen(
+    other_cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    other_cluster.reshape(1, expert_parallel=2)
+    with pytest.raises(ClusterError, match="no expert was chosen in this epoch yet"):
+        other_cluster.rebalance()
+    other_cluster.generate(prompts[:8], GREEDY)
+    loads = other_cluster.status()["expert_loads"]
+    assert sum(loads) == 2 * 3 * sum(len(prompt) + MAX_TOKENS - 1 for prompt in prompts[:8])
+    held = other_cluster.rebalance()
+    assert held == [list(experts) for experts in place_experts(loads, 2, 3)]
+    status = other_cluster.status()
+    assert [actor["experts"] for actor in status["ffn"]] == held
+    assert not any(status["expert_loads"])
+    assert [list(answer.token_ids) for answer in other_cluster.generate(prompts[:8], GREEDY)] == expected[:8]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("shape", "count"), [case for case in product(OTHER_SHAPES, (1, 2, 3, 4)) if case not in OTHER_COVER], ids=str
+)
+def test_token_for_token_equal_to_the_reference_over_other_links_and_dispatch_in_the_full_grid(
+    other_cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
+) -> None:
+    check_equal(other_cluster, shape, count, prompts, expected)
 
 
 @pytest.mark.full

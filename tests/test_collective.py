@@ -47,7 +47,7 @@ def run_all(groups: list[AFDGroup], work: Callable[[AFDGroup], object]) -> list[
     return results
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"])
+@pytest.fixture(scope="module", params=["shm", "tcp", "gloo"])
 def groups(request: pytest.FixtureRequest) -> Iterator[list[AFDGroup]]:
     members = [AFDGroup(WORLD, rank, "afd-test-e7") for rank in range(WORLD)]
     for member in members:

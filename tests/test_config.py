@@ -133,10 +133,7 @@ def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "override",
     [
-        "handoff.kind=gloo",
         "handoff.kind=nccl",
-        "ffn.dispatch=routed",
-        "ffn.redundant_experts=1",
         "autoscaling.policy=queue",
         "attention.num_gpus=1",
         "ffn.num_gpus=0.5",

@@ -18,8 +18,9 @@ def test_the_digest_sees_model_epoch_and_wire() -> None:
         contract_digest(1, replace(EPOCH, number=8), torch.float32),
         contract_digest(1, replace(EPOCH, attention=3), torch.float32),
         contract_digest(1, EPOCH, torch.bfloat16),
+        contract_digest(1, EPOCH, torch.float8_e4m3fn),
     }
-    assert len(digests) == 5
+    assert len(digests) == 6
     assert contract_digest(1, EPOCH, torch.float32) in digests
 
 

@@ -38,7 +38,7 @@ def test_an_endpoint_survives_json() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="kind is 'rdma', allowed: auto, shm, tcp"):
+    with pytest.raises(ValueError, match="kind is 'rdma', allowed: auto, shm, tcp, gloo"):
         open_mesh(0, 2, 0, secret=SECRET, host="127.0.0.1", peers={1: 64}, kind="rdma")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank 2 is not a peer of rank 0 in a group of 2"):
         open_mesh(0, 2, 0, secret=SECRET, host="127.0.0.1", peers={2: 64})

@@ -18,6 +18,7 @@ from afd_ray.handoff.message import Header, Kind, LinkError, Message
 
 SECRET = b"a cluster secret"
 RING_BYTES = 1 << 16
+KINDS: tuple[LinkKind, ...] = ("shm", "tcp", "gloo")
 Open = Callable[..., RingMesh]
 
 
@@ -38,10 +39,19 @@ def opened() -> Iterator[Open]:
         digest: int = 0,
         secret: bytes = SECRET,
         ring_bytes: int = RING_BYTES,
+        send_timeout_s: float = 0.2,
     ) -> RingMesh:
         peers = {peer: ring_bytes for peer in range(world_size) if peer != rank}
         member = open_mesh(
-            rank, world_size, epoch, secret=secret, host="127.0.0.1", peers=peers, kind=kind, digest=digest, send_timeout_s=0.2
+            rank,
+            world_size,
+            epoch,
+            secret=secret,
+            host="127.0.0.1",
+            peers=peers,
+            kind=kind,
+            digest=digest,
+            send_timeout_s=send_timeout_s,
         )
         members.append(member)
         return member
@@ -72,8 +82,8 @@ def join(members: list[RingMesh]) -> None:
         raise failures[0]
 
 
-def pair(opened: Open, kind: LinkKind, ring_bytes: int = RING_BYTES) -> tuple[RingMesh, RingMesh]:
-    members = [opened(rank, kind=kind, ring_bytes=ring_bytes) for rank in range(2)]
+def pair(opened: Open, kind: LinkKind, ring_bytes: int = RING_BYTES, send_timeout_s: float = 0.2) -> tuple[RingMesh, RingMesh]:
+    members = [opened(rank, kind=kind, ring_bytes=ring_bytes, send_timeout_s=send_timeout_s) for rank in range(2)]
     join(members)
     return members[0], members[1]
 
@@ -87,7 +97,7 @@ def next_message(mesh: RingMesh, timeout_s: float = 10.0) -> Message:
     return message
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tensors_of_every_size_cross_both_ways(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     assert first.edge_kinds() == {1: kind}
@@ -151,9 +161,9 @@ def test_a_parked_member_of_a_mixed_group_hears_every_kind(opened: Open, source:
     assert arrived == list(range(50))
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_traffic_of_all_sizes_arrives_whole_however_it_is_cut(opened: Open, kind: LinkKind) -> None:
-    first, second = pair(opened, kind, ring_bytes=1 << 20)
+    first, second = pair(opened, kind, ring_bytes=1 << 20, send_timeout_s=10)
     draw = random.Random(7)
     sent = [torch.full((draw.choice([0, 1, 300, 5_000, 70_000, 200_000]),), step % 251, dtype=torch.uint8) for step in range(300)]
 
@@ -174,7 +184,18 @@ def test_traffic_of_all_sizes_arrives_whole_however_it_is_cut(opened: Open, kind
     assert second.edge_counts()[0].received_messages == 301  # one of them warmed the edge up
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_a_large_message_arrives_while_its_receiver_computes(opened: Open) -> None:
+    first, second = pair(opened, "tcp", ring_bytes=32 << 20)
+    assert second.receive() is None
+    large = torch.ones(15 << 20, dtype=torch.uint8)  # more than the kernel holds on both sides
+    first.send(1, Header(Kind.TENSOR, epoch=0, source=0), [large])
+    deadline_s = time.monotonic() + 10
+    while (message := second._inbound[0].receive()) is None:  # what lies in the ring, without a look at the sockets
+        assert time.monotonic() < deadline_s
+    assert torch.equal(message.tensors[0], large)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_full_edge_fails_after_its_deadline_and_delivers_what_it_took(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     taken = 0
@@ -201,7 +222,7 @@ def test_a_message_larger_than_the_ring_is_refused(opened: Open) -> None:
             first.send(1, Header(Kind.TENSOR, epoch=0, source=0), [torch.zeros(RING_BYTES, dtype=torch.uint8)])
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stale_epoch_and_a_false_source_never_reach_the_engine(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     first.send(1, Header(Kind.TENSOR, epoch=3, source=0, step=1), [torch.ones(1)])
@@ -213,7 +234,7 @@ def test_a_stale_epoch_and_a_false_source_never_reach_the_engine(opened: Open, k
         next_message(second)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_close_wakes_a_waiting_reader_after_what_was_sent(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     outcome: list[object] = []
@@ -253,7 +274,7 @@ def waiting(mesh: RingMesh) -> threading.Thread:
     return waiter
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nobody_waits_on_a_broken_edge(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     second.close()
@@ -263,7 +284,7 @@ def test_nobody_waits_on_a_broken_edge(opened: Open, kind: LinkKind) -> None:
         assert not waiter.is_alive()
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_parked_reader_passes_the_end_of_its_ring(opened: Open, kind: LinkKind) -> None:
     first, second = pair(opened, kind)
     sizes = [RING_BYTES // 2, RING_BYTES - 1024] * 3
@@ -323,7 +344,7 @@ def test_after_the_handshake_rubbish_breaks_that_edge_only(opened: Open) -> None
     assert refusals.pop().startswith("edge to rank 2: frame begins with magic 0x62627572 and version")
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_mismatch_is_named(opened: Open, kind: LinkKind) -> None:
     first, second = opened(0, kind=kind, digest=0xA), opened(1, kind=kind, digest=0xB)
     with pytest.raises(LinkError, match=r"edge to rank 1: contract digest is 000000000000000b there, 000000000000000a here"):

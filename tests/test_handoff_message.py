@@ -43,7 +43,9 @@ def test_header_and_layout_survive_the_wire() -> None:
     assert all(field.offset_bytes % ALIGNMENT == 0 for field in layout.fields)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
 def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
     layout = layout_of(((dtype, (4, 3)),))
     assert read(pack(HEADER, layout, DIGEST))[1].fields[0].dtype == dtype
@@ -53,7 +55,7 @@ def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
     ("offset", "byte", "reason"),
     [
         (0, 0, "frame magic is"),
-        (4, 9, "wire version is 9, this side speaks 2"),
+        (4, 9, "wire version is 9, this side speaks 3"),
         (6, 5, "announces 5 tensors"),
         (8, 64, "frame length is 320 bytes, its tensors need 256"),
         (16, 200, "dtype code 200"),

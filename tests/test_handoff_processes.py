@@ -11,7 +11,7 @@ import torch
 from afd_ray.handoff.mesh import Endpoint, LinkKind, RingMesh, open_mesh
 from afd_ray.handoff.message import Header, Kind, LinkError, Message
 
-KINDS: tuple[LinkKind, ...] = ("shm", "tcp")
+KINDS: tuple[LinkKind, ...] = ("shm", "tcp", "gloo")
 WAIT_S = 20.0
 Peer = tuple[Connection, multiprocessing.process.BaseProcess]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, slot_indices
+from afd_ray.engine.local import LocalCluster
 from afd_ray.engine.paged_attention import InPlace, attend_paged, plan_attention
 from afd_ray.engine.sequence import Chunk, Sequence
 from afd_ray.kernels import native
@@ -21,10 +22,11 @@ from afd_ray.kernels.packed import (
     packed_attention,
     packed_ffn,
 )
+from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import AttentionHalf, DenseFFN, Experts, FFNHalf, FFNShard, Linear, Norm, Routed, Slice, attend
-from afd_ray.request import Request
+from afd_ray.request import Request, SamplingParams
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="needs AVX512-BF16 and a C compiler")
 
@@ -157,7 +159,14 @@ def test_a_packed_attention_half_equals_the_plain_one() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("shard", [FFNShard(tuple(range(16))), FFNShard((3, 4), Slice(1, 3), Slice(2, 3))])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        FFNShard(tuple(range(16))),
+        FFNShard((3, 4), Slice(1, 3), Slice(2, 3), first_id=3),
+        FFNShard((3, 4, 9), Slice(1, 3), Slice(1, 3), first_id=7, at_home=True),
+    ],
+)
 def test_a_packed_ffn_half_equals_the_plain_one(shard: FFNShard) -> None:
     plain = filled(FFNHalf(CONFIG, shard))
     assert isinstance(plain, FFNHalf)
@@ -168,6 +177,25 @@ def test_a_packed_ffn_half_equals_the_plain_one(shard: FFNShard) -> None:
         routed = Routed(hidden, experts, weights) if layer == 1 else Routed(hidden, None, None)
         expected = Routed(hidden.float(), routed.experts, None if routed.weights is None else weights.float())
         assert_close(packed(layer, routed), plain(layer, expected))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("attention", "expert_parallel"), [(1, 0), (1, 1), (2, 1)])
+def test_tokens_do_not_depend_on_batch_mates_chunks_or_who_computes_the_ffn(attention: int, expert_parallel: int) -> None:
+    half, ffn = filled(AttentionHalf(CONFIG)), filled(FFNHalf(CONFIG, FFNShard.whole(CONFIG)))
+    assert isinstance(half, AttentionHalf)
+    assert isinstance(ffn, FFNHalf)
+    half, ffn = packed_attention(half), packed_ffn(ffn)
+
+    def tokens(requests: list[Request], epoch: Epoch, budget: int) -> list[list[int | None]]:
+        with LocalCluster(half, lambda _: ffn, epoch, num_blocks=100, max_tokens_per_micro_batch=budget) as local:
+            outputs = local.generate(requests)
+        return [[output.token_id for output in outputs[request.id]] for request in requests]
+
+    rng, params = random.Random(0), SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    requests = [Request(f"r{i}", tuple(rng.choices(range(100), k=rng.randint(1, 40))), params) for i in range(8)]
+    alone = [tokens([request], Epoch(1, 1, 1, 0, 1), budget=64)[0] for request in requests]
+    assert tokens(requests, Epoch(1, attention, 1, expert_parallel, 2), budget=24) == alone
 
 
 @needs_kernels

@@ -1,35 +1,71 @@
 """The step loops over the loopback mesh: token for token the one-process reference, and planted faults are caught."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from afd_ray.engine.attention import AttentionLoop, Flight
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import check_integrity
-from afd_ray.engine.local import LocalCluster
+from afd_ray.engine.local import LocalCluster, ring_group
 from afd_ray.engine.loop import Wire
 from afd_ray.engine.waves import Wave
-from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import LoopbackMesh, loopback_group
-from afd_ray.handoff.mesh import Mesh, RingMesh, open_mesh
-from afd_ray.handoff.message import Header, Kind, Message
-from afd_ray.membership.epoch import Epoch
+from afd_ray.handoff.mesh import LinkKind, Mesh
+from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, Message
+from afd_ray.handoff.rows import QUANTISED
+from afd_ray.membership.epoch import DISPATCHES, Dispatch, Epoch
+from afd_ray.membership.experts import place_experts
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
-from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.step3 import FFNHalf, FFNShard, Routed, Slice
 from afd_ray.request import Request, SamplingParams
 
 MAX_TOKENS = 24
 CHUNK = 48
-# Pairs of (attention, TP, EP) and micro-batches, each value of each at least once.
-COVER = [(1, 1, 1, 1), (2, 1, 1, 2), (3, 1, 1, 3), (1, 2, 1, 4), (1, 1, 2, 3), (3, 1, 2, 1), (2, 2, 2, 2)]
+LOADS = (9.0, 1.0, 1.0, 5.0, 1.0, 7.0, 1.0, 2.0)
+
+
+def shape(
+    attention: int, tensor: int, expert: int, micro_batches: int, dispatch: Dispatch = "broadcast", redundant: int = 0
+) -> Epoch:
+    experts = place_experts(LOADS, expert, redundant) if redundant else ()
+    return Epoch(1, attention, tensor, expert, micro_batches, dispatch=dispatch, experts=experts)
+
+
+def name(epoch: Epoch) -> str:
+    copies = sum(map(len, epoch.experts))
+    shape = f"{epoch.attention}A-tp{epoch.tensor_parallel}-ep{epoch.expert_parallel}-m{epoch.micro_batches}"
+    return f"{shape}-{epoch.dispatch}" + (f"-{copies}-copies" if copies else "")
+
+
+# Each count of each kind of rank, each number of micro-batches, each dispatch, with and without copies of experts; in `full` all of them.
+COVER = [
+    shape(1, 1, 1, 1),
+    shape(2, 1, 1, 2),
+    shape(3, 1, 1, 3, "routed"),
+    shape(1, 2, 1, 4),
+    shape(1, 1, 2, 3),
+    shape(3, 1, 2, 1),
+    shape(2, 2, 2, 2),
+    shape(1, 1, 2, 1, "routed"),
+    shape(3, 2, 2, 3, "routed", redundant=3),
+    shape(2, 1, 4, 4, "routed", redundant=1),
+    shape(1, 1, 4, 2, "broadcast", redundant=24),
+]
+GRID = [
+    shape(attention, tensor, expert, micro_batches, dispatch, redundant)
+    for attention, tensor, expert, micro_batches in product((1, 3), (1, 2, 3), (2, 3), (1, 3))
+    for dispatch, redundant in product(DISPATCHES, (0, 3))
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +95,7 @@ def cluster(
     load: Callable[[FFNShard], FFNHalf] | None = None,
     *,
     num_blocks: int = 400,
+    wire_dtype: torch.dtype | None = None,
     meshes: Sequence[Mesh] | None = None,
 ) -> LocalCluster:
     return LocalCluster(
@@ -67,6 +104,7 @@ def cluster(
         epoch,
         num_blocks=num_blocks,
         max_tokens_per_micro_batch=CHUNK,
+        wire_dtype=wire_dtype,
         meshes=meshes or loopback_group(epoch.world_size, epoch.number, poison=True),
     )
 
@@ -77,21 +115,27 @@ def mismatches(local: LocalCluster, requests: list[Request], expected: dict[str,
     return [request.id for request in requests if [o.token_id for o in outputs[request.id]] != expected[request.id]]
 
 
-@pytest.mark.parametrize(("attention", "tensor", "expert", "micro_batches"), COVER)
-def test_equal_to_the_reference(
-    checkpoint: Checkpoint,
-    requests: list[Request],
-    expected: dict[str, list[int]],
-    attention: int,
-    tensor: int,
-    expert: int,
-    micro_batches: int,
-) -> None:
-    with cluster(checkpoint, Epoch(1, attention, tensor, expert, micro_batches)) as local:
+def check_equal(checkpoint: Checkpoint, epoch: Epoch, requests: list[Request], expected: dict[str, list[int]]) -> None:
+    with cluster(checkpoint, epoch) as local:
         assert mismatches(local, requests, expected) == []
         for loop in local.attention:
             assert loop.scheduler.kv_used == 0
             assert check_integrity(loop.scheduler.allocator, loop.scheduler.sequences) == []
+
+
+@pytest.mark.parametrize("epoch", COVER, ids=name)
+def test_equal_to_the_reference(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], epoch: Epoch
+) -> None:
+    check_equal(checkpoint, epoch, requests, expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("epoch", GRID, ids=name)
+def test_equal_to_the_reference_in_the_full_grid(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], epoch: Epoch
+) -> None:
+    check_equal(checkpoint, epoch, requests, expected)
 
 
 def test_a_rank_that_decides_how_many_slots_it_uses_equals_the_reference(
@@ -116,6 +160,28 @@ def test_equal_to_the_reference_when_blocks_run_out(
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 3), num_blocks=24) as local:
         assert mismatches(local, requests, expected) == []
         assert local.attention[0].scheduler.preemptions > 0
+
+
+def first_logprobs(
+    checkpoint: Checkpoint, requests: list[Request], epoch: Epoch, wire_dtype: torch.dtype
+) -> list[dict[int, float]]:
+    """The likeliest first tokens of every request."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    with cluster(checkpoint, epoch, wire_dtype=wire_dtype) as local:
+        outputs = local.generate([replace(request, params=params) for request in requests])
+    return [dict(outputs[request.id][0].top_logprobs) for request in requests]
+
+
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (2, 2)])
+def test_an_8_bit_wire_stays_near_a_16_bit_one(checkpoint: Checkpoint, requests: list[Request], tensor: int, expert: int) -> None:
+    epoch = Epoch(1, 1, tensor, expert, 2)
+    sixteen = first_logprobs(checkpoint, requests, epoch, torch.bfloat16)
+    eight = first_logprobs(checkpoint, requests, epoch, QUANTISED)
+    same = [max(a, key=a.__getitem__) == max(b, key=b.__getitem__) for a, b in zip(sixteen, eight, strict=True)]
+    errors = [abs(a[token] - b[token]) for a, b in zip(sixteen, eight, strict=True) for token in a.keys() & b.keys()]
+    assert sum(errors) / len(errors) < 0.05
+    assert max(errors) < 0.4
+    assert sum(same) >= 0.8 * len(same)
 
 
 class Faulty(FFNHalf):
@@ -220,39 +286,129 @@ def test_partials_that_wait_for_another_instance_do_not_stay_in_their_edges_buff
     assert mesh.held == 0
 
 
-@pytest.mark.parametrize(("attention", "tensor", "expert"), [(2, 1, 2), (2, 2, 1)])
-def test_equal_to_the_reference_over_rings_of_the_configured_size(
-    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], attention: int, tensor: int, expert: int
+@pytest.mark.parametrize(
+    ("epoch", "kinds"),
+    [
+        (shape(2, 1, 2, 4), ["auto"]),
+        (shape(2, 2, 1, 4), ["tcp"]),
+        (shape(2, 2, 2, 2, "routed"), ["auto", "tcp"]),
+        (shape(1, 1, 3, 3, "routed", redundant=3), ["auto", "tcp"]),
+    ],
+    ids=str,
+)
+def test_equal_to_the_reference_over_links_with_buffers_of_the_configured_size(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], epoch: Epoch, kinds: list[LinkKind]
 ) -> None:
-    epoch = Epoch(1, attention, tensor, expert, 4)
-    with connected(epoch, checkpoint.config) as meshes, cluster(checkpoint, epoch, meshes=meshes) as local:
-        assert mismatches(local, requests, expected) == []
+    with ring_group(epoch, checkpoint.config, torch.float32, CHUNK, kinds) as meshes:
+        assert {kind for mesh in meshes for kind in mesh.edge_kinds().values()} == {
+            "shm" if kind == "auto" else kind for kind in kinds
+        }
+        with cluster(checkpoint, epoch, meshes=meshes) as local:
+            assert mismatches(local, requests, expected) == []
 
 
-@contextmanager
-def connected(epoch: Epoch, config: ModelConfig) -> Iterator[list[RingMesh]]:
-    """Real meshes of one epoch, all in this process."""
-    meshes = [
-        open_mesh(
-            rank,
-            epoch.world_size,
-            epoch.number,
-            secret=b"test",
-            host="127.0.0.1",
-            peers={peer: inbound_bytes(epoch, rank, peer, config, torch.float32, CHUNK) for peer in epoch.peers(rank)},
-            send_timeout_s=5.0,
-        )
-        for rank in range(epoch.world_size)
-    ]
-    try:
-        endpoints = {mesh.rank: mesh.endpoint for mesh in meshes}
-        with ThreadPoolExecutor(len(meshes)) as pool:
-            list(pool.map(lambda mesh: mesh.connect(endpoints, 20.0), meshes))
-            list(pool.map(lambda mesh: mesh.warm_up(20.0), meshes))
-        yield meshes
-    finally:
-        for mesh in meshes:
-            mesh.close()
+class Ways(NamedTuple):
+    """What an attention rank sent for one layer."""
+
+    rows: int
+    experts: list[list[int]] | None
+
+
+def recorded_ways(monkeypatch: pytest.MonkeyPatch, loop: AttentionLoop) -> list[Ways]:
+    """Grows as the loop sends rows."""
+    ways: list[Ways] = []
+    dispatch = loop._dispatch
+
+    def recording(slot: int, flight: Flight, routed: Routed) -> None:
+        ways.append(Ways(len(routed.hidden), None if routed.experts is None else routed.experts.tolist()))
+        dispatch(slot, flight, routed)
+
+    monkeypatch.setattr(loop, "_dispatch", recording)
+    return ways
+
+
+def message_bytes(*tensor_bytes: int) -> int:
+    return HEADER_BYTES + sum(-(-size // 64) * 64 for size in tensor_bytes)
+
+
+@pytest.mark.parametrize(
+    ("wire_dtype", "row_bytes", "partial_bytes"),
+    [(torch.float32, (256,), 256), (torch.bfloat16, (128,), 128), (QUANTISED, (64, 1), 128)],
+    ids=str,
+)
+@pytest.mark.parametrize(("attention", "tensor"), [(1, 1), (2, 2)])
+def test_routed_rows_cross_only_where_an_expert_of_theirs_is(
+    checkpoint: Checkpoint,
+    requests: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
+    wire_dtype: torch.dtype,
+    row_bytes: tuple[int, ...],
+    partial_bytes: int,
+    attention: int,
+    tensor: int,
+) -> None:
+    """To the byte: what the recorded choice of experts asks for is what the links have carried."""
+    epoch, instances = Epoch(1, attention, tensor, 4, 2, dispatch="routed"), range(4)
+    with (
+        ring_group(epoch, checkpoint.config, wire_dtype, CHUNK) as meshes,
+        cluster(checkpoint, epoch, wire_dtype=wire_dtype, meshes=meshes) as local,
+    ):
+        before = [mesh.edge_counts() for mesh in meshes]
+        ways = [recorded_ways(monkeypatch, loop) for loop in local.attention]
+        local.generate(requests[:6])
+        local.stop()
+        after = [mesh.edge_counts() for mesh in meshes]
+    for rank, instance, tp_rank in product(range(attention), instances, range(tensor)):
+        sent = returned = 0
+        for way in ways[rank]:
+            visiting = [
+                n
+                for n in range(way.rows)
+                if (n % 4 == instance if way.experts is None else instance in {e // 2 for e in way.experts[n]})
+            ]
+            choice = (3, 3 * 4) if way.experts is not None else ()
+            sent += message_bytes(*(len(visiting) * size for size in (*row_bytes, *choice)))
+            if visiting and tp_rank == rank % tensor:
+                returned += message_bytes(len(visiting) * partial_bytes)
+        peer = epoch.ffn_rank(instance, tp_rank)
+        edge, warm = after[rank][peer], before[rank][peer]
+        control = edge.sent_messages - warm.sent_messages - len(ways[rank])
+        assert control == 0 or peer == epoch.conductor
+        assert edge.sent_bytes - warm.sent_bytes == sent + control * HEADER_BYTES
+        assert edge.received_bytes - warm.received_bytes == returned
+
+
+def test_an_instance_that_no_row_goes_to_follows_at_its_own_pace(checkpoint: Checkpoint) -> None:
+    """The others may be waves ahead of it: nothing that comes early is lost or refused."""
+    epoch, layers = Epoch(1, 1, 1, 2, 1, dispatch="routed"), checkpoint.config.num_hidden_layers
+    attention, conductor, ffn = loopback_group(epoch.world_size, 1)
+    loop = FFNLoop(load_ffn(checkpoint, epoch.shard(2, checkpoint.config)))
+    loop._wire = Wire(ffn, epoch, 2, torch.float32)
+    loop._enter(loop.wire)
+    for step, layer in product((1, 2), range(layers)):
+        attention.send(2, Header(Kind.DISPATCH, 1, 0, layer=layer, step=step))
+    attention.send(2, Header(Kind.DISPATCH, 1, 0, layer=0, step=3, rows=3), (torch.zeros(3, checkpoint.config.hidden_size),))
+    for step in (1, 2, 3):
+        conductor.send(2, Header(Kind.WAVE, 1, 1, step=step), (torch.tensor([3], dtype=torch.int32),))
+    assert loop._receive()
+    stages = sum(loop._run_stage() for _ in range(3 * layers))
+    assert stages == 2 * layers + 1
+    answer = attention.receive()
+    assert answer is not None
+    assert (answer.header.kind, answer.header.layer, answer.header.rows) == (Kind.PARTIAL, 0, 3)
+    assert attention.receive() is None
+
+
+def test_an_attention_rank_counts_how_often_each_expert_was_chosen(
+    checkpoint: Checkpoint, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 2)) as local:
+        loop = local.attention[0]
+        ways = recorded_ways(monkeypatch, loop)
+        local.generate(requests[:3])
+        local.stop()
+    chosen = Counter(expert for way in ways for row in way.experts or [] for expert in row)
+    assert loop.expert_loads.tolist() == [chosen[expert] for expert in range(8)]
 
 
 def test_an_abort_frees_its_blocks_and_harms_nobody(

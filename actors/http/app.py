@@ -123,6 +123,10 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
             raise bad_request("body must give attention, ffn or both")
         return json_response(await _asked(backend.scale(attention, ffn)))
 
+    async def rebalance(request: Request) -> Response:
+        options.admin_keys.check(request)
+        return json_response(await _asked(backend.rebalance()))
+
     async def trace(request: Request) -> Response:
         options.admin_keys.check(request)
         steps = _count(parse_json(await _body(request, options) or b"{}"), "steps", MAX_TRACE_STEPS)
@@ -130,6 +134,7 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
 
     app.add_route("/admin/status", status, methods=["GET"])
     app.add_route("/admin/scale", scale, methods=["POST"])
+    app.add_route("/admin/rebalance", rebalance, methods=["POST"])
     app.add_route("/admin/trace", trace, methods=["POST"])
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import torch
 from torch import Tensor
 
 from afd_ray.engine.kv_cache import PagedCache
@@ -19,7 +20,8 @@ from afd_ray.engine.scheduler import Scheduler
 from afd_ray.engine.sequence import MicroBatch
 from afd_ray.engine.stage_costs import FlightTimes, StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
-from afd_ray.handoff.routing import row_owners
+from afd_ray.handoff.routing import RowRouting, row_owners
+from afd_ray.handoff.rows import id_dtype, pack_rows
 from afd_ray.models.step3 import AttentionHalf, Routed
 from afd_ray.request import Request, TokenOutput
 from afd_ray.telemetry import LatencyWindow
@@ -38,6 +40,10 @@ class Flight:
         self.layer = 0
         self.since = 0
         self.awaited = 0
+        self.sent: list[Tensor | None] = []
+        """For each FFN instance the rows that went to it; None: all of them."""
+        self.chosen: list[Tensor] = []
+        """The experts [N, K] of each layer's rows."""
         self.partials: list[Message] = []
         self.dispatched_ns = 0
         self.observed = FlightTimes()
@@ -62,7 +68,9 @@ class AttentionLoop(StepLoop):
         self.ttft, self.tpot = LatencyWindow(), LatencyWindow()
         self._publish = publish
         self._clocks: dict[str, RequestClock] = {}
-        self._answers: dict[int, int] = {}
+        self._routing: RowRouting | None = None
+        self.expert_loads = torch.zeros(half.config.moe_num_experts, dtype=torch.int64)
+        """How many rows chose each expert in this epoch, over all layers; replaced, never changed, at the end of a micro-batch."""
         self._flights: list[Flight | None] = []
         self._parked: list[bool] = []
         self._work_came = False
@@ -91,7 +99,8 @@ class AttentionLoop(StepLoop):
         self.scheduler.reslot(slots)
         self._flights = [None] * slots
         self._parked = [True] * slots
-        self._answers = {}
+        self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
+        self.expert_loads = torch.zeros_like(self.expert_loads)
         self._work_came = True
         if wire.epoch.adaptive:
             self.scheduler.use(1)
@@ -197,7 +206,11 @@ class AttentionLoop(StepLoop):
         residual = flight.residual
         for message in sorted(flight.partials, key=lambda m: (m.header.source, m.header.first_row)):
             first, (partial,) = message.header.first_row, message.tensors
-            residual[first : first + partial.shape[0]] += partial.to(residual.dtype)
+            rows = flight.sent[self.wire.epoch.instance_of(message.header.source)[0]]
+            if rows is None:
+                residual[first : first + len(partial)] += partial.to(residual.dtype)
+            else:
+                residual.index_add_(0, rows[first : first + len(partial)], partial.to(residual.dtype))
             message.release()
         flight.partials = []
 
@@ -214,26 +227,24 @@ class AttentionLoop(StepLoop):
         self._record("attention", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
-        """The rows of one layer to every FFN rank."""
-        wire = self.wire
-        rows = flight.batch.rows
+        """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
+        wire, routing = self.wire, self._routing
+        assert routing is not None
+        ids = None
+        if routed.experts is not None:
+            flight.chosen.append(routed.experts)
+            ids = routing.choose_copies(routed.experts)
+        tensors = pack_rows(routed._replace(experts=ids), wire.dtype, id_dtype(routing.ids))
+        flight.sent = routing.rows_by_instance(ids, flight.batch.rows)
+        flight.awaited = 0
         place = {"slot": slot, "layer": flight.layer, "step": flight.step}
-        header = Header(Kind.DISPATCH, wire.epoch.number, wire.rank, rows=rows, sent_ns=self._wall_ns(), **place)
-        tensors: tuple[Tensor, ...] = (routed.hidden.to(wire.dtype),)
-        if routed.experts is not None and routed.weights is not None:
-            tensors += (routed.experts.int(), routed.weights)
-        flight.awaited = self._answers_to(rows)
-        for peer in wire.epoch.ffn_ranks:
-            wire.mesh.send(peer, header, tensors)
-
-    def _answers_to(self, rows: int) -> int:
-        """How many PARTIAL messages answer one dispatch."""
-        count = self._answers.get(rows)
-        if count is None:
-            wire = self.wire
-            ranges = row_owners(rows, wire.rank, wire.epoch.attention, wire.epoch.tensor_parallel)
-            count = self._answers[rows] = len(ranges) * wire.epoch.expert_parallel
-        return count
+        for instance, rows in enumerate(flight.sent):
+            count = flight.batch.rows if rows is None else len(rows)
+            flight.awaited += len(row_owners(count, wire.rank, wire.epoch.attention, wire.epoch.tensor_parallel))
+            header = Header(Kind.DISPATCH, wire.epoch.number, wire.rank, rows=count, sent_ns=self._wall_ns(), **place)
+            parts = _rows_of(tensors, rows)
+            for peer in wire.epoch.instance_ranks(instance):
+                wire.mesh.send(peer, header, parts)
 
     def _finish(self, slot: int, flight: Flight, started_ns: int) -> None:
         """Sample after the last layer, publish, and give the slot its next micro-batch."""
@@ -243,6 +254,7 @@ class AttentionLoop(StepLoop):
         self._flights[slot] = None
         flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
         self._meter.add(flight.observed, flight.batch.rows, flight.context_tokens, flight.layer)
+        self._count_experts(flight)
         self._record("head", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
         if outputs:
             self._time(outputs)
@@ -264,6 +276,12 @@ class AttentionLoop(StepLoop):
 
     # --- measuring ----------------------------------------------------------------------------------------------------------
 
+    def _count_experts(self, flight: Flight) -> None:
+        """Once for all layers of a micro-batch."""
+        if flight.chosen:
+            chosen = torch.cat(flight.chosen).flatten()
+            self.expert_loads = self.expert_loads + torch.bincount(chosen, minlength=len(self.expert_loads))
+
     def _time(self, outputs: list[TokenOutput]) -> None:
         now_s = time.monotonic()
         for output in outputs:
@@ -276,3 +294,9 @@ class AttentionLoop(StepLoop):
                 clock.last_token_s = now_s
             if output.finish_reason is not None:
                 del self._clocks[output.request_id]
+
+
+def _rows_of(tensors: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
+    if rows is None:
+        return tensors
+    return tuple([tensor.index_select(0, rows) for tensor in tensors]) if len(rows) else ()

@@ -14,20 +14,9 @@ from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.waves import Conductor, Wave
 from afd_ray.handoff.message import Header, Kind, Message
-from afd_ray.handoff.routing import row_owners
+from afd_ray.handoff.routing import Owned, ownership
+from afd_ray.handoff.rows import partial_dtype, unpack_rows
 from afd_ray.models.step3 import FFNHalf, Routed
-
-
-class Owned(NamedTuple):
-    """Rows of one attention rank that one rank of the instance reduces and returns."""
-
-    attention: int
-    tp_rank: int
-    first_row: int
-    """In the attention rank's micro-batch."""
-    start: int
-    stop: int
-    """In the wave's concatenated rows."""
 
 
 class Reduction(NamedTuple):
@@ -43,21 +32,27 @@ class Reduction(NamedTuple):
     """By attention rank."""
 
 
+class Arrival(NamedTuple):
+    """One attention rank's rows for a layer, and when they were found here."""
+
+    message: Message
+    looked_ns: int
+
+
 class SlotState:
     """One micro-batch slot as one FFN rank sees it."""
 
-    def __init__(self) -> None:
-        self.wave: Wave | None = None
+    def __init__(self, attention: int) -> None:
+        self.waves: deque[Wave] = deque()
+        """The one under way and those after it: where rows are routed, others may be ahead of an instance that got none."""
         self.layer = 0
-        self.owned: tuple[Owned, ...] = ()
-        self.arrived: dict[int, Message] = {}
-        self.since_ns: dict[int, int] = {}
+        self.arrived: list[deque[Arrival]] = [deque() for _ in range(attention)]
         self.reduction: Reduction | None = None
         self.shares: dict[int, Message] = {}
 
     @property
     def ready(self) -> bool:
-        return self.wave is not None and all(member in self.arrived for member in self.wave.members)
+        return bool(self.waves) and all(self.arrived[member] for member in self.waves[0].members)
 
 
 class FFNLoop(StepLoop):
@@ -74,7 +69,7 @@ class FFNLoop(StepLoop):
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
         self._instance, self._tp_rank = wire.epoch.instance_of(wire.rank)
-        self._slots = [SlotState() for _ in range(slots)]
+        self._slots = [SlotState(wire.epoch.attention) for _ in range(slots)]
         self._turns = deque(range(slots))
         self._conductor = Conductor(wire.epoch.attention, slots) if wire.rank == wire.epoch.conductor else None
 
@@ -88,7 +83,7 @@ class FFNLoop(StepLoop):
         return True
 
     def _under_way(self) -> bool:
-        return any(slot.wave is not None for slot in self._slots)
+        return any(slot.waves for slot in self._slots)
 
     # --- messages ---------------------------------------------------------------------------------------------------------
 
@@ -103,11 +98,9 @@ class FFNLoop(StepLoop):
         header = message.header
         slot = self._slots[header.slot]
         if header.kind is Kind.DISPATCH:
-            self._record_arrival(header)
-            if header.source in slot.arrived:
-                raise RuntimeError(f"rank {header.source} sent slot {header.slot} rows twice")
-            slot.arrived[header.source] = message
-            slot.since_ns[header.source] = self._looked_ns
+            if header.rows:
+                self._record_arrival(header)
+            slot.arrived[header.source].append(Arrival(message, self._looked_ns))
             self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
             slot.shares[header.source] = message if slot.reduction is not None else message.copied()
@@ -119,9 +112,11 @@ class FFNLoop(StepLoop):
             self._conduct(message)
 
     def _free_edges(self, slot: SlotState) -> None:
-        """Rows that wait for other ranks' rows leave the edge's buffer: other slots may go round many times meanwhile."""
-        if not slot.ready:
-            slot.arrived = {rank: message.copied() if message.borrowed else message for rank, message in slot.arrived.items()}
+        """Rows that are not next, or wait for other ranks' rows, leave the edge's buffer: other slots may go round many times meanwhile."""
+        for queue in slot.arrived:
+            for i, (message, looked_ns) in enumerate(queue):
+                if message.borrowed and (i > 0 or not slot.ready):
+                    queue[i] = Arrival(message.copied(), looked_ns)
 
     def _conduct(self, message: Message) -> None:
         header = message.header
@@ -145,20 +140,7 @@ class FFNLoop(StepLoop):
         self._begin(wave)
 
     def _begin(self, wave: Wave) -> None:
-        slot = self._slots[wave.slot]
-        if slot.wave is not None:
-            raise RuntimeError(f"wave {wave.number} of slot {wave.slot} came before wave {slot.wave.number} was over")
-        slot.wave, slot.layer, slot.owned = wave, 0, self._ownership(wave)
-
-    def _ownership(self, wave: Wave) -> tuple[Owned, ...]:
-        epoch = self.wire.epoch
-        owned: list[Owned] = []
-        offset = 0
-        for member in wave.members:
-            for part in row_owners(wave.rows[member], member, epoch.attention, epoch.tensor_parallel):
-                owned.append(Owned(member, part.tp_rank, part.start, offset + part.start, offset + part.stop))
-            offset += wave.rows[member]
-        return tuple(owned)
+        self._slots[wave.slot].waves.append(wave)
 
     # --- one stage --------------------------------------------------------------------------------------------------------
 
@@ -166,48 +148,62 @@ class FFNLoop(StepLoop):
         """One layer of one slot's wave: this rank's share."""
         started_ns = time.monotonic_ns()
         slot = self._slots[index]
-        wave, layer = slot.wave, slot.layer
-        assert wave is not None
-        messages = [slot.arrived.pop(member) for member in wave.members]
-        partial = self.half(layer, self._gather(messages, layer))
-        for message in messages:
+        wave, layer = slot.waves[0], slot.layer
+        arrivals = self._take_layer(slot, wave)
+        rows = sum(message.header.rows for message, _ in arrivals)
+        if rows:
+            partial = self.half(layer, self._gather(arrivals))
+            hold(self.pace, started_ns, rows)
+            self._pass_on(index, wave, arrivals, partial, started_ns)
+            self._record("ffn", index, layer, wave.number, rows, started_ns)
+        for message, _ in arrivals:
             message.release()
-        hold(self.pace, started_ns, wave.total_rows)
-        self._pass_on(index, slot, wave, partial, started_ns)
-        self._record("ffn", index, layer, wave.number, wave.total_rows, started_ns)
+        self._end_layer(index, slot)
+
+    def _take_layer(self, slot: SlotState, wave: Wave) -> list[Arrival]:
+        """The members' messages for the layer that is due, in the order of the attention ranks."""
+        arrivals = [slot.arrived[member].popleft() for member in wave.members]
+        for message, _ in arrivals:
+            header = message.header
+            if header.layer != slot.layer:
+                raise RuntimeError(f"rank {header.source} is at layer {header.layer} where layer {slot.layer} is due")
+        return arrivals
+
+    def _end_layer(self, index: int, slot: SlotState) -> None:
         slot.layer += 1
         if slot.layer == self.half.config.num_hidden_layers:
-            slot.wave = None
+            slot.layer = 0
+            slot.waves.popleft()
             if self._conductor is not None:
                 self._start(self._conductor.finish(index))
 
-    def _gather(self, messages: list[Message], layer: int) -> Routed:
-        """The wave's rows in the order of the attention ranks, in the compute dtype."""
-        for message in messages:
-            if message.header.layer != layer:
-                raise RuntimeError(f"rank {message.header.source} is at layer {message.header.layer} where layer {layer} is due")
-        dtype = self.half.config.dtype
-        parts = [message.tensors for message in messages]
+    def _gather(self, arrivals: list[Arrival]) -> Routed:
+        """The rows that have come, in the order of the attention ranks, in the compute dtype."""
+        parts = [message.tensors for message, _ in arrivals if message.header.rows]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-        hidden = joined[0].to(dtype)
-        return Routed(hidden, None, None) if len(joined) == 1 else Routed(hidden, joined[1], joined[2].to(dtype))
+        return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
 
-    def _pass_on(self, index: int, slot: SlotState, wave: Wave, partial: Tensor, started_ns: int) -> None:
+    def _pass_on(self, index: int, wave: Wave, arrivals: list[Arrival], partial: Tensor, started_ns: int) -> None:
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
-        wire, layer = self.wire, slot.layer
+        wire, slot = self.wire, self._slots[index]
+        layer = slot.layer
         busy_us = (time.monotonic_ns() - started_ns) // 1000
-        for tp_rank in sorted({o.tp_rank for o in slot.owned}):
-            owned = tuple(o for o in slot.owned if o.tp_rank == tp_rank)
+        queued_us = {message.header.source: (started_ns - looked_ns) // 1000 for message, looked_ns in arrivals}
+        counts = [0] * wire.epoch.attention
+        for message, _ in arrivals:
+            counts[message.header.source] = message.header.rows
+        all_owned = ownership(tuple(counts), wire.epoch.tensor_parallel)
+        for tp_rank in sorted({o.tp_rank for o in all_owned}):
+            owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
             if tp_rank == self._tp_rank:
-                queued_us = {o.attention: (started_ns - slot.since_ns[o.attention]) // 1000 for o in owned}
                 slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued_us)
                 self._reduce(index)
             else:
                 header = Header(
                     Kind.REDUCE, wire.epoch.number, wire.rank, slot=index, layer=layer, step=wave.number, rows=len(rows)
                 )
-                wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(wire.dtype),))
+                wire.mesh.send(wire.epoch.ffn_rank(self._instance, tp_rank), header, (rows.to(partial_dtype(wire.dtype)),))
 
     def _reduce(self, index: int) -> None:
         """Sum the instance's shares in rank order and return each attention rank its rows; does nothing until all are here."""
@@ -220,7 +216,7 @@ class FFNLoop(StepLoop):
                 raise RuntimeError(
                     f"rank {share.header.source} reduces layer {share.header.layer} where {reduction.layer} is due"
                 )
-        total = self._sum_shares(slot, reduction.rows).to(wire.dtype)
+        total = self._sum_shares(slot, reduction.rows).to(partial_dtype(wire.dtype))
         slot.reduction = None
         place = {"slot": index, "layer": reduction.layer, "step": reduction.step}
         first = 0

@@ -2,8 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
+
+import torch
 
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
@@ -11,14 +15,45 @@ from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.scheduler import Scheduler
+from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import loopback_group
-from afd_ray.handoff.mesh import Mesh
+from afd_ray.handoff.mesh import LinkKind, Mesh, RingMesh, open_mesh
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 from afd_ray.request import Request, TokenOutput
 
 LoadFFN = Callable[[FFNShard], FFNHalf]
+
+CONNECT_TIMEOUT_S = 20.0
+
+
+@contextmanager
+def ring_group(
+    epoch: Epoch, config: ModelConfig, wire_dtype: torch.dtype, max_rows: int, kinds: Sequence[LinkKind] = ("auto",)
+) -> Iterator[list[RingMesh]]:
+    """All members of an epoch in this process over real links, connected; `kinds` are dealt to the ranks in turn."""
+    meshes = [
+        open_mesh(
+            rank,
+            epoch.world_size,
+            epoch.number,
+            secret=b"one process",
+            host="127.0.0.1",
+            peers={peer: inbound_bytes(epoch, rank, peer, config, wire_dtype, max_rows) for peer in epoch.peers(rank)},
+            kind=kinds[rank % len(kinds)],
+        )
+        for rank in range(epoch.world_size)
+    ]
+    try:
+        endpoints = {mesh.rank: mesh.endpoint for mesh in meshes}
+        with ThreadPoolExecutor(len(meshes)) as pool:
+            list(pool.map(lambda mesh: mesh.connect(endpoints, CONNECT_TIMEOUT_S), meshes))
+            list(pool.map(lambda mesh: mesh.warm_up(CONNECT_TIMEOUT_S), meshes))
+        yield meshes
+    finally:
+        for mesh in meshes:
+            mesh.close()
 
 
 class LocalCluster:
@@ -34,10 +69,12 @@ class LocalCluster:
         block_size: int = 16,
         max_tokens_per_micro_batch: int = 512,
         max_running_requests: int = 256,
+        wire_dtype: torch.dtype | None = None,
         meshes: Sequence[Mesh] | None = None,
     ) -> None:
-        """`meshes`: connected, in the order of the group ranks; None: a loopback group."""
+        """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group."""
         self.epoch, self.config = epoch, attention.config
+        self._wire_dtype = wire_dtype or attention.config.dtype
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self._meshes = list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
@@ -102,7 +139,7 @@ class LocalCluster:
 
     def _run(self, loop: StepLoop, rank: int) -> None:
         try:
-            loop.run(Wire(self._meshes[rank], self.epoch, rank, self.config.dtype))
+            loop.run(Wire(self._meshes[rank], self.epoch, rank, self._wire_dtype))
         except Exception as error:  # told to whoever waits for outputs
             self.failures.append(f"rank {rank}: {type(error).__name__}: {error}")
             self._outputs.put([])

@@ -25,7 +25,7 @@ class Wire(NamedTuple):
     rank: int
     """Group rank."""
     dtype: torch.dtype
-    """Of the rows in both directions."""
+    """Of the hidden rows from attention to FFN; `rows.partial_dtype` gives that of the way back."""
 
 
 class StepLoop(ABC):

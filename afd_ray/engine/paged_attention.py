@@ -3,12 +3,12 @@
 Legend of shapes: N rows, A heads, D head_dim, G rows of a group, T keys (padded to whole blocks), B blocks of a sequence.
 """
 
-from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,15 +100,12 @@ def _reads_in_place(cache: PagedCache) -> bool:
 
 
 def _in_place(chunks: Many[Chunk], positions: Tensor) -> InPlace:
-    tables: array[int] = array("i")
-    starts: list[int] = []
-    for chunk in chunks:
-        starts += [len(tables)] * chunk.count
-        tables.extend(chunk.sequence.block_table)
+    tables = [chunk.sequence.block_table for chunk in chunks]
+    ends = list(accumulate(map(len, tables)))
+    starts = [end - len(table) for end, table, chunk in zip(ends, tables, chunks, strict=True) for _ in range(chunk.count)]
+    blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=ends[-1])
     contexts = positions.int() + 1
-    return InPlace(
-        torch.frombuffer(tables, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32), contexts, int(contexts.max())
-    )
+    return InPlace(torch.from_numpy(blocks), torch.tensor(starts, dtype=torch.int32), contexts, int(contexts.max()))
 
 
 def _gathered(chunks: Many[Chunk], ends: list[int], cache: PagedCache) -> Gathered:

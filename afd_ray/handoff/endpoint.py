@@ -18,6 +18,8 @@ class Endpoint:
     """Begins the segment, so that a name of another host's is not mistaken for it."""
     digest: int
     pid: int
+    meeting_port: int
+    """Where gloo's peers find it; 0: it does not use gloo."""
     rings: dict[int, int]
     """Capacity in bytes of its ring for each peer rank: the largest message it can take."""
 

@@ -25,6 +25,7 @@ class Carrier(IntEnum):
 
     SHM = 1
     TCP = 2
+    GLOO = 3
 
 
 class Verdict(IntEnum):
@@ -73,14 +74,13 @@ def read_hello(secret: bytes, sent_challenge: bytes, received: bytes) -> Claim:
     return Claim(*_CLAIM.unpack(body))
 
 
-def judge(claim: Claim, *, rank: int, epoch: int, digest: int, expected: frozenset[int]) -> Verdict:
+def judge(claim: Claim, *, rank: int, epoch: int, digest: int, expected: frozenset[int], carriers: frozenset[Carrier]) -> Verdict:
     """Whether a peer that has proved itself may join; `expected` are the ranks that have not connected yet."""
     if claim.epoch != epoch:
         return Verdict.EPOCH
     if claim.digest != digest:
         return Verdict.DIGEST
-    known_carrier = claim.carrier in (Carrier.SHM, Carrier.TCP)
-    return Verdict.WELCOME if known_carrier and claim.target == rank and claim.source in expected else Verdict.RANK
+    return Verdict.WELCOME if claim.carrier in carriers and claim.target == rank and claim.source in expected else Verdict.RANK
 
 
 def welcome(secret: bytes, received_hello: bytes, verdict: Verdict, epoch: int, digest: int) -> bytes:

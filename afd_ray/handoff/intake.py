@@ -4,6 +4,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
 from socket import socket
 from typing import Protocol
@@ -23,15 +24,20 @@ class Source(Protocol):
 
     @property
     def connection(self) -> socket: ...
+    @property
+    def bulky(self) -> bool:
+        """Whether its recent messages were larger than what the kernel holds for it."""
 
     def pump(self) -> Pumped:
         """Take what has arrived, without waiting."""
 
 
 class Intake:
-    """The sockets of one receiver; `look` belongs to the receiving thread, `poke` to any."""
+    """The sockets of one receiver; `look` belongs to the receiving thread, `help` to one other, `poke` to any."""
 
     def __init__(self) -> None:
+        self.lent = False
+        """Whether `help` may read."""
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -41,6 +47,15 @@ class Intake:
 
     def __del__(self) -> None:
         os.close(self._bell)  # with the last user: another thread may be in `look` until then
+
+    def fileno(self) -> int:
+        """Readable while a source is."""
+        return self._epoll.fileno()
+
+    @property
+    def bulky(self) -> bool:
+        """Whether the kernel may hold too little of what comes while nobody looks."""
+        return any(source.bulky for source in self._sources.values())
 
     def add(self, source: Source) -> None:
         """Read from this source whenever it has something."""
@@ -56,10 +71,25 @@ class Intake:
         if self._full and self._resume():
             timeout_s = 0.0  # the caller shall see what that was
         for descriptor, _ in self._epoll.poll(timeout_s):
-            if descriptor == self._bell:
-                os.eventfd_read(self._bell)
-            else:
-                self._pump(descriptor)
+            with self._lock:
+                self._take(descriptor)
+
+    def lend(self) -> None:
+        """The receiving thread goes away: from now on `help` may read in its stead."""
+        self.lent = True
+
+    def reclaim(self) -> None:
+        """The receiving thread is back; no `help` is under way any more when this returns."""
+        with self._lock:
+            self.lent = False
+
+    def help(self) -> bool:
+        """Take what has arrived if the receiving thread is away; whether it was."""
+        with self._lock:
+            if self.lent:
+                for descriptor, _ in self._epoll.poll(0.0):
+                    self._take(descriptor)
+            return self.lent
 
     def close(self, last_work: Callable[[], None]) -> None:
         """Look at no source any more, and do `last_work` while none is being looked at."""
@@ -68,16 +98,22 @@ class Intake:
             self._full.clear()
             last_work()
 
-    def _pump(self, descriptor: int) -> None:
-        with self._lock:
-            source = self._sources.get(descriptor)
-            if source is None:
-                return
-            state = source.pump()
-            if state is not Pumped.OPEN:
-                self._epoll.unregister(descriptor)
-            if state is Pumped.FULL:
-                self._full.append(source)
+    def _take(self, descriptor: int) -> None:
+        """Read from what was readable a moment ago; the other thread may have been faster."""
+        if descriptor == self._bell:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+            return
+        source = self._sources.get(descriptor)
+        if source is None or source in self._full:
+            return
+        state = source.pump()
+        if state is not Pumped.OPEN:
+            self._epoll.unregister(descriptor)
+        if state is Pumped.FULL:
+            self._full.append(source)
+        elif state is Pumped.OVER:
+            del self._sources[descriptor]
 
     def _resume(self) -> bool:
         """Try the full ones again; whether any of them went on."""
@@ -89,4 +125,6 @@ class Intake:
                     self._epoll.register(source.connection, select.EPOLLIN)
                 elif state is Pumped.FULL:
                     self._full.append(source)
+                else:
+                    del self._sources[source.connection.fileno()]
             return len(self._full) < len(waiting)

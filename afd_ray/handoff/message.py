@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAGIC = 0x52444641  # "AFDR"
-VERSION = 2
+VERSION = 3
 ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4
@@ -21,7 +21,16 @@ _FRAME = struct.Struct("<88sQB3xQIIIQIIQQQ")  # prefix, contract digest, then th
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
 _DESCRIPTORS = struct.Struct("<8B16I")
 _MAX_LAYOUTS = 8192
-_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
 
 

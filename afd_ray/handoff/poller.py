@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from socket import socket
+from typing import Protocol
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -15,6 +15,11 @@ GONE = select.EPOLLRDHUP
 """The peer has closed its side; bytes that it sent wake nobody."""
 
 Handler = Callable[[int], None]
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class Poller:
     def start(self) -> None:
         self._thread.start()
 
-    def watch(self, connection: socket, events: int, handler: Handler) -> None:
+    def watch(self, connection: HasFileno, events: int, handler: Handler) -> None:
         """Call `handler` with the events that are ready, errors always among them; replaces what was watched on that socket."""
         if connection.fileno() in self._handlers:
             self._epoll.modify(connection, events)
@@ -47,9 +52,15 @@ class Poller:
             self._epoll.register(connection, events)
         self._handlers[connection.fileno()] = handler
 
-    def forget(self, connection: socket) -> None:
+    def forget(self, connection: HasFileno) -> None:
         if self._handlers.pop(connection.fileno(), None) is not None:
             self._epoll.unregister(connection)
+
+    def watch_once(self, connection: HasFileno, events: int) -> None:
+        """For what is watched already: call its handler at most once more, for these events; from any thread."""
+        with self._lock:
+            if not self._stopping:
+                self._epoll.modify(connection, events | select.EPOLLONESHOT)
 
     def call(self, work: Callable[[], None]) -> None:
         """Run `work` on the poller's thread soon; dropped once the poller is closed."""

@@ -51,6 +51,13 @@ def ring_memory(mapping: mmap, control_offset: int, data_offset: int, capacity_b
     )
 
 
+def copy_tensors(address: int, layout: Layout, tensors: Sequence[Tensor]) -> None:
+    """Copy the tensors of a frame that lies at `address` to their places."""
+    for (_, _, offset, size_bytes), tensor in zip(layout.fields, tensors, strict=True):
+        source = tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous()
+        _copy(address + offset, source.data_ptr(), size_bytes)
+
+
 class RingWriter:
     """The writing side; one thread only. What is stored before `publish` is seen by a reader that sees it (x86 TSO)."""
 
@@ -90,10 +97,7 @@ class RingWriter:
 
     def copy(self, offset: int, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors of a frame that starts at `offset` to their places."""
-        start = self._address + offset
-        for (_, _, field_offset, size_bytes), tensor in zip(layout.fields, tensors, strict=True):
-            source = tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous()
-            _copy(start + field_offset, source.data_ptr(), size_bytes)
+        copy_tensors(self._address + offset, layout, tensors)
 
 
 class Lease:

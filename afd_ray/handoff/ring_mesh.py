@@ -59,6 +59,8 @@ class RingMesh:
         self._wiring.connect(endpoints, timeout_s)
         if any(edge.kind == "tcp" for edge in self._inbound):
             self._sockets = self._wiring.intake
+        if any(edge.kind == "gloo" for edge in self._inbound):
+            self._spin = Spin(0.0)  # one that spins keeps the interpreter from the threads that receive
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         edge = self._outbound.get(peer)
@@ -71,6 +73,8 @@ class RingMesh:
         if message is None and self._sockets is not None:
             self._sockets.look(0.0)
             message = self._next_arrived()
+            if message is None and self._sockets.bulky and not self._sockets.lent:
+                self._wiring.lend_intake()
         return message
 
     def _next_arrived(self) -> Message | None:
@@ -88,6 +92,8 @@ class RingMesh:
         return None
 
     def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
+        if self._sockets is not None and self._sockets.lent:
+            self._wiring.reclaim_intake()
         began_s = time.perf_counter()
         spin_s = self._spin.budget_s if under_way else 0.0
         if timeout_s is not None:
@@ -151,7 +157,7 @@ class RingMesh:
         return True
 
     def edge_kinds(self) -> dict[int, str]:
-        """What carries the messages to each connected peer: shm or tcp."""
+        """What carries the messages to each connected peer: shm, tcp or gloo."""
         return {peer: edge.kind for peer, edge in self._outbound.items()}
 
     def edge_counts(self) -> dict[int, EdgeCount]:

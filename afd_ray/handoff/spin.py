@@ -1,18 +1,32 @@
 """How long a receiver looks for a message that is due before it sleeps."""
 
+_MOST_SKIPPED = 64
+
 
 class Spin:
-    """Follows the last wait: worth it after one that ended within the bound, and not after one that was longer."""
+    """Follows the recent waits: pays after one that ended within the bound; each look in vain makes the next come later.
+
+    Where actors share a core, looking keeps it from whoever is to send: sleeping then serves both sooner.
+    """
 
     def __init__(self, bound_s: float) -> None:
         self._bound_s = bound_s
-        self._worth_it = bound_s > 0.0
+        self._in_vain = 0
+        self._skips = 0
+        """Short waits to sleep through before the next look."""
 
     @property
     def budget_s(self) -> float:
         """For the next wait."""
-        return self._bound_s if self._worth_it else 0.0
+        return 0.0 if self._skips else self._bound_s
 
     def learn(self, waited_s: float) -> None:
         """Of a wait in which a message was due, however it was spent."""
-        self._worth_it = waited_s < self._bound_s
+        short = waited_s < self._bound_s
+        if self._skips:
+            self._skips -= short
+        elif short:
+            self._in_vain = 0
+        else:
+            self._in_vain += 1
+            self._skips = min(1 << (self._in_vain - 1), _MOST_SKIPPED)

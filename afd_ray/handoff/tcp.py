@@ -6,18 +6,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from ctypes import Array, c_char
+from ctypes import Array, addressof, c_char
 
 from torch import Tensor
 
 from afd_ray.handoff.intake import Pumped
-from afd_ray.handoff.message import ALIGNMENT, HEADER_BYTES, Header, LinkError, layout_for, length_of, pack_into
+from afd_ray.handoff.message import ALIGNMENT, HEADER_BYTES, Header, Layout, LinkError, layout_for, length_of, pack_into
 from afd_ray.handoff.poller import READ, WRITE, Poller
-from afd_ray.handoff.ring import RingMemory, RingWriter
+from afd_ray.handoff.ring import RingMemory, RingWriter, copy_tensors
 
 PEER_CLOSED = "closed by the peer"
 
 _PADDING = bytes(ALIGNMENT)
+_STAGED_BYTES = 16 << 10
+"""Up to here a frame is put together before it is sent: one buffer costs the kernel's interface less than several."""
+_BULK_MEMORY = 64
+"""Frames for which an inlet stays bulky after one that the kernel could not hold."""
 _PAUSE_MS = 1
 """How long a send waits for the kernel to take more, each time."""
 
@@ -59,7 +63,8 @@ class TcpEdge:
         self._queue: deque[memoryview] = deque()
         self._queued_bytes = 0
         self._room = threading.Condition()
-        self._head = bytearray(HEADER_BYTES)
+        self._staging = memoryview(bytearray(_STAGED_BYTES))
+        self._staging_address = addressof(c_char.from_buffer(self._staging))
         self._writable = select.poll()
         self._writable.register(connection, select.POLLOUT)
 
@@ -67,21 +72,31 @@ class TcpEdge:
         layout = layout_for(tensors)
         if layout.length_bytes > self._capacity_bytes:
             raise ValueError(f"message of {layout.length_bytes} bytes to rank {self.peer}: its ring holds {self._capacity_bytes}")
-        pack_into(self._head, 0, header, layout, self._digest)
-        parts: list[Buffer] = [self._head]
-        sources = [tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous() for tensor in tensors]
-        for field, source in zip(layout.fields, sources, strict=True):
-            size_bytes = field.size_bytes
-            if size_bytes:
-                parts.append((c_char * size_bytes).from_address(source.data_ptr()))  # `sources` keeps it alive
-            if size_bytes % ALIGNMENT:
-                parts.append(_PADDING[size_bytes % ALIGNMENT :])
-        with self._room:
-            if self.broken is not None or self._queue:
-                self._await_room(layout.length_bytes)
-            self._write(parts, layout.length_bytes)
+        pack_into(self._staging, 0, header, layout, self._digest)
+        if layout.length_bytes <= _STAGED_BYTES:
+            copy_tensors(self._staging_address, layout, tensors)
+            self._send([self._staging[: layout.length_bytes]], layout.length_bytes)
+        else:
+            sources = [tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous() for tensor in tensors]
+            self._send(self._gather(layout, sources), layout.length_bytes)
         self.messages += 1
         self.size_bytes += layout.length_bytes
+
+    def _gather(self, layout: Layout, sources: Sequence[Tensor]) -> list[Buffer]:
+        """The frame's parts where they lie; `sources` must outlive them."""
+        parts: list[Buffer] = [self._staging[:HEADER_BYTES]]
+        for field, source in zip(layout.fields, sources, strict=True):
+            if field.size_bytes:
+                parts.append((c_char * field.size_bytes).from_address(source.data_ptr()))
+            if field.size_bytes % ALIGNMENT:
+                parts.append(_PADDING[field.size_bytes % ALIGNMENT :])
+        return parts
+
+    def _send(self, parts: list[Buffer], length_bytes: int) -> None:
+        with self._room:
+            if self.broken is not None or self._queue:
+                self._await_room(length_bytes)
+            self._write(parts, length_bytes)
 
     def _await_room(self, length_bytes: int) -> None:
         limit_bytes = self._capacity_bytes
@@ -188,6 +203,12 @@ class TcpInlet:
         self._length_bytes = HEADER_BYTES
         """Of that frame, as far as is known."""
         self._aside: bytes | None = None
+        self._kernel_bytes = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        self._since_bulk = _BULK_MEMORY
+
+    @property
+    def bulky(self) -> bool:
+        return self._since_bulk < _BULK_MEMORY
 
     def pump(self) -> Pumped:
         """Take what has arrived; calls `on_broken` when the connection is over."""
@@ -234,6 +255,7 @@ class TcpInlet:
             self._length_bytes = length_of(self._data, writer.offset, self._limit_bytes)
             if self._begun_bytes < self._length_bytes:
                 return
+            self._since_bulk = 0 if self._length_bytes > self._kernel_bytes else self._since_bulk + 1
             writer.publish(self._length_bytes)
             self._begun_bytes -= self._length_bytes
         self._length_bytes = HEADER_BYTES

@@ -13,15 +13,16 @@ from typing import Literal
 from afd_ray.handoff import shm
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.gate import Gate, dial
+from afd_ray.handoff.gloo import GlooEdge, GlooInlet, Meeting, join_meeting, pair_up
 from afd_ray.handoff.handshake import NONCE_BYTES, Carrier, Claim, Verdict, digest_mismatch, judge
 from afd_ray.handoff.inbound import Inbound
 from afd_ray.handoff.intake import Intake, Pumped
 from afd_ray.handoff.message import LinkError
-from afd_ray.handoff.poller import GONE, Poller
+from afd_ray.handoff.poller import GONE, READ, Poller
 from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
 
-LinkKind = Literal["auto", "shm", "tcp"]
-LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp")
+LinkKind = Literal["auto", "shm", "tcp", "gloo"]
+LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 OWN_CLOSE = "this mesh is closed"
 
 _CONNECT_POLL_S = 0.5e-3
@@ -50,6 +51,10 @@ class _Life:
         self.connection = connection
         self._on_broken = on_broken
 
+    @property
+    def bulky(self) -> bool:
+        return False
+
     def pump(self) -> Pumped:
         try:
             if self.connection.recv(_MANY_POKES):
@@ -63,7 +68,7 @@ class _Life:
         return Pumped.OVER
 
 
-Outbound = shm.ShmEdge | TcpEdge
+Outbound = shm.ShmEdge | TcpEdge | GlooEdge
 
 
 class Wiring:
@@ -86,6 +91,8 @@ class Wiring:
         except OSError:
             self._segment.unlink()
             raise
+        self._meeting = Meeting(terms.host) if terms.kind == "gloo" else None
+        self._gloo_inlets: list[GlooInlet] = []
         self.endpoint = Endpoint(
             rank=terms.rank,
             host=terms.host,
@@ -94,9 +101,11 @@ class Wiring:
             nonce=nonce,
             digest=terms.digest,
             pid=os.getpid(),
+            meeting_port=self._meeting.port if self._meeting else 0,
             rings=dict(peers),
         )
         self._gate.open()
+        self._poller.watch(self.intake, 0, self._help)
         self._poller.start()
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
@@ -108,8 +117,11 @@ class Wiring:
         for edge in self.inbound:
             self._check(edge.peer, endpoints[edge.peer])
         for edge in self.inbound:
-            self.outbound[edge.peer] = self._dial(edge.peer, endpoints[edge.peer], deadline_s)
+            self._dial(edge.peer, endpoints[edge.peer], deadline_s)
         self._await_inbound(timeout_s, deadline_s)
+        if self._meeting is not None:
+            for edge in self.inbound:
+                self._pair_up(edge, endpoints[edge.peer], self._meeting, deadline_s)
         self._segment.unlink()
         self._poller.call(self._gate.close)
 
@@ -119,6 +131,16 @@ class Wiring:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"rank {self._terms.rank} waited {timeout_s:g} s for these ranks to connect: {_listed(late)}")
             time.sleep(_CONNECT_POLL_S)
+
+    def lend_intake(self) -> None:
+        """The receiving thread leaves: what arrives is read for it, lest a large message wait in the sender's kernel."""
+        self.intake.lend()
+        self._poller.watch_once(self.intake, READ)
+
+    def reclaim_intake(self) -> None:
+        """The receiving thread is back, and is not to share its sockets or its interpreter."""
+        self.intake.reclaim()
+        self._poller.watch_once(self.intake, 0)
 
     def capacity_to(self, peer: int) -> int:
         """Bytes of the ring that the peer has for this member."""
@@ -136,35 +158,50 @@ class Wiring:
         if endpoint.rank != peer or self._terms.rank not in endpoint.rings:
             raise LinkError(peer, f"its endpoint is of rank {endpoint.rank}, with rings for ranks {_listed(endpoint.rings)}")
 
-    def _dial(self, peer: int, endpoint: Endpoint, deadline_s: float) -> Outbound:
+    def _dial(self, peer: int, endpoint: Endpoint, deadline_s: float) -> None:
         terms = self._terms
         self._capacities[peer] = endpoint.rings[terms.rank]
         segment = self._attach(peer, endpoint)
-        carrier = Carrier.SHM if segment else Carrier.TCP
+        carrier = Carrier.GLOO if terms.kind == "gloo" else Carrier.SHM if segment else Carrier.TCP
         claim = Claim(carrier, terms.rank, peer, terms.epoch, terms.digest, secrets.token_bytes(NONCE_BYTES))
         connection = dial(
             endpoint.host, endpoint.port, source_host=terms.host, secret=terms.secret, claim=claim, deadline_s=deadline_s
         )
-        if segment:
+        if carrier is Carrier.GLOO:
+            self._connections.append(connection)
+        elif segment:
             self._connections.append(connection)
             edge = shm.ShmEdge(
                 peer, segment, connection, rank=terms.rank, digest=terms.digest, send_timeout_s=terms.send_timeout_s
             )
             self._poller.call(partial(self._watch_life, connection, edge.fail))
-            return edge
-        socket_edge = TcpEdge(
-            peer,
-            connection,
-            self._poller,
-            capacity_bytes=endpoint.rings[terms.rank],
-            digest=terms.digest,
-            send_timeout_s=terms.send_timeout_s,
+            self.outbound[peer] = edge
+        else:
+            capacity_bytes, timeout_s = self._capacities[peer], terms.send_timeout_s
+            socket_edge = TcpEdge(
+                peer, connection, self._poller, capacity_bytes=capacity_bytes, digest=terms.digest, send_timeout_s=timeout_s
+            )
+            self._poller.call(socket_edge.watch)
+            self.outbound[peer] = socket_edge
+
+    def _pair_up(self, edge: Inbound, endpoint: Endpoint, meeting: Meeting, deadline_s: float) -> None:
+        """Meet one peer over gloo. All members take their peers in the order of ranks, so nobody waits in a circle."""
+        terms, peer = self._terms, edge.peer
+        first, second = sorted((terms.rank, peer))
+        timeout_s = max(deadline_s - time.monotonic(), 1e-3)
+        try:
+            store = meeting.store if terms.rank == first else join_meeting(endpoint.host, endpoint.meeting_port, timeout_s)
+            group = pair_up(store, f"{first}-{second}", first=terms.rank == first, host=terms.host, timeout_s=timeout_s)
+        except RuntimeError as error:
+            raise LinkError(peer, f"gloo could not connect: {str(error).splitlines()[0]}") from None
+        self.outbound[peer] = GlooEdge(
+            peer, group, capacity_bytes=self._capacities[peer], digest=terms.digest, send_timeout_s=terms.send_timeout_s
         )
-        self._poller.call(socket_edge.watch)
-        return socket_edge
+        on_broken = partial(self._break_inbound, edge)
+        self._gloo_inlets.append(GlooInlet(group, edge.memory, self.doorbell.ring, on_broken))
 
     def _attach(self, peer: int, endpoint: Endpoint) -> shm.Segment | None:
-        if self._terms.kind == "tcp" or not shm.supported():
+        if self._terms.kind in ("tcp", "gloo") or not shm.supported():
             return None
         segment = shm.attach_segment(endpoint.segment, endpoint.nonce, endpoint.rings)
         if segment is None and self._terms.kind == "shm":
@@ -173,17 +210,25 @@ class Wiring:
 
     # On the poller's thread:
 
+    def _help(self, _events: int) -> None:
+        if self.intake.help():
+            self.doorbell.ring()  # the receiver may have come back just before
+            self._poller.watch_once(self.intake, READ)
+
     def _judge(self, claim: Claim) -> tuple[Verdict, int, int]:
         terms = self._terms
         expected = frozenset(edge.peer for edge in self.inbound if not edge.kind)
-        verdict = judge(claim, rank=terms.rank, epoch=terms.epoch, digest=terms.digest, expected=expected)
+        carriers = frozenset([Carrier.GLOO] if terms.kind == "gloo" else [Carrier.SHM, Carrier.TCP])
+        verdict = judge(claim, rank=terms.rank, epoch=terms.epoch, digest=terms.digest, expected=expected, carriers=carriers)
         return verdict, terms.epoch, terms.digest
 
     def _admit(self, claim: Claim, connection: socket.socket) -> None:
         edge = next(edge for edge in self.inbound if edge.peer == claim.source)
         on_broken = partial(self._break_inbound, edge)
         self._connections.append(connection)
-        if claim.carrier == Carrier.SHM:
+        if claim.carrier == Carrier.GLOO:
+            edge.kind = "gloo"
+        elif claim.carrier == Carrier.SHM:
             self._watch_life(connection, on_broken)
             self.intake.add(_Life(connection, on_broken))
             edge.kind = "shm"
@@ -212,9 +257,12 @@ class Wiring:
         self._poller.close(self._close_all)
 
     def _close_all(self) -> None:
+        self._poller.forget(self.intake)
         self._gate.close()
         for edge in self.outbound.values():
             edge.close()
+        for inlet in self._gloo_inlets:
+            inlet.close()
         self.intake.close(self._hang_up)
         self._segment.unlink()
         del self._gate  # it refers back here: the rings are unmapped with the last user and not at some collection
@@ -227,7 +275,7 @@ class Wiring:
 
 
 def _segment(kind: LinkKind, peers: Mapping[int, int], nonce: bytes) -> shm.Segment:
-    if kind == "tcp" or (kind == "auto" and not shm.supported()):
+    if kind in ("tcp", "gloo") or (kind == "auto" and not shm.supported()):
         return shm.private_segment(peers)
     if not shm.supported():
         raise ValueError("link kind is shm: it needs an x86-64 Linux host, allowed here: auto, tcp")

@@ -1,5 +1,6 @@
 // Bfloat16 kernels for CPUs with AVX512-BF16: packed matrices, mixture of experts, attention over the paged cache.
-// Products are summed in float32 and rounded once. Plain C behind ctypes; `native.py` compiles and calls it.
+// Products are summed in float32 and rounded once, in an order that depends on nothing but the row: neither on the rows beside it
+// nor on the number of threads. Plain C behind ctypes; `native.py` compiles and calls it.
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -13,7 +14,8 @@ enum {
     ROWS = 12,   // of a tile: 24 vectors of sums leave registers for two of weights
     HEADS = 8,   // attended together: one half vector of float32
     KEYS = 16,   // scored together
-    ROWS_IN_TURN = 16,
+    ROWS_IN_TURN = 16,  // that a thread attends for, one after the other
+    AHEAD = 1024,       // bytes of a panel fetched before they are needed
 };
 
 static float widen(bf16 value)
@@ -99,8 +101,8 @@ multiply(const int rows, const bf16 *x, long depth, const bf16 *panel, __m512 su
     for (long k = 0; k < depth; k += 2) {
         const __m512bh left = (__m512bh)_mm512_loadu_si512(panel + k * WIDTH);
         const __m512bh right = (__m512bh)_mm512_loadu_si512(panel + k * WIDTH + WIDTH);
-        _mm_prefetch((const char *)(panel + k * WIDTH) + 1024, _MM_HINT_T0);
-        _mm_prefetch((const char *)(panel + k * WIDTH) + 1088, _MM_HINT_T0);
+        _mm_prefetch((const char *)(panel + k * WIDTH) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)(panel + k * WIDTH) + AHEAD + 64, _MM_HINT_T0);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             const __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int *)(x + r * depth + k));
@@ -181,15 +183,15 @@ void linear(const bf16 *x, const bf16 *packed, bf16 *out, long rows, long depth,
 
 // --- mixture of experts -------------------------------------------------------------------------------------------------------
 
-// Sort the assignments by expert: starts [experts + 1], and each one's row and weight; negative ids are left out.
-static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k, long experts,
+// Sort the assignments by expert: starts [count + 1], and each one's row and weight; negative ids are left out.
+static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k, long count,
                  int32_t *starts, int32_t *sorted_rows, float *sorted_weights)
 {
-    memset(starts, 0, (experts + 1) * sizeof *starts);
+    memset(starts, 0, (count + 1) * sizeof *starts);
     for (long i = 0; i < rows * top_k; i++)
         if (ids[i] >= 0)
             starts[ids[i] + 1]++;
-    for (long e = 0; e < experts; e++)
+    for (long e = 0; e < count; e++)
         starts[e + 1] += starts[e];
     for (long i = 0; i < rows * top_k; i++) {
         if (ids[i] < 0)
@@ -198,32 +200,32 @@ static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k,
         sorted_rows[at] = i / top_k;
         sorted_weights[at] = widen(weights[i]);
     }
-    memmove(starts + 1, starts, experts * sizeof *starts);
+    memmove(starts + 1, starts, count * sizeof *starts);
     starts[0] = 0;
 }
 
 // out [rows, hidden] = sum over k of weights[., k] * down(silu(gate(x)) * up(x)) of expert ids[., k].
-// gate_up: [experts][inner / 16] panels of 16 gate and 16 up columns; down: [experts][hidden / WIDTH] panels.
+// gate_up: [count][inner / 16] panels of 16 gate and 16 up columns; down: [count][hidden / WIDTH] panels.
 void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 *gate_up, const bf16 *down, bf16 *out,
-             long rows, long top_k, long experts, long hidden, long inner, int threads)
+             long rows, long top_k, long count, long hidden, long inner, int threads)
 {
     const long most = rows * top_k;
-    Workspace *workspace = reserve(8 * 64 + (experts + 1 + 2 * most) * 4 + most * (hidden + inner) * 2 + rows * hidden * 4);
-    int32_t *starts = take(workspace, (experts + 1) * sizeof *starts);
+    Workspace *workspace = reserve(8 * 64 + (count + 1 + 2 * most) * 4 + most * (hidden + inner) * 2 + rows * hidden * 4);
+    int32_t *starts = take(workspace, (count + 1) * sizeof *starts);
     int32_t *row = take(workspace, most * sizeof *row);
     float *weight = take(workspace, most * sizeof *weight);
     bf16 *gathered = take(workspace, most * hidden * sizeof *gathered);
     bf16 *gated = take(workspace, most * inner * sizeof *gated);
     float *total = take(workspace, rows * hidden * sizeof *total);
-    sort(ids, weights, rows, top_k, experts, starts, row, weight);
+    sort(ids, weights, rows, top_k, count, starts, row, weight);
     const Target into_gated = {.out = gated, .width = inner};
     const Target into_total = {.total = total, .width = hidden, .rows = row, .weights = weight};
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (long i = 0; i < starts[experts]; i++)
+        for (long i = 0; i < starts[count]; i++)
             memcpy(gathered + i * hidden, x + row[i] * hidden, hidden * sizeof *x);
-        for (long e = 0; e < experts; e++)
+        for (long e = 0; e < count; e++)
 #pragma omp for schedule(static) nowait
             for (long p = 0; p < inner / 16; p++)
                 panel_gated(gathered, hidden, gate_up + (e * inner / 16 + p) * hidden * WIDTH, starts[e], starts[e + 1],
@@ -232,7 +234,7 @@ void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 
         for (long i = 0; i < rows; i++)
             memset(total + i * hidden, 0, hidden * sizeof *total);
         // A thread has the same panels of every expert: no two add to one place, and the order of the sum is that of the experts.
-        for (long e = 0; e < experts; e++)
+        for (long e = 0; e < count; e++)
 #pragma omp for schedule(static) nowait
             for (long p = 0; p < hidden / WIDTH; p++)
                 panel_weighted(gated, inner, down + (e * hidden / WIDTH + p) * inner * WIDTH, starts[e], starts[e + 1],

@@ -44,7 +44,7 @@ def available() -> bool:
         return False
     try:
         _library()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("no bfloat16 kernels: they cannot be compiled (%s); plain torch computes, more slowly", error)
         return False
     return True
@@ -151,7 +151,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled kernels; raises OSError or SubprocessError where they cannot be had."""
+    """The compiled kernels; raises OSError, SubprocessError, or RuntimeError (no home directory) where they cannot be had."""
     source = (resources.files("afd_ray.kernels") / "bf16.c").read_bytes()
     digest = hashlib.sha256(source + " ".join(_COMPILE).encode()).hexdigest()[:16]
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afd-ray"

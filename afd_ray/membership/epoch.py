@@ -1,10 +1,15 @@
 """One epoch's shape: which ranks exist, which of them talk, and which experts each holds."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+from afd_ray.membership.experts import ExpertMap, contiguous_map, initial_map, place_experts
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import FFNShard, Slice
+
+Dispatch = Literal["broadcast", "routed"]
+DISPATCHES: tuple[Dispatch, ...] = ("broadcast", "routed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,15 @@ class Epoch:
     """Slots of each attention rank."""
     adaptive: bool = False
     """Whether an attention rank decides how many of them it uses."""
+    dispatch: Dispatch = "broadcast"
+    """Whether every instance gets every row, or only those that need one of its experts."""
+    experts: ExpertMap = ()
+    """Which experts each instance holds; empty: each once, in nearly equal contiguous parts."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether rows take ways of their own: with one instance all go the same."""
+        return self.dispatch == "routed" and self.expert_parallel > 1
 
     @property
     def ffn(self) -> int:
@@ -62,14 +76,36 @@ class Epoch:
         return tuple(range(self.attention)) + tuple(sorted(near - {rank}))
 
     def shard(self, rank: int, config: ModelConfig) -> FFNShard:
-        """What the FFN member with this group rank holds: its instance's experts, tensor-parallel slices of them."""
+        """What the FFN member with this group rank holds: its instance's experts, tensor-parallel slices of them.
+
+        Where every instance gets every row, shared expert and dense layers are cut over the ranks of all instances, so that the
+        sum of the partials counts them once. Where rows are routed each instance holds them whole, and serves the rows at home with it.
+        """
         instance, tp_rank = self.instance_of(rank)
-        experts = Slice(instance, self.expert_parallel).of(config.moe_num_experts)
+        experts = self.expert_map(config)
+        within = Slice(tp_rank, self.tensor_parallel)
         return FFNShard(
-            experts=tuple(range(experts.start, experts.stop)),
-            routed=Slice(tp_rank, self.tensor_parallel),
-            dense=Slice(rank - self.attention, self.ffn),
+            experts=experts[instance],
+            routed=within,
+            dense=within if self.routed else Slice(rank - self.attention, self.ffn),
+            first_id=sum(map(len, experts[:instance])),
+            at_home=self.routed,
         )
+
+    def with_experts(self, config: ModelConfig, dispatch: Dispatch, redundant: int, loads: Sequence[float] = ()) -> "Epoch":
+        """The same ranks, with experts placed by these loads (empty: none is known yet) and `redundant` copies more.
+
+        Raises ValueError naming the setting that does not fit this model.
+        """
+        if loads:
+            experts = place_experts(loads, self.expert_parallel, redundant)
+        else:
+            experts = initial_map(config.moe_num_experts, self.expert_parallel, redundant)
+        return replace(self, dispatch=dispatch, experts=experts)
+
+    def expert_map(self, config: ModelConfig) -> ExpertMap:
+        """Which experts each instance holds. A copy's id on the wire is its place in this map, counted over all instances."""
+        return self.experts or contiguous_map(config.moe_num_experts, self.expert_parallel)
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError naming the setting that does not fit this model."""
@@ -78,8 +114,9 @@ class Epoch:
                 f"ffn.expert_parallel must be at most the model's {config.moe_num_experts} experts, got {self.expert_parallel}"
             )
         narrowest = min(config.moe_intermediate_size, config.share_expert_dim, config.intermediate_size)
-        if self.ffn > narrowest:
-            raise ValueError(f"{self.ffn} FFN ranks are more than the model's narrowest FFN ({narrowest}) can be sliced into")
+        ranks = self.tensor_parallel if self.routed else self.ffn
+        if ranks > narrowest:
+            raise ValueError(f"{ranks} FFN ranks are more than the model's narrowest FFN ({narrowest}) can be sliced into")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

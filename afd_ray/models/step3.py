@@ -209,11 +209,15 @@ class FFNShard(NamedTuple):
     """The part of every FFN that one rank holds."""
 
     experts: tuple[int, ...]
-    """Global ids of the routed experts held, ascending."""
+    """The routed experts held, as the model numbers them."""
     routed: Slice = Slice()
     """This rank's slice of each routed expert's intermediate dimension: tensor parallel inside its instance."""
     dense: Slice = Slice()
-    """This rank's slice of the shared experts and dense layers: over the ranks of all instances, so that the partial sums count them once."""
+    """This rank's slice of the shared experts and dense layers."""
+    first_id: int = 0
+    """Id on the wire of the first expert held; the others follow."""
+    at_home: bool = False
+    """Whether the shared expert serves only the rows whose first expert is held here, so that the sum over instances counts it once."""
 
     @classmethod
     def whole(cls, config: ModelConfig) -> "FFNShard":
@@ -230,6 +234,7 @@ class FFNLayer(nn.Module):
         self.moe = Experts(len(shard.experts), hidden, shard.routed.width(config.moe_intermediate_size)) if moe else None
         self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe else None
         self.mlp = None if moe else DenseFFN(hidden, shard.dense.width(config.intermediate_size))
+        self.at_home = shard.at_home
 
     def forward(self, hidden: Tensor, local: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], local expert indices [N, K] (negative: held elsewhere), weights [N, K]: this rank's partial sum [N, H]."""
@@ -238,7 +243,12 @@ class FFNLayer(nn.Module):
             return dense
         if local is None or weights is None or self.share_expert is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        partial: Tensor = self.share_expert(hidden) + self.moe(hidden, local, weights)
+        partial: Tensor = self.moe(hidden, local, weights)
+        if self.at_home:
+            rows = (local[:, 0] >= 0).nonzero().squeeze(1)
+            partial = partial.index_add(0, rows, self.share_expert(hidden[rows]))
+        else:
+            partial = partial + self.share_expert(hidden)
         return partial
 
 
@@ -249,16 +259,17 @@ class FFNHalf(nn.Module):
         super().__init__()
         self.config, self.shard = config, shard
         self.layers = nn.ModuleList(FFNLayer(config, i, shard) for i in range(config.num_hidden_layers))
-        lookup = torch.full((config.moe_num_experts,), -1, dtype=torch.int64)
-        lookup[list(shard.experts)] = torch.arange(len(shard.experts))
-        self.lookup: Tensor
-        self.register_buffer("lookup", lookup, persistent=False)
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
-        """This rank's partial sum [N, H] for one layer."""
-        local = None if routed.experts is None else self.lookup[routed.experts.long()]
+        """This rank's partial sum [N, H] for one layer; `routed.experts` are ids on the wire, of any integer dtype."""
+        local = None if routed.experts is None else self._local(routed.experts)
         partial: Tensor = self.layers[layer](routed.hidden, local, routed.weights)
         return partial
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Indices [N, K] into the experts held here; negative: held elsewhere."""
+        local = ids.long() - self.shard.first_id
+        return local.masked_fill_(local >= len(self.shard.experts), -1)
 
 
 class Step3Model(nn.Module):
