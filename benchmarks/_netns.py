@@ -8,6 +8,7 @@ import fcntl
 import multiprocessing
 import os
 import select
+import signal
 import struct
 import subprocess
 import time
@@ -62,6 +63,7 @@ def relay(pids: tuple[int, int]) -> Iterator[Relay]:
 
 
 def _run(pids: tuple[int, int], control: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it, after those that use it
     devices = [_device_in(pid, *ends) for pid, ends in zip(pids, (ADDRESSES, ADDRESSES[::-1]), strict=True)]
     with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # a wire does not wait for a free core

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint, LinkKind, Mesh, RingMesh, open_mesh
 from afd_ray.handoff.message import Header, Kind, LinkError, Message
+from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn
 from afd_ray.request import Request, SamplingParams, TokenOutput
@@ -157,21 +158,26 @@ def _pairwise(busy_us: list[float]) -> tuple[float, float, float, float]:
 def _serve(role: type["Half"], directory: Path, apart: bool, pipe: Connection) -> None:
     """A worker's life: what it is told, until the pipe ends."""
     torch.set_num_threads(1)
-    try:
-        if apart:
-            _netns.leave_network()
-        half = role(directory)
-        pipe.send((None, ""))
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        half, error = _try(_settle, role, directory, apart)
+        pipe.send((None, error))
         while True:
             method, arguments = pipe.recv()
-            try:
-                pipe.send((getattr(half, method)(*arguments), ""))
-            except Exception as error:  # told to the parent, who raises it
-                pipe.send((None, f"{role.__name__}.{method}: {type(error).__name__}: {error}"))
-    except (EOFError, KeyboardInterrupt):
-        pass
-    except OSError as error:
-        pipe.send((None, f"{role.__name__}: {error}"))
+            pipe.send(_try(getattr(half, method), *arguments))
+
+
+def _settle(role: type["Half"], directory: Path, apart: bool) -> "Half":
+    if apart:
+        _netns.leave_network()
+    return role(directory)
+
+
+def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """(result, "") or (None, the error in one line)."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:  # told to the parent, who raises it
+        return None, f"{function.__name__}: {type(error).__name__}: {error}"
 
 
 class Half:
@@ -248,7 +254,7 @@ class AttentionSide(Half):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.half = load_attention(self.checkpoint)
+        self.half = packed_attention(load_attention(self.checkpoint))
 
     def load(self, load: Load) -> None:
         """Every sequence decoding, its context full of noise: what a key says does not change what it costs."""
@@ -358,7 +364,7 @@ class FFNSide(Half):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.half = load_ffn(self.checkpoint, Epoch(1, 1, 1, 1, 1).shard(FFN, self.model))
+        self.half = packed_ffn(load_ffn(self.checkpoint, Epoch(1, 1, 1, 1, 1).shard(FFN, self.model)))
 
     def new_loop(self) -> FFNLoop:
         return FFNLoop(self.half, self.pace)
@@ -394,7 +400,7 @@ class Answering:
     def receive(self) -> Message | None:
         return self.due.popleft() if self.due else None
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None, busy: bool = False) -> None:
         raise LinkError(self.rank, "nothing will come")
 
     def wake(self) -> None:

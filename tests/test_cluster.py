@@ -159,6 +159,17 @@ def test_roles_live_apart(cluster: Cluster) -> None:
         assert groups[actor["placement_group"]]["state"] == "CREATED"
 
 
+def test_auto_gives_every_attention_actor_four_slots_and_the_choice(
+    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    cluster.reshape(2)
+    answers = cluster.generate(prompts, GREEDY, concurrency=CONCURRENCY)
+    assert [list(answer.token_ids) for answer in answers] == expected
+    status = cluster.status()
+    assert status["micro_batches"] == 4
+    assert all(1 <= actor["micro_batches"] <= 4 for actor in status["attention"])
+
+
 def test_sampling_with_a_seed_does_not_depend_on_the_shape(cluster: Cluster, prompts: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=5, ignore_eos=True)
     cluster.reshape(1, micro_batches=1)
