@@ -169,13 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for load_rows in measure(engines, loads):
                 report(load_rows)
                 rows += load_rows
-    print(json.dumps(result(machine, args.threads, rows)))
+    print(json.dumps(result("serving", machine, args.threads, rows)))
     return 0
 
 
-def result(machine: str, threads: int, rows: Sequence[Row]) -> dict[str, Any]:
+def result(benchmark: str, machine: str, threads: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """The JSON line of a benchmark."""
     named = [entry._asdict() | {"load": entry.load._asdict()} for entry in rows]
-    return {"benchmark": "serving", "date": date.today().isoformat(), "hardware": machine, "threads": threads, "rows": named}
+    return {"benchmark": benchmark, "date": date.today().isoformat(), "hardware": machine, "threads": threads, "rows": named}
 
 
 if __name__ == "__main__":
