@@ -112,15 +112,16 @@ class TcpEdge:
         sent_bytes = 0 if self._queue else self._try_send(parts)
         if sent_bytes == length_bytes:
             return
-        rest = memoryview(b"".join(parts))[sent_bytes:]
+        rest = _after([memoryview(part).cast("B") for part in parts], sent_bytes)
         while rest and not self._queue and self._writable.poll(_PAUSE_MS):
-            rest = rest[self._try_send([rest]) :]
+            rest = _after(rest, self._try_send(rest))
         if rest:
-            self._queue.append(rest)
-            self._queued_bytes += len(rest)
+            queued = memoryview(b"".join(rest))
+            self._queue.append(queued)
+            self._queued_bytes += len(queued)
             self._poller.call(self.watch)
 
-    def _try_send(self, parts: list[Buffer]) -> int:
+    def _try_send(self, parts: Sequence[Buffer]) -> int:
         try:
             return self._connection.sendmsg(parts)
         except BlockingIOError:
@@ -183,6 +184,15 @@ class TcpEdge:
         while self._queue and self.broken is None and time.monotonic() < until_s:
             self._flush()
             time.sleep(0.001)
+
+
+def _after(parts: list[memoryview], sent_bytes: int) -> list[memoryview]:
+    """What is left of the parts once that many bytes of them are sent."""
+    for index, part in enumerate(parts):
+        if sent_bytes < len(part):
+            return [part[sent_bytes:], *parts[index + 1 :]]
+        sent_bytes -= len(part)
+    return []
 
 
 class TcpInlet:
