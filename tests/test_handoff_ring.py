@@ -73,14 +73,27 @@ def test_the_tail_waits_for_the_oldest_message() -> None:
     assert reader.held_bytes == 0
 
 
-def test_a_message_as_large_as_the_ring_fits_once_the_reader_passed_the_end() -> None:
+def test_a_message_as_large_as_the_ring_fits_as_soon_as_the_ring_is_empty() -> None:
     writer, reader = ring(1024)
     assert write(writer, reader, 0, torch.zeros(256 - HEADER_BYTES, dtype=torch.uint8))
     reader.peek()
-    reader.take(256)()
+    lease = reader.take(256)
     assert not write(writer, reader, 1, torch.zeros(1024 - HEADER_BYTES, dtype=torch.uint8))
-    assert reader.peek() is None  # passes the skipped end
+    lease()
+    reader.peek()  # passes the end, if that was skipped
     assert write(writer, reader, 1, torch.zeros(1024 - HEADER_BYTES, dtype=torch.uint8))
+    assert reader.peek() == 0
+
+
+@pytest.mark.parametrize("first_bytes", [100 << 10, 255 << 10])
+def test_an_empty_ring_takes_what_fits_into_it_without_its_reader(first_bytes: int) -> None:
+    """Else two sides that send at once, each into a ring that only the other could tidy up, wait for each other."""
+    writer, reader = ring(256 << 10)
+    assert write(writer, reader, 0, torch.zeros(first_bytes - HEADER_BYTES, dtype=torch.uint8))
+    reader.peek()
+    reader.take(first_bytes)()
+    for step in (1, 2):
+        assert write(writer, reader, step, torch.zeros((128 << 10) - HEADER_BYTES, dtype=torch.uint8))
     assert reader.peek() == 0
 
 

@@ -14,6 +14,7 @@ from afd_ray.handoff.message import ALIGNMENT, Field, Layout, layout_from
 
 CONTROL_BYTES = 128  # head and tail on cache lines of their own
 _HEAD_WORD = 0
+_RESTART_WORD = 1
 _TAIL_WORD = 8
 _SKIP = Struct("<I")
 _SKIP_MAGIC = 0x50494B53  # "SKIP": the rest of the ring is empty, go on at its start
@@ -28,9 +29,9 @@ _copy = ctypes.PYFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_
 
 
 class RingMemory(NamedTuple):
-    """Where a ring lives: two counters that only grow, and the bytes they count through."""
+    """Where a ring lives: counters that only grow, and the bytes they count through."""
 
-    words: memoryview  # uint64: head at 0 (the writer's), tail at 8 (the reader's)
+    words: memoryview  # uint64: head at 0 and restart at 1 (the writer's), tail at 8 (the reader's)
     data: memoryview  # uint8, capacity_bytes
     address: int  # of data[0]
     tensor: Tensor  # uint8, the same bytes; keeps the mapping alive
@@ -74,16 +75,27 @@ class RingWriter:
 
     def reserve(self, length_bytes: int) -> int | None:
         """Offset of that many contiguous free bytes, a multiple of ALIGNMENT; None while the reader holds too much."""
-        head = self._head
-        if head + length_bytes > self._limit or self.offset >= _WARM_BYTES:
-            self._limit = self._words[_TAIL_WORD] + self._capacity
         room = self._capacity - self.offset
-        if room < length_bytes or (self.offset >= _WARM_BYTES and head + self._capacity == self._limit):
-            if head + room > self._limit:
+        if self._head + length_bytes > self._limit or room < length_bytes or self.offset >= _WARM_BYTES:
+            self._limit = self._words[_TAIL_WORD] + self._capacity
+            if self._head + self._capacity == self._limit:
+                self._restart()
+            elif room < length_bytes and not self._skip(room):
                 return None
-            _SKIP.pack_into(self._data, self.offset, _SKIP_MAGIC)
-            self.publish(room)
         return self.offset if self._head + length_bytes <= self._limit else None
+
+    def _restart(self) -> None:
+        """The ring is empty: the next message lies at its start, whatever the head, and the whole ring is free for it."""
+        self._words[_RESTART_WORD] = self._head
+        self.offset = 0
+
+    def _skip(self, room: int) -> bool:
+        """Leave the ring's end empty, if the reader holds none of it."""
+        if self._head + room > self._limit:
+            return False
+        _SKIP.pack_into(self._data, self.offset, _SKIP_MAGIC)
+        self.publish(room)
+        return True
 
     def free_bytes(self) -> int:
         """Contiguous free bytes at `offset`."""
@@ -147,6 +159,8 @@ class RingReader:
     def peek(self) -> int | None:
         """Offset of the next message; None when all that has arrived is taken."""
         while self._words[_HEAD_WORD] != self._read:
+            if self._words[_RESTART_WORD] == self._read:
+                self._offset = 0
             if self._marks[self._offset >> 2] != _SKIP_MAGIC:
                 return self._offset
             self.take(self._capacity - self._offset)()
