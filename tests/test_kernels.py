@@ -14,18 +14,23 @@ from afd_ray.engine.local import LocalCluster
 from afd_ray.engine.paged_attention import InPlace, attend_paged, plan_attention
 from afd_ray.engine.sequence import Chunk, Sequence
 from afd_ray.kernels import native
-from afd_ray.kernels.packed import (
-    PackedDenseFFN,
-    PackedExperts,
-    PackedLinear,
-    PackedNorm,
-    packed_attention,
-    packed_ffn,
-)
+from afd_ray.kernels.packed import PackedAttentionLayer, PackedFFNLayer, PackedLinear, PackedNorm, packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
-from afd_ray.models.step3 import AttentionHalf, DenseFFN, Experts, FFNHalf, FFNShard, Linear, Norm, Routed, Slice, attend
+from afd_ray.models.step3 import (
+    AttentionHalf,
+    AttentionLayer,
+    FFNHalf,
+    FFNLayer,
+    FFNShard,
+    Linear,
+    Norm,
+    Routed,
+    Slice,
+    attend,
+    route,
+)
 from afd_ray.request import Request, SamplingParams
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="needs AVX512-BF16 and a C compiler")
@@ -66,39 +71,58 @@ def test_a_packed_matrix_equals_the_plain_one(rows: int) -> None:
     check(PackedLinear(plain), plain, noise(rows, 96))
 
 
+def ffn_layer(index: int, experts: int = 5, inner: int = 64, shared: int = 64, **shard: object) -> FFNLayer:
+    """Layer 1 has experts, the others are dense; the first expert held is number 2 on the wire."""
+    config = replace(CONFIG, hidden_size=96, moe_intermediate_size=inner, share_expert_dim=shared, intermediate_size=shared)
+    layer = filled(FFNLayer(config, index, FFNShard(tuple(range(experts)), first_id=2, **shard)))
+    assert isinstance(layer, FFNLayer)
+    return layer
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("inner", [64, 43])
-def test_packed_experts_equal_the_plain_ones(rows: int, inner: int) -> None:
-    plain = filled(Experts(5, 96, inner))
-    chosen = torch.stack([torch.randperm(7)[:3] - 2 for _ in range(rows)])  # two experts are held elsewhere
-    check(PackedExperts(plain), plain, noise(rows, 96), chosen, noise(rows, 3).abs())
+@pytest.mark.parametrize(("inner", "shared"), [(64, 64), (43, 100)])
+@pytest.mark.parametrize("at_home", [False, True])
+def test_packed_experts_equal_the_plain_ones(rows: int, inner: int, shared: int, at_home: bool) -> None:
+    plain = ffn_layer(1, inner=inner, shared=shared, at_home=at_home)
+    chosen = torch.stack([torch.randperm(9)[:3] for _ in range(rows)])  # four experts are held elsewhere
+    check(PackedFFNLayer(plain), plain, noise(rows, 96), chosen, noise(rows, 3).abs())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_expert_ids_may_be_narrow(dtype: torch.dtype) -> None:
+    packed = PackedFFNLayer(ffn_layer(1))
+    x, chosen, weights = noise(9, 96), torch.arange(27).view(9, 3) % 9, noise(9, 3)
+    assert torch.equal(packed(x, chosen.to(dtype), weights), packed(x, chosen, weights))
 
 
 @needs_kernels
 def test_rows_whose_experts_are_all_elsewhere_are_zeros() -> None:
-    packed = PackedExperts(filled(Experts(2, 64, 32)))
-    assert not packed(noise(3, 64), torch.full((3, 2), -1), noise(3, 2)).any()
+    packed = PackedFFNLayer(ffn_layer(1, experts=2, at_home=True))
+    assert not packed(noise(3, 96), torch.tensor([[0, 1], [4, 5], [1, 4]]), noise(3, 2)).any()
 
 
 @needs_kernels
 def test_no_rows_give_no_rows() -> None:
     chosen, weights = torch.empty(0, 3, dtype=torch.int64), noise(0, 3)
     assert PackedLinear(filled(Linear(70, 96)))(noise(0, 96)).shape == (0, 70)
-    assert PackedExperts(filled(Experts(5, 96, 64)))(noise(0, 96), chosen, weights).shape == (0, 96)
+    assert PackedFFNLayer(ffn_layer(1))(noise(0, 96), chosen, weights).shape == (0, 96)
 
 
 @needs_kernels
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_packed_dense_ffn_equals_the_plain_one(rows: int) -> None:
-    plain = filled(DenseFFN(64, 43))
-    check(PackedDenseFFN(plain), plain, noise(rows, 64))
+    plain = ffn_layer(0, shared=43, at_home=True)
+    x = noise(rows, 96)
+    assert_close(PackedFFNLayer(plain)(x, None, None), copy.deepcopy(plain).float()(x.float(), None, None))
 
 
 @needs_kernels
 def test_a_large_gate_neither_overflows_nor_loses_its_sign() -> None:
-    plain = filled(DenseFFN(64, 32))
-    check(PackedDenseFFN(plain), plain, noise(4, 64, scale=100.0))
+    plain = ffn_layer(0)
+    x = noise(4, 96, scale=100.0)
+    assert_close(PackedFFNLayer(plain)(x, None, None), copy.deepcopy(plain).float()(x.float(), None, None))
 
 
 @needs_kernels
@@ -110,8 +134,8 @@ def test_a_packed_norm_equals_the_plain_one_also_over_a_part_of_wider_rows() -> 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
-    packed = PackedExperts(filled(Experts(4, 64, 64)))
-    x, local, weights = noise(9, 64), torch.arange(18).view(9, 2) % 4, noise(9, 2)
+    packed = PackedFFNLayer(ffn_layer(1))
+    x, local, weights = noise(9, 96), torch.arange(18).view(9, 2) % 8, noise(9, 2)
     expected = packed(x, local, weights)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -146,13 +170,14 @@ def test_attention_over_the_cache_equals_the_reference(block_size: int, heads: i
 
 
 @needs_kernels
-def test_a_packed_attention_half_equals_the_plain_one() -> None:
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_a_packed_attention_half_equals_the_plain_one(rows: int) -> None:
     plain = filled(AttentionHalf(CONFIG))
     assert isinstance(plain, AttentionHalf)
     packed = packed_attention(copy.deepcopy(plain))
     plain.float()
-    residual, rotary = noise(9, CONFIG.hidden_size), plain.rotary(torch.arange(9))
-    context = noise(9, CONFIG.num_attention_heads, CONFIG.head_dim)
+    residual, rotary = noise(rows, CONFIG.hidden_size), plain.rotary(torch.arange(rows))
+    context = noise(rows, CONFIG.num_attention_heads, CONFIG.head_dim)
     for index in range(CONFIG.num_hidden_layers):
         for ours, reference in zip(
             packed.layer(index).before(residual, *rotary), plain.layer(index).before(residual.float(), *rotary), strict=True
@@ -162,7 +187,35 @@ def test_a_packed_attention_half_equals_the_plain_one() -> None:
         reference, expected = plain.layer(index).after(residual.float(), context.float())
         assert_close(ours, reference)
         assert_close(routed.hidden, expected.hidden)
+        assert (routed.experts is None, routed.weights is None) == (expected.experts is None,) * 2
     assert_close(packed.logits(residual), plain.logits(residual.float()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (16, 3), (50, 8)])
+def test_packed_routing_equals_the_plain_one(experts: int, top_k: int, normalise: bool) -> None:
+    config = replace(CONFIG, moe_num_experts=experts, moe_top_k=top_k, norm_expert_weight=normalise)
+    plain = filled(AttentionLayer(config, 1))
+    assert isinstance(plain, AttentionLayer)
+    _, ours = PackedAttentionLayer(plain).after(noise(30, 512), noise(30, 8, 64))
+    assert plain.moe is not None
+    chosen, weights = route(plain.moe["gate"].float()(ours.hidden.float()), top_k, normalise)
+    assert ours.experts is not None
+    assert ours.weights is not None
+    assert torch.equal(ours.experts, chosen)
+    assert_close(ours.weights, weights)
+
+
+@needs_kernels
+def test_scores_that_are_not_numbers_still_choose_an_expert() -> None:
+    plain = filled(AttentionLayer(CONFIG, 1))
+    assert isinstance(plain, AttentionLayer)
+    _, routed = PackedAttentionLayer(plain).after(torch.full((2, 512), torch.nan).bfloat16(), noise(2, 8, 64))
+    assert routed.experts is not None
+    assert routed.weights is not None
+    assert routed.experts.lt(CONFIG.moe_num_experts).all()
+    assert routed.weights.isnan().all()
 
 
 @needs_kernels
@@ -217,7 +270,7 @@ def test_packed_weights_take_the_place_of_the_plain_ones() -> None:
 def test_a_model_that_the_kernels_cannot_run_stays_plain(change: dict[str, object]) -> None:
     config: ModelConfig = replace(CONFIG, **change)
     half = packed_ffn(FFNHalf(config, FFNShard((0,))))
-    assert all(isinstance(layer.moe or layer.mlp, Experts | DenseFFN) for layer in half.layers)
+    assert all(isinstance(layer, FFNLayer) for layer in half.layers)
 
 
 def test_without_a_compiler_plain_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

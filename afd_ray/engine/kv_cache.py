@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.engine.sequence import Sequence
+from afd_ray.kernels import native
 
 
 class BlockAllocator:
@@ -72,6 +73,9 @@ class PagedCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [N, D] at token slots [N] int64; writing the same again changes nothing."""
+        if k.dtype == self.dtype == torch.bfloat16 and native.available():
+            native.store(k, v, slots, self._tokens[layer])
+            return
         self._tokens[layer].index_copy_(0, slots, torch.cat((k, v), dim=-1).to(self.dtype))
 
     def gather(self, layer: int, blocks: Tensor, out: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 // nor on the number of threads. Plain C behind ctypes; `native.py` compiles and calls it.
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,11 @@ static float widen(bf16 value)
 {
     union { uint32_t bits; float value; } wide = {(uint32_t)value << 16};
     return wide.value;
+}
+
+static bf16 narrow(float value)
+{
+    return _mm256_extract_epi16((__m256i)_mm512_cvtneps_pbh(_mm512_set1_ps(value)), 0);
 }
 
 static __m512 widen16(const bf16 *from)
@@ -115,8 +121,9 @@ multiply(const int rows, const bf16 *x, long depth, const bf16 *panel, __m512 su
 // What becomes of a tile's sums: `first` is its first row, `column` its panel's first column.
 typedef struct {
     bf16 *out;
-    long width;
-    float *total;          // [rows, width] to add to, or NULL
+    float *total;          // instead of `out`, where the sums are not rounded yet
+    long width;            // of a row of either
+    const bf16 *base;      // [rows, width] to add
     const int32_t *rows;   // of `total`, by sorted row
     const float *weights;  // by sorted row
 } Target;
@@ -127,6 +134,25 @@ store_rows(const int rows, __m512 sums[ROWS][2], long first, long column, const 
     for (int r = 0; r < rows; r++) {
         narrow16(t->out + (first + r) * t->width + column, sums[r][0]);
         narrow16(t->out + (first + r) * t->width + column + 16, sums[r][1]);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+store_added(const int rows, __m512 sums[ROWS][2], long first, long column, const Target *t)
+{
+    for (int r = 0; r < rows; r++) {
+        const long at = (first + r) * t->width + column;
+        narrow16(t->out + at, _mm512_add_ps(widen16(t->base + at), sums[r][0]));
+        narrow16(t->out + at + 16, _mm512_add_ps(widen16(t->base + at + 16), sums[r][1]));
+    }
+}
+
+static inline __attribute__((always_inline)) void
+store_floats(const int rows, __m512 sums[ROWS][2], long first, long column, const Target *t)
+{
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(t->total + (first + r) * t->width + column, sums[r][0]);
+        _mm512_storeu_ps(t->total + (first + r) * t->width + column + 16, sums[r][1]);
     }
 }
 
@@ -169,6 +195,8 @@ add_weighted(const int rows, __m512 sums[ROWS][2], long first, long column, cons
         break;
 
 DEFINE_PANEL(panel_rows, store_rows)
+DEFINE_PANEL(panel_added, store_added)
+DEFINE_PANEL(panel_floats, store_floats)
 DEFINE_PANEL(panel_gated, store_gated)
 DEFINE_PANEL(panel_weighted, add_weighted)
 
@@ -181,69 +209,149 @@ void linear(const bf16 *x, const bf16 *packed, bf16 *out, long rows, long depth,
         panel_rows(x, depth, packed + p * depth * WIDTH, 0, rows, p * WIDTH, &target);
 }
 
-// --- mixture of experts -------------------------------------------------------------------------------------------------------
+// --- feed forward -------------------------------------------------------------------------------------------------------------
 
-// Sort the assignments by expert: starts [count + 1], and each one's row and weight; negative ids are left out.
-static void sort(const int64_t *ids, const bf16 *weights, long rows, long top_k, long count,
-                 int32_t *starts, int32_t *sorted_rows, float *sorted_weights)
+// One layer as one rank holds it. gate_up: [inner / 16] panels of 16 gate and 16 up columns; down: [hidden / WIDTH] panels.
+typedef struct {
+    const bf16 *shared_gate_up, *shared_down;  // the shared expert, or all of a dense layer
+    const bf16 *gate_up, *down;                // [count] routed experts
+    long hidden, shared_inner, inner, count, first_id;
+    int at_home;  // the shared expert serves only rows whose first expert is held here
+} FFNLayer;
+
+// Which experts the rows chose: ids [rows, top_k] of 1, 2, 4 or 8 bytes, the first one held here being first_id.
+typedef struct {
+    const void *ids;
+    const bf16 *weights;
+    long rows, top_k;
+    int id_bytes;
+} Choice;
+
+// One expert's part of a call: sorted rows first..first + rows - 1.
+typedef struct {
+    const bf16 *gate_up, *down;
+    long inner, first, rows;
+    bf16 *gated;  // [rows, inner]
+} Expert;
+
+// Expert 0 is the shared one, the routed ones follow.
+typedef struct {
+    int32_t *starts;  // [1 + count + 1], of each expert's sorted rows
+    int32_t *row;
+    float *weight;
+    bf16 *gathered;  // [sorted rows, hidden]
+    bf16 *gated;     // by expert
+    float *total;    // [hidden / WIDTH][rows][WIDTH]
+} Assignments;
+
+// The expert's number among those held here, from 0; negative: held elsewhere.
+static long local(const FFNLayer *layer, const Choice *choice, long i)
 {
-    memset(starts, 0, (count + 1) * sizeof *starts);
-    for (long i = 0; i < rows * top_k; i++)
-        if (ids[i] >= 0)
-            starts[ids[i] + 1]++;
-    for (long e = 0; e < count; e++)
-        starts[e + 1] += starts[e];
-    for (long i = 0; i < rows * top_k; i++) {
-        if (ids[i] < 0)
-            continue;
-        const int32_t at = starts[ids[i]]++;
-        sorted_rows[at] = i / top_k;
-        sorted_weights[at] = widen(weights[i]);
+    long id;
+    switch (choice->id_bytes) {
+    case 1: id = ((const uint8_t *)choice->ids)[i]; break;
+    case 2: id = ((const int16_t *)choice->ids)[i]; break;
+    case 4: id = ((const int32_t *)choice->ids)[i]; break;
+    default: id = ((const int64_t *)choice->ids)[i];
     }
-    memmove(starts + 1, starts, count * sizeof *starts);
-    starts[0] = 0;
+    return id < layer->first_id + layer->count ? id - layer->first_id : -1;
 }
 
-// out [rows, hidden] = sum over k of weights[., k] * down(silu(gate(x)) * up(x)) of expert ids[., k].
-// gate_up: [count][inner / 16] panels of 16 gate and 16 up columns; down: [count][hidden / WIDTH] panels.
-void experts(const bf16 *x, const int64_t *ids, const bf16 *weights, const bf16 *gate_up, const bf16 *down, bf16 *out,
-             long rows, long top_k, long count, long hidden, long inner, int threads)
+static void assign(const Assignments *a, long expert, long row, float weight)
 {
-    const long most = rows * top_k, panels = hidden / WIDTH, stripes = threads > 1 ? 4 * threads : 1;
-    Workspace *workspace = reserve(8 * 64 + (count + 1 + 2 * most) * 4 + most * (hidden + inner) * 2 + rows * hidden * 4);
-    int32_t *starts = take(workspace, (count + 1) * sizeof *starts);
-    int32_t *row = take(workspace, most * sizeof *row);
-    float *weight = take(workspace, most * sizeof *weight);
-    bf16 *gathered = take(workspace, most * hidden * sizeof *gathered);
-    bf16 *gated = take(workspace, most * inner * sizeof *gated);
-    float *total = take(workspace, rows * hidden * sizeof *total);
-    sort(ids, weights, rows, top_k, count, starts, row, weight);
-    const Target into_gated = {.out = gated, .width = inner};
-    const Target into_total = {.total = total, .width = hidden, .rows = row, .weights = weight};
+    const int32_t at = a->starts[expert]++;
+    a->row[at] = row;
+    a->weight[at] = weight;
+}
+
+static void sort(const FFNLayer *layer, const Choice *choice, const Assignments *a)
+{
+    const long rows = choice->rows, top_k = choice->top_k, count = 1 + layer->count;
+    memset(a->starts, 0, (count + 1) * sizeof *a->starts);
+    for (long row = 0; row < rows; row++)
+        a->starts[1] += !layer->at_home || local(layer, choice, row * top_k) >= 0;
+    for (long i = 0; i < rows * top_k; i++)
+        if (local(layer, choice, i) >= 0)
+            a->starts[local(layer, choice, i) + 2]++;
+    for (long e = 0; e < count; e++)
+        a->starts[e + 1] += a->starts[e];
+    for (long row = 0; row < rows; row++)
+        if (!layer->at_home || local(layer, choice, row * top_k) >= 0)
+            assign(a, 0, row, 1.0f);
+    for (long i = 0; i < rows * top_k; i++)
+        if (local(layer, choice, i) >= 0)
+            assign(a, local(layer, choice, i) + 1, i / top_k, widen(choice->weights[i]));
+    memmove(a->starts + 1, a->starts, count * sizeof *a->starts);
+    a->starts[0] = 0;
+}
+
+static Expert expert(const FFNLayer *layer, const Assignments *a, long e)
+{
+    const long first = a->starts[e], rows = a->starts[e + 1] - first, shared = a->starts[1];
+    if (!e)
+        return (Expert){layer->shared_gate_up, layer->shared_down, layer->shared_inner, first, rows, a->gated};
+    const long routed = e - 1, size = layer->hidden * layer->inner;
+    bf16 *gated = a->gated + shared * layer->shared_inner + (first - shared) * layer->inner;
+    return (Expert){layer->gate_up + routed * 2 * size, layer->down + routed * size, layer->inner, first, rows, gated};
+}
+
+static void gate_panel(const FFNLayer *layer, const Assignments *a, long e, long panel)
+{
+    const Expert x = expert(layer, a, e);
+    const Target target = {.out = x.gated, .width = x.inner};
+    panel_gated(a->gathered + x.first * layer->hidden, layer->hidden, x.gate_up + panel * layer->hidden * WIDTH, 0, x.rows,
+                panel * WIDTH, &target);
+}
+
+// WIDTH columns of the result: the sum of every expert's part, in the order of the experts.
+static void down_panel(const FFNLayer *layer, const Assignments *a, long rows, long panel, bf16 *out)
+{
+    float *total = a->total + panel * rows * WIDTH;
+    memset(total, 0, rows * WIDTH * sizeof *total);
+    for (long e = 0; e <= layer->count; e++) {
+        const Expert x = expert(layer, a, e);
+        const Target target = {.total = total, .width = WIDTH, .rows = a->row + x.first, .weights = a->weight + x.first};
+        panel_weighted(x.gated, x.inner, x.down + panel * x.inner * WIDTH, 0, x.rows, 0, &target);
+    }
+    for (long i = 0; i < rows; i++)
+        for (long c = 0; c < WIDTH; c += 16)
+            narrow16(out + i * layer->hidden + panel * WIDTH + c, _mm512_loadu_ps(total + i * WIDTH + c));
+}
+
+// out [rows, hidden]: the shared expert of x, and the sum of the chosen experts held here by their weights.
+void feed_forward(const FFNLayer *layer, const bf16 *x, const void *ids, int id_bytes, const bf16 *weights, bf16 *out,
+                  long rows, long top_k, int threads)
+{
+    const Choice choice = {ids, weights, rows, top_k, id_bytes};
+    const long hidden = layer->hidden, most = rows * (1 + top_k);
+    const long shared_panels = layer->shared_inner / 16, panels = layer->inner / 16;
+    const long gated = rows * (layer->shared_inner + top_k * layer->inner);
+    Workspace *workspace = reserve(8 * 64 + (layer->count + 2 + 2 * most) * 4 + (most * hidden + gated) * 2 + rows * hidden * 4);
+    const Assignments a = {
+        .starts = take(workspace, (layer->count + 2) * sizeof *a.starts),
+        .row = take(workspace, most * sizeof *a.row),
+        .weight = take(workspace, most * sizeof *a.weight),
+        .gathered = take(workspace, most * hidden * sizeof *a.gathered),
+        .gated = take(workspace, gated * sizeof *a.gated),
+        .total = take(workspace, rows * hidden * sizeof *a.total),
+    };
+    sort(layer, &choice, &a);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (long i = 0; i < starts[count]; i++)
-            memcpy(gathered + i * hidden, x + row[i] * hidden, hidden * sizeof *x);
-#pragma omp for collapse(2) schedule(dynamic, 8)
-        for (long e = 0; e < count; e++)
-            for (long p = 0; p < inner / 16; p++)
-                panel_gated(gathered, hidden, gate_up + (e * inner / 16 + p) * hidden * WIDTH, starts[e], starts[e + 1],
-                            p * WIDTH, &into_gated);
-#pragma omp for schedule(static)
-        for (long i = 0; i < rows; i++)
-            memset(total + i * hidden, 0, hidden * sizeof *total);
-        // A thread has a stripe of columns of all experts: no two add to one place, and the order of the sum is that of the experts.
+        for (long i = 0; i < a.starts[layer->count + 1]; i++)
+            memcpy(a.gathered + i * hidden, x + a.row[i] * hidden, hidden * sizeof *x);
+        // The shared expert's panels first: they have the most rows, and small ones even out the end.
+#pragma omp for schedule(dynamic, 4)
+        for (long i = 0; i < shared_panels + layer->count * panels; i++) {
+            if (i < shared_panels)
+                gate_panel(layer, &a, 0, i);
+            else
+                gate_panel(layer, &a, 1 + (i - shared_panels) / panels, (i - shared_panels) % panels);
+        }
 #pragma omp for schedule(dynamic)
-        for (long s = 0; s < stripes; s++)
-            for (long e = 0; e < count; e++)
-                for (long p = s * panels / stripes; p < (s + 1) * panels / stripes; p++)
-                    panel_weighted(gated, inner, down + (e * panels + p) * inner * WIDTH, starts[e], starts[e + 1],
-                                   p * WIDTH, &into_total);
-#pragma omp for schedule(static)
-        for (long i = 0; i < rows; i++)
-            for (long c = 0; c < hidden; c += 16)
-                narrow16(out + i * hidden + c, _mm512_loadu_ps(total + i * hidden + c));
+        for (long p = 0; p < hidden / WIDTH; p++)
+            down_panel(layer, &a, rows, p, out);
     }
 }
 
@@ -422,35 +530,149 @@ void attend(const bf16 *q, const bf16 *blocks, const int32_t *tables, const int3
     }
 }
 
-// --- norm and rotary embedding ------------------------------------------------------------------------------------------------
-
-// out [rows, width] = x / rms(x) * weight; rows of x are `stride` apart.
-void rms_norm(const bf16 *x, long stride, const bf16 *weight, bf16 *out, long rows, long width, float eps)
+// Keys and values [rows, dim] of rows k_stride and v_stride apart into the slots [rows] of a layer's tokens [.., 2 * dim].
+void store(const bf16 *k, long k_stride, const bf16 *v, long v_stride, const int64_t *slots, bf16 *tokens, long rows, long dim)
 {
     for (long i = 0; i < rows; i++) {
-        const bf16 *from = x + i * stride;
-        __m512 squares = _mm512_setzero_ps();
-        for (long c = 0; c < width; c += 16)
-            squares = _mm512_fmadd_ps(widen16(from + c), widen16(from + c), squares);
-        const float mean = _mm512_reduce_add_ps(squares) / width;
-        const __m512 scale = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_set1_ps(mean + eps)));
-        for (long c = 0; c < width; c += 16)
-            narrow16(out + i * width + c, _mm512_mul_ps(_mm512_mul_ps(widen16(from + c), scale), widen16(weight + c)));
+        bf16 *token = tokens + slots[i] * 2 * dim;
+        memcpy(token, k + i * k_stride, dim * sizeof *k);
+        memcpy(token + dim, v + i * v_stride, dim * sizeof *v);
     }
 }
 
-// out [rows, heads, dim] = x rotated by cos and sin [rows, dim / 2], half-split; rows of x are `stride` apart.
-void rotate(const bf16 *x, long stride, const float *cos, const float *sin, bf16 *out, long rows, long heads, long dim)
+// --- before and after attention -----------------------------------------------------------------------------------------------
+
+static void normalise(const bf16 *from, const bf16 *weight, bf16 *to, long width, float eps)
+{
+    __m512 squares = _mm512_setzero_ps();
+    for (long c = 0; c < width; c += 16)
+        squares = _mm512_fmadd_ps(widen16(from + c), widen16(from + c), squares);
+    const float mean = _mm512_reduce_add_ps(squares) / width;
+    const __m512 scale = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_set1_ps(mean + eps)));
+    for (long c = 0; c < width; c += 16)
+        narrow16(to + c, _mm512_mul_ps(_mm512_mul_ps(widen16(from + c), scale), widen16(weight + c)));
+}
+
+// out [rows, width] = x / rms(x) * weight.
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, long rows, long width, float eps)
+{
+    for (long i = 0; i < rows; i++)
+        normalise(x + i * width, weight, out + i * width, width, eps);
+}
+
+// x [dim] by cos and sin [dim / 2], half-split, in place.
+static void rotate(bf16 *x, const float *cos, const float *sin, long dim)
 {
     const long half = dim / 2;
-    for (long i = 0; i < rows * heads; i++) {
-        const bf16 *from = x + i / heads * stride + i % heads * dim;
-        bf16 *to = out + i * dim;
-        for (long c = 0; c < half; c += 16) {
-            const __m512 first = widen16(from + c), second = widen16(from + half + c);
-            const __m512 by_cos = _mm512_loadu_ps(cos + i / heads * half + c), by_sin = _mm512_loadu_ps(sin + i / heads * half + c);
-            narrow16(to + c, _mm512_fmsub_ps(first, by_cos, _mm512_mul_ps(second, by_sin)));
-            narrow16(to + half + c, _mm512_fmadd_ps(second, by_cos, _mm512_mul_ps(first, by_sin)));
+    for (long c = 0; c < half; c += 16) {
+        const __m512 first = widen16(x + c), second = widen16(x + half + c);
+        const __m512 by_cos = _mm512_loadu_ps(cos + c), by_sin = _mm512_loadu_ps(sin + c);
+        narrow16(x + c, _mm512_fmsub_ps(first, by_cos, _mm512_mul_ps(second, by_sin)));
+        narrow16(x + half + c, _mm512_fmadd_ps(second, by_cos, _mm512_mul_ps(first, by_sin)));
+    }
+}
+
+typedef struct {
+    const bf16 *input_norm, *qkv, *latent_norm, *wq, *o_proj, *output_norm;
+    const bf16 *gate;  // NULL in a dense layer
+    long hidden, latent, heads, dim, experts, top_k;
+    float eps;
+    int normalise;  // the chosen experts' weights
+} AttentionLayer;
+
+// residual [rows, hidden] to rotated q [rows, heads, dim] and kv [rows, 2 * dim], the key rotated; cos and sin [rows, dim / 2].
+void before(const AttentionLayer *layer, const bf16 *residual, const float *cos, const float *sin, bf16 *q, bf16 *kv,
+            long rows, int threads)
+{
+    const long hidden = layer->hidden, latent = layer->latent, dim = layer->dim, half = dim / 2;
+    Workspace *workspace = reserve(2 * 64 + rows * (hidden + latent) * sizeof *residual);
+    bf16 *normed = take(workspace, rows * hidden * sizeof *normed);
+    bf16 *query = take(workspace, rows * latent * sizeof *query);
+    const Target into_query = {.out = query, .width = latent}, into_kv = {.out = kv, .width = 2 * dim};
+    const Target into_q = {.out = q, .width = layer->heads * dim};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long i = 0; i < rows; i++)
+            normalise(residual + i * hidden, layer->input_norm, normed + i * hidden, hidden, layer->eps);
+#pragma omp for schedule(dynamic)
+        for (long column = 0; column < latent + 2 * dim; column += WIDTH) {
+            const bf16 *panel = layer->qkv + column * hidden;
+            if (column < latent)
+                panel_rows(normed, hidden, panel, 0, rows, column, &into_query);
+            else
+                panel_rows(normed, hidden, panel, 0, rows, column - latent, &into_kv);
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < rows; i++) {
+            normalise(query + i * latent, layer->latent_norm, query + i * latent, latent, layer->eps);
+            rotate(kv + i * 2 * dim, cos + i * half, sin + i * half, dim);
+        }
+#pragma omp for schedule(dynamic)
+        for (long head = 0; head < layer->heads; head++) {
+            for (long column = head * dim; column < (head + 1) * dim; column += WIDTH)
+                panel_rows(query, latent, layer->wq + column * latent, 0, rows, column, &into_q);
+            for (long i = 0; i < rows; i++)
+                rotate(q + (i * layer->heads + head) * dim, cos + i * half, sin + i * half, dim);
+        }
+    }
+}
+
+// The top_k largest of the softmax over all experts, of equal ones the lowest; scores [width >= experts, whole vectors] are used up.
+// Scores that are not numbers choose expert 0, with a weight that is no number.
+static void choose(const AttentionLayer *layer, float *scores, long width, int64_t *ids, bf16 *weights)
+{
+    for (long e = layer->experts; e < width; e++)
+        scores[e] = -INFINITY;
+    __m512 most = _mm512_loadu_ps(scores), sum = _mm512_setzero_ps();
+    for (long e = 16; e < width; e += 16)
+        most = _mm512_max_ps(most, _mm512_loadu_ps(scores + e));
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long e = 0; e < layer->experts; e += 16) {
+        const __mmask16 there = layer->experts - e < 16 ? (1 << (layer->experts - e)) - 1 : 0xffff;
+        const __m512 weight = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + e), most));
+        sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(there, weight));
+        _mm512_mask_storeu_ps(scores + e, there, weight);
+    }
+    float chosen[layer->top_k], total = 0;
+    for (long k = 0; k < layer->top_k; k++) {
+        long best = 0;
+        for (long e = 1; e < layer->experts; e++)
+            if (scores[e] > scores[best])
+                best = e;
+        ids[k] = best;
+        total += chosen[k] = scores[best];
+        scores[best] = -INFINITY;
+    }
+    if (!layer->normalise)
+        total = _mm512_reduce_add_ps(sum);
+    for (long k = 0; k < layer->top_k; k++)
+        weights[k] = narrow(chosen[k] / total);
+}
+
+// context [rows, heads, dim] into the residual, and from there to what goes to the FFN: hidden [rows, hidden], and the experts'
+// ids and weights [rows, top_k] where the layer has any.
+void after(const AttentionLayer *layer, const bf16 *residual, const bf16 *context, bf16 *out, bf16 *hidden, int64_t *ids,
+           bf16 *weights, long rows, int threads)
+{
+    const long width = layer->hidden, depth = layer->heads * layer->dim;
+    const long columns = layer->gate ? (layer->experts + WIDTH - 1) / WIDTH * WIDTH : 0;
+    float *scores = take(reserve(64 + rows * columns * sizeof *scores), rows * columns * sizeof *scores);
+    const Target into_residual = {.out = out, .width = width, .base = residual}, into_scores = {.total = scores, .width = columns};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (long column = 0; column < width; column += WIDTH)
+            panel_added(context, depth, layer->o_proj + column * depth, 0, rows, column, &into_residual);
+#pragma omp for schedule(dynamic)
+        for (long first = 0; first < rows; first += ROWS) {
+            const long last = first + ROWS < rows ? first + ROWS : rows;
+            for (long i = first; i < last; i++)
+                normalise(out + i * width, layer->output_norm, hidden + i * width, width, layer->eps);
+            for (long column = 0; column < columns; column += WIDTH)
+                panel_floats(hidden, width, layer->gate + column * width, first, last, column, &into_scores);
+            for (long i = first; layer->gate && i < last; i++)
+                choose(layer, scores + i * columns, columns, ids + i * layer->top_k, weights + i * layer->top_k);
         }
     }
 }

@@ -1,6 +1,6 @@
 """The kernels of `bf16.c` over tensors: compiled by the machine's C compiler when first asked for, then kept in the user's cache.
 
-Legend of shapes: N rows, I input and O output features, H hidden, M intermediate, E experts, K top-k, A heads, D head_dim.
+Legend of shapes: N rows, I input and O output features, H hidden, M intermediate, K top-k, A heads, D head_dim.
 A packed matrix is [panels, depth / 2, WIDTH, 2]: WIDTH output features a panel, pairs of inputs side by side.
 """
 
@@ -27,12 +27,55 @@ _FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES))
 _COMPILE_TIMEOUT_S = 120.0
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class AttentionLayer(ctypes.Structure):
+    """The C struct of that name: the addresses of a layer's packed matrices and norms, which must outlive it, and its shape."""
+
+    _fields_ = (
+        ("input_norm", _POINTER),
+        ("qkv", _POINTER),
+        ("latent_norm", _POINTER),
+        ("wq", _POINTER),
+        ("o_proj", _POINTER),
+        ("output_norm", _POINTER),
+        ("gate", _POINTER),  # None in a dense layer
+        ("hidden", _LONG),
+        ("latent", _LONG),
+        ("heads", _LONG),
+        ("dim", _LONG),
+        ("experts", _LONG),
+        ("top_k", _LONG),
+        ("eps", _FLOAT),
+        ("normalise", _INT),
+    )
+
+
+class FFNLayer(ctypes.Structure):
+    """The C struct of that name: the addresses of a layer's packed matrices, which must outlive it, and its shape."""
+
+    _fields_ = (
+        ("shared_gate_up", _POINTER),  # of a dense layer: all there is
+        ("shared_down", _POINTER),
+        ("gate_up", _POINTER),
+        ("down", _POINTER),
+        ("hidden", _LONG),
+        ("shared_inner", _LONG),
+        ("inner", _LONG),
+        ("count", _LONG),
+        ("first_id", _LONG),
+        ("at_home", _INT),
+    )
+
+
 _SIGNATURES = {
     "linear": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
-    "experts": [_POINTER] * 6 + [_LONG] * 5 + [_INT],
+    "feed_forward": [ctypes.POINTER(FFNLayer), _POINTER, _POINTER, _INT, _POINTER, _POINTER] + [_LONG] * 2 + [_INT],
     "attend": [_POINTER] * 6 + [_LONG] * 5 + [_FLOAT, _INT],
-    "rms_norm": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _FLOAT],
-    "rotate": [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG],
+    "store": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG],
+    "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
+    "before": [ctypes.POINTER(AttentionLayer)] + [_POINTER] * 5 + [_LONG, _INT],
+    "after": [ctypes.POINTER(AttentionLayer)] + [_POINTER] * 6 + [_LONG, _INT],
 }
 
 
@@ -86,24 +129,20 @@ def linear(x: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
-def experts(x: Tensor, local: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The weighted sum [N, H] of the SwiGLUs that x [N, H] chose: local [N, K] int64 (negative: none), weights [N, K], both packed [E, ...]."""
-    x, local, weights = x.contiguous(), local.contiguous(), weights.contiguous()
+def feed_forward(layer: FFNLayer, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
+    """x [N, H] through the layer's shared expert and those that it chose: [N, H].
+
+    ids [N, K] of any integer dtype and weights [N, K]; None in a dense layer.
+    """
+    x = x.contiguous()
     out = torch.empty_like(x)
-    _library().experts(
-        x.data_ptr(),
-        local.data_ptr(),
-        weights.data_ptr(),
-        gate_up.data_ptr(),
-        down.data_ptr(),
-        out.data_ptr(),
-        len(x),
-        local.shape[1],
-        len(gate_up),
-        x.shape[1],
-        gate_up.shape[1] * GATED_WIDTH,
-        torch.get_num_threads(),
-    )
+    if ids is None or weights is None:
+        chosen, id_bytes, by, top_k = None, 0, None, 0
+    else:
+        ids, weights = ids.contiguous(), weights.contiguous()
+        chosen, id_bytes, by, top_k = ids.data_ptr(), ids.itemsize, weights.data_ptr(), ids.shape[1]
+    threads = torch.get_num_threads()
+    _library().feed_forward(layer, x.data_ptr(), chosen, id_bytes, by, out.data_ptr(), len(x), top_k, threads)
     return out
 
 
@@ -133,20 +172,45 @@ def attend(q: Tensor, blocks: Tensor, tables: Tensor, starts: Tensor, contexts: 
     return out
 
 
+def store(k: Tensor, v: Tensor, slots: Tensor, tokens: Tensor) -> None:
+    """k and v [N, D] into the slots [N] int64 of tokens [.., 2 * D] contiguous."""
+    rows, dim = k.shape
+    if k.stride(1) != 1 or v.stride(1) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    _library().store(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), slots.data_ptr(), tokens.data_ptr(), rows, dim)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [N, H], rows any distance apart, to x / rms(x) * weight [N, H]."""
-    rows, width = x.shape
-    out = x.new_empty(rows, width)
-    _library().rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+    """x [N, H] to x / rms(x) * weight [N, H]."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _library().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, eps)
     return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """x [N, A * D], rows any distance apart, rotated by float32 cos and sin [N, D / 2], half-split: [N, A, D]."""
-    rows, dim = len(x), x.shape[1] // heads
-    out = x.new_empty(rows, heads, dim)
-    _library().rotate(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dim)
-    return out
+def before(layer: AttentionLayer, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """residual [N, H] to rotated q [N, A, D] and, side by side, rotated k and v [N, 2 * D]; cos and sin [N, D / 2] float32."""
+    residual, cos, sin = residual.contiguous(), cos.contiguous(), sin.contiguous()
+    rows = len(residual)
+    q, kv = residual.new_empty(rows, layer.heads, layer.dim), residual.new_empty(rows, 2 * layer.dim)
+    pointers = (tensor.data_ptr() for tensor in (residual, cos, sin, q, kv))
+    _library().before(layer, *pointers, rows, torch.get_num_threads())
+    return q, kv
+
+
+def after(layer: AttentionLayer, residual: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention output [N, A, D] into the residual [N, H]; that, what goes to the FFN [N, H], expert ids [N, K] int64 and weights [N, K].
+
+    Ids and weights mean nothing in a dense layer.
+    """
+    residual, context = residual.contiguous(), context.contiguous()
+    rows = len(residual)
+    out, hidden = torch.empty_like(residual), torch.empty_like(residual)
+    weights = residual.new_empty(rows, layer.top_k)
+    ids = residual.new_empty(rows, layer.top_k, dtype=torch.int64)
+    pointers = (tensor.data_ptr() for tensor in (residual, context, out, hidden, ids, weights))
+    _library().after(layer, *pointers, rows, torch.get_num_threads())
+    return out, hidden, ids, weights
 
 
 @functools.cache

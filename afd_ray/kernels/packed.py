@@ -1,6 +1,6 @@
 """Halves of the model with their weights packed for the compiled kernels: the same modules' names and calls, other insides.
 
-Legend of shapes: N rows, H hidden, Q query latent, A heads, D head_dim, E experts, K top-k, M intermediate.
+Legend of shapes: N rows, H hidden, A heads, D head_dim, K top-k.
 """
 
 from collections.abc import Callable
@@ -11,24 +11,16 @@ from torch import Tensor, nn
 
 from afd_ray.kernels import native
 from afd_ray.models.config import ModelConfig
-from afd_ray.models.step3 import (
-    AttentionHalf,
-    DenseFFN,
-    Experts,
-    FFNHalf,
-    Linear,
-    MultiMatrixFactorizationAttention,
-    Norm,
-)
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Norm, Routed
 
 
 class PackedLinear(nn.Module):
-    """`Linear`, or several with the same input, their outputs side by side."""
+    """`Linear`."""
 
-    def __init__(self, *linears: Linear) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self.outputs = sum(len(linear.weight) for linear in linears)
-        self.packed = _held(native.pack(torch.cat([linear.weight for linear in linears])))
+        self.outputs = len(linear.weight)
+        self.packed = _packed(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return native.linear(x, self.packed)[:, : self.outputs]
@@ -45,77 +37,88 @@ class PackedNorm(nn.Module):
         return native.rms_norm(x, self.weight, self.eps)
 
 
-class PackedAttention(nn.Module):
-    """`MultiMatrixFactorizationAttention`, its three projections of x as one."""
+class PackedAttentionLayer(AttentionLayer):
+    """`AttentionLayer`, one call on either side of attention."""
 
-    def __init__(self, plain: MultiMatrixFactorizationAttention) -> None:
+    def __init__(self, plain: AttentionLayer) -> None:
+        nn.Module.__init__(self)  # not the plain layer's, which would allocate its weights
+        attention = plain.self_attn
+        self.input_norm, self.output_norm = plain.input_layernorm.weight, plain.post_attention_layernorm.weight
+        self.latent_norm = attention.inter_norm.weight
+        self.qkv = _packed(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.wq, self.o_proj = _packed(attention.wq), _packed(attention.o_proj)
+        gate = None if plain.moe is None else plain.moe["gate"]
+        assert gate is None or isinstance(gate, Linear)
+        self.gate = None if gate is None else _packed(gate)
+        hidden, latent = attention.q_proj.weight.shape[::-1]
+        self._native = native.AttentionLayer(
+            **_addresses(self),
+            hidden=hidden,
+            latent=latent,
+            heads=attention.heads,
+            dim=attention.head_dim,
+            experts=0 if gate is None else len(gate.weight),
+            top_k=plain.top_k,
+            eps=plain.input_layernorm.eps,
+            normalise=plain.normalise,
+        )
+
+    def before(self, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """residual [N, H] to q, k, v ready for attention."""
+        q, kv = native.before(self._native, residual, cos, sin)
+        k, v = kv.chunk(2, dim=1)
+        return q, k, v
+
+    def after(self, residual: Tensor, context: Tensor) -> tuple[Tensor, Routed]:
+        """Attention output [N, A, D] into the residual [N, H], and the rows that go to the FFN."""
+        residual, hidden, experts, weights = native.after(self._native, residual, context)
+        return residual, Routed(hidden, None, None) if self.gate is None else Routed(hidden, experts, weights)
+
+
+class PackedFFNLayer(nn.Module):
+    """`FFNLayer` in one call: the shared expert is one of the experts, and a dense layer is a shared expert alone."""
+
+    def __init__(self, plain: FFNLayer) -> None:
         super().__init__()
-        self.heads, self.head_dim = plain.heads, plain.head_dim
-        self.latent = len(plain.q_proj.weight)
-        self.qkv_proj = PackedLinear(plain.q_proj, plain.k_proj, plain.v_proj)
-        self.inter_norm = PackedNorm(plain.inter_norm)
-        self.wq = PackedLinear(plain.wq)
-        self.o_proj = PackedLinear(plain.o_proj)
+        shared = plain.share_expert if plain.mlp is None else plain.mlp
+        assert shared is not None
+        self.shared_gate_up = _held(native.pack_gated(shared.gate_proj.weight, shared.up_proj.weight))
+        self.shared_down = _held(native.pack_down(shared.down_proj.weight))
+        if plain.moe is not None:
+            self.gate_up = _held(native.pack_gated(plain.moe.gate_proj, plain.moe.up_proj))
+            self.down = _held(native.pack_down(plain.moe.down_proj))
+        self._native = native.FFNLayer(
+            **_addresses(self),
+            hidden=shared.down_proj.weight.shape[0],
+            shared_inner=len(self.shared_gate_up) * native.GATED_WIDTH,
+            inner=0 if plain.moe is None else self.gate_up.shape[1] * native.GATED_WIDTH,
+            count=0 if plain.moe is None else len(self.gate_up),
+            first_id=plain.first_id,
+            at_home=plain.at_home and plain.moe is not None,
+        )
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, H] to rotated q [N, A, D], rotated k [N, D] and v [N, D]."""
-        latent, k, v = self.qkv_proj(x).split((self.latent, self.head_dim, self.head_dim), dim=1)
-        q = native.rotate(self.wq(self.inter_norm(latent)), cos, sin, self.heads)
-        return q, native.rotate(k, cos, sin, 1).squeeze(1), v
-
-
-class PackedExperts(nn.Module):
-    """`Experts`, gate and up as one matrix."""
-
-    def __init__(self, plain: Experts) -> None:
-        super().__init__()
-        self.gate_up = _held(native.pack_gated(plain.gate_proj, plain.up_proj))
-        self.down = _held(native.pack_down(plain.down_proj))
-
-    def forward(self, x: Tensor, local: Tensor, weights: Tensor) -> Tensor:
-        """x [N, H], local expert indices [N, K] (negative: not held here) and weights [N, K] to the weighted sum [N, H]."""
-        return native.experts(x, local, weights, self.gate_up, self.down)
-
-
-class PackedDenseFFN(nn.Module):
-    """`DenseFFN`: one expert that every row chooses."""
-
-    def __init__(self, plain: DenseFFN) -> None:
-        super().__init__()
-        self.gate_up = _held(native.pack_gated(plain.gate_proj.weight[None], plain.up_proj.weight[None]))
-        self.down = _held(native.pack_down(plain.down_proj.weight[None]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        everyone, whole = x.new_zeros(len(x), 1, dtype=torch.int64), x.new_ones(len(x), 1)
-        return native.experts(x, everyone, whole, self.gate_up, self.down)
+    def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
+        """hidden [N, H], expert ids [N, K] of any integer dtype, weights [N, K]: this rank's partial sum [N, H]."""
+        return native.feed_forward(self._native, hidden, ids, weights)
 
 
 def packed_attention(half: AttentionHalf) -> AttentionHalf:
-    """The same half, packed in place, module by module; as it was where the kernels cannot run it."""
+    """The same half, packed in place, layer by layer; as it was where the kernels cannot run it."""
     if not _can_pack(half.config):
         return half
     for index in range(half.config.num_hidden_layers):
-        layer = half.layer(index)
-        _replace(layer, "self_attn", PackedAttention)
-        _replace(layer, "input_layernorm", PackedNorm)
-        _replace(layer, "post_attention_layernorm", PackedNorm)
-        if layer.moe is not None:
-            _replace(layer.moe, "gate", PackedLinear)
+        _replace(half.layers, str(index), PackedAttentionLayer)
     _replace(half, "norm", PackedNorm)
     _replace(half, "lm_head", PackedLinear)
     return half
 
 
 def packed_ffn(half: FFNHalf) -> FFNHalf:
-    """The same half, packed in place, module by module; as it was where the kernels cannot run it."""
+    """The same half, packed in place, layer by layer; as it was where the kernels cannot run it."""
     if not _can_pack(half.config):
         return half
-    for layer in half.layers:
-        if layer.mlp is not None:
-            _replace(layer, "mlp", PackedDenseFFN)
-        else:
-            _replace(layer, "moe", PackedExperts)
-            _replace(layer, "share_expert", PackedDenseFFN)
+    for index in range(half.config.num_hidden_layers):
+        _replace(half.layers, str(index), PackedFFNLayer)
     return half
 
 
@@ -127,6 +130,15 @@ def _can_pack(config: ModelConfig) -> bool:
 
 def _replace(owner: nn.Module, name: str, packed: Callable[[Any], nn.Module]) -> None:
     owner.register_module(name, packed(owner.get_submodule(name)))
+
+
+def _packed(*linears: Linear) -> nn.Parameter:
+    """The matrix of one, or of several with the same input, their outputs side by side."""
+    return _held(native.pack(torch.cat([linear.weight for linear in linears])))
+
+
+def _addresses(module: nn.Module) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
 
 
 def _held(packed: Tensor) -> nn.Parameter:

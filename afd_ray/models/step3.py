@@ -234,15 +234,16 @@ class FFNLayer(nn.Module):
         self.moe = Experts(len(shard.experts), hidden, shard.routed.width(config.moe_intermediate_size)) if moe else None
         self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe else None
         self.mlp = None if moe else DenseFFN(hidden, shard.dense.width(config.intermediate_size))
-        self.at_home = shard.at_home
+        self.held, self.first_id, self.at_home = len(shard.experts), shard.first_id, shard.at_home
 
-    def forward(self, hidden: Tensor, local: Tensor | None, weights: Tensor | None) -> Tensor:
-        """hidden [N, H], local expert indices [N, K] (negative: held elsewhere), weights [N, K]: this rank's partial sum [N, H]."""
+    def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
+        """hidden [N, H], expert ids on the wire [N, K] of any integer dtype, weights [N, K]: this rank's partial sum [N, H]."""
         if self.mlp is not None:
             dense: Tensor = self.mlp(hidden)
             return dense
-        if local is None or weights is None or self.share_expert is None or self.moe is None:
+        if ids is None or weights is None or self.share_expert is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
+        local = self._local(ids)
         partial: Tensor = self.moe(hidden, local, weights)
         if self.at_home:
             rows = (local[:, 0] >= 0).nonzero().squeeze(1)
@@ -250,6 +251,11 @@ class FFNLayer(nn.Module):
         else:
             partial = partial + self.share_expert(hidden)
         return partial
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Indices [N, K] into the experts held here; negative: held elsewhere."""
+        local = ids.long() - self.first_id
+        return local.masked_fill_(local >= self.held, -1)
 
 
 class FFNHalf(nn.Module):
@@ -262,14 +268,8 @@ class FFNHalf(nn.Module):
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
         """This rank's partial sum [N, H] for one layer; `routed.experts` are ids on the wire, of any integer dtype."""
-        local = None if routed.experts is None else self._local(routed.experts)
-        partial: Tensor = self.layers[layer](routed.hidden, local, routed.weights)
+        partial: Tensor = self.layers[layer](*routed)
         return partial
-
-    def _local(self, ids: Tensor) -> Tensor:
-        """Indices [N, K] into the experts held here; negative: held elsewhere."""
-        local = ids.long() - self.shard.first_id
-        return local.masked_fill_(local >= len(self.shard.experts), -1)
 
 
 class Step3Model(nn.Module):
