@@ -36,6 +36,7 @@ class Flight:
         self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
     ) -> None:
         self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
+        self.rows = batch.rows
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0
         self.since = 0
@@ -181,7 +182,7 @@ class AttentionLoop(StepLoop):
 
     def _announce(self, slot: int, flight: Flight) -> None:
         wire = self.wire
-        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=flight.batch.rows)
+        header = Header(Kind.STEP, wire.epoch.number, wire.rank, slot=slot, step=flight.step, rows=flight.rows)
         wire.mesh.send(wire.epoch.conductor, header)
 
     def _park(self, slot: int) -> None:
@@ -220,11 +221,11 @@ class AttentionLoop(StepLoop):
         self.cache.write(flight.layer, flight.plan.slots, k, v)
         context = attend_paged(self.cache, flight.layer, flight.plan, q)
         flight.residual, routed = layer.after(flight.residual, context)
-        hold(self.pace, started_ns, flight.batch.rows, flight.context_tokens)
+        hold(self.pace, started_ns, flight.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
         flight.observed.attended((flight.dispatched_ns - started_ns) / 1000)
-        self._record("attention", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+        self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
         """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
@@ -235,11 +236,11 @@ class AttentionLoop(StepLoop):
             flight.chosen.append(routed.experts)
             ids = routing.choose_copies(routed.experts)
         tensors = pack_rows(routed._replace(experts=ids), wire.dtype, id_dtype(routing.ids))
-        flight.sent = routing.rows_by_instance(ids, flight.batch.rows)
+        flight.sent = routing.rows_by_instance(ids, flight.rows)
         flight.awaited = 0
         place = {"slot": slot, "layer": flight.layer, "step": flight.step}
         for instance, rows in enumerate(flight.sent):
-            count = flight.batch.rows if rows is None else len(rows)
+            count = flight.rows if rows is None else len(rows)
             flight.awaited += len(row_owners(count, wire.rank, wire.epoch.attention, wire.epoch.tensor_parallel))
             header = Header(Kind.DISPATCH, wire.epoch.number, wire.rank, rows=count, sent_ns=self._wall_ns(), **place)
             parts = _rows_of(tensors, rows)
@@ -253,9 +254,9 @@ class AttentionLoop(StepLoop):
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
         flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
-        self._meter.add(flight.observed, flight.batch.rows, flight.context_tokens, flight.layer)
+        self._meter.add(flight.observed, flight.rows, flight.context_tokens, flight.layer)
         self._count_experts(flight)
-        self._record("head", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+        self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
         if outputs:
             self._time(outputs)
             self._publish(outputs)

@@ -55,8 +55,8 @@ class ColocatedLoop(AttentionLoop):
         started_ns = time.monotonic_ns()
         flight = self._flights[slot]
         assert flight is not None
-        flight.residual = flight.residual + self.ffn(flight.layer, routed)
-        hold(self.ffn_pace, started_ns, flight.batch.rows)
+        flight.residual += self.ffn(flight.layer, routed)
+        hold(self.ffn_pace, started_ns, flight.rows)
         flight.observed.returned((time.monotonic_ns() - started_ns) / 1000, None)
-        self._record("ffn", slot, flight.layer, flight.step, flight.batch.rows, started_ns)
+        self._record("ffn", slot, flight.layer, flight.step, flight.rows, started_ns)
         self._next_layer(flight)

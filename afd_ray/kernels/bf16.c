@@ -16,6 +16,7 @@ enum {
     HEADS = 8,   // attended together: one half vector of float32
     KEYS = 16,   // scored together
     ROWS_IN_TURN = 16,  // that a thread attends for, one after the other
+    ROWS_AT_ONCE = 16,  // copied or normalised by a thread that has come; one that comes late holds up nobody
     AHEAD = 1024,       // bytes of a panel fetched before they are needed
 };
 
@@ -338,7 +339,7 @@ void feed_forward(const FFNLayer *layer, const bf16 *x, const void *ids, int id_
     sort(layer, &choice, &a);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS_AT_ONCE)
         for (long i = 0; i < a.starts[layer->count + 1]; i++)
             memcpy(a.gathered + i * hidden, x + a.row[i] * hidden, hidden * sizeof *x);
         // The shared expert's panels first: they have the most rows, and small ones even out the end.
@@ -592,7 +593,7 @@ void before(const AttentionLayer *layer, const bf16 *residual, const float *cos,
     const Target into_q = {.out = q, .width = layer->heads * dim};
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS_AT_ONCE)
         for (long i = 0; i < rows; i++)
             normalise(residual + i * hidden, layer->input_norm, normed + i * hidden, hidden, layer->eps);
 #pragma omp for schedule(dynamic)
@@ -603,7 +604,7 @@ void before(const AttentionLayer *layer, const bf16 *residual, const float *cos,
             else
                 panel_rows(normed, hidden, panel, 0, rows, column - latent, &into_kv);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, ROWS_AT_ONCE)
         for (long i = 0; i < rows; i++) {
             normalise(query + i * latent, layer->latent_norm, query + i * latent, latent, layer->eps);
             rotate(kv + i * 2 * dim, cos + i * half, sin + i * half, dim);
