@@ -125,6 +125,13 @@ class BareTcp(Way):
         self.receive(size_bytes)
         self.connection.sendall(self.own[:size_bytes])
 
+    def tell(self, value: int) -> None:
+        self.connection.sendall(value.to_bytes(8, "little"))
+
+    def hear(self) -> int:
+        self.receive(8)
+        return int.from_bytes(self.own[:8], "little")
+
     def close(self) -> None:
         self.connection.close()
 
@@ -211,7 +218,12 @@ def follow(pipe: Connection, scratch: Path) -> None:
     """Take orders until there is none: (function name, its arguments)."""
     torch.set_num_threads(1)
     ways: dict[str, Way] = {}
-    orders: dict[str, Callable[..., object]] = {"echo": echo, "wake": answer_wakes, "idle": rest}
+    orders: dict[str, Callable[..., object]] = {
+        "echo": echo,
+        "wake": answer_wakes,
+        "bare_wake": answer_bare_wakes,
+        "idle": rest,
+    }
     with torch.inference_mode():
         while order := pipe.recv():
             what, name, *arguments = order
@@ -234,6 +246,13 @@ def answer_wakes(way: Link, count: int) -> None:
         late_ns = time.monotonic_ns() - message.header.sent_ns
         message.release()
         way.mesh.send(0, way.header._replace(step=late_ns))
+
+
+def answer_bare_wakes(way: BareTcp, count: int) -> None:
+    """As `answer_wakes`, for a process that sleeps in the kernel's own read."""
+    for _ in range(count):
+        sent_ns = way.hear()
+        way.tell(time.monotonic_ns() - sent_ns)
 
 
 def rest(way: Link, seconds: float) -> float:
@@ -279,7 +298,8 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     kinds = {kind: ways[parked(kind)] for kind in LINKS}
     result = {
         "round_trip_us": {size: {name: spread(values) for name, values in by_way.items()} for size, by_way in times_us.items()},
-        "wake_us": {kind: spread(wakes(way, pipe, parked(kind))) for kind, way in kinds.items()},
+        "wake_us": {"bare_tcp": spread(bare_wakes(ways["bare_tcp"], pipe))}
+        | {kind: spread(wakes(way, pipe, parked(kind))) for kind, way in kinds.items()},
         "idle_percent": {kind: idle(way, pipe, parked(kind), args.idle) for kind, way in kinds.items()},
     }
     for way in ways.values():
@@ -325,6 +345,17 @@ def wakes(way: Link, pipe: Connection, name: str) -> list[float]:
     return late_us
 
 
+def bare_wakes(way: BareTcp, pipe: Connection) -> list[float]:
+    """As `wakes`, for a process that sleeps in the kernel's own read: what the machine allows."""
+    pipe.send(("bare_wake", "bare_tcp", WAKES))
+    late_us = []
+    for _ in range(WAKES):
+        time.sleep(2e-3)
+        way.tell(time.monotonic_ns())
+        late_us.append(way.hear() / 1000)
+    return late_us
+
+
 def idle(way: Link, pipe: Connection, name: str, seconds: float) -> float:
     pipe.send(("idle", name, seconds))
     return round(rest(way, seconds), 3)
@@ -349,9 +380,8 @@ def document(report: dict[str, Any]) -> str:
         [shown(size), *(f"{by_way[name]['p50'] / by_way[bare]['p50']:.2f}" for name, bare in RATIOS.items())]
         for size, by_way in by_size.items()
     ]
-    rest = [
-        [kind, f"{wake['p50']:,} / {wake['p95']:,}", report["idle_percent"][kind]] for kind, wake in report["wake_us"].items()
-    ]
+    idle_percent = report["idle_percent"]
+    rest = [[kind, f"{wake['p50']:,} / {wake['p95']:,}", idle_percent.get(kind, "-")] for kind, wake in report["wake_us"].items()]
     parts = [
         "# What does a hand-off cost?",
         f"{report['date']}, {report['hardware']}. Two processes, pinned to nothing; every way in turn, {report['rounds']} rounds.",

@@ -10,8 +10,7 @@ import os
 import random
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -87,33 +86,28 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
     return {r.engine: round(r.tokens_per_s / peer, 2) for r in rows} if peer else {}
 
 
-def measure(engines: Mapping[str, Engine], loads: Sequence[Load]) -> Iterator[list[Row]]:
-    """Every engine under every load, a load at a time, in an order that turns."""
-    order = deque(engines)
-    for load in loads:
-        job = load.job()
-        yield [row(name, load, engines[name].generate(job)) for name in order]
-        order.rotate()
+def measure(names: Sequence[str], loads: Sequence[Load], checkpoint: Path, threads: int) -> Iterator[Row]:
+    """Each engine alone on the machine, under every load: an engine that idles beside another takes 15% of it."""
+    for name in names:
+        try:
+            with started(name, checkpoint, threads) as engine:
+                for load in loads:
+                    yield row(name, load, engine.generate(load.job()))
+        except EngineError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
 
 
 @contextmanager
-def started(names: Sequence[str], checkpoint: Path, threads: int) -> Iterator[dict[str, Engine]]:
-    """The engines that can run here, one started and warmed up after the other; says which cannot, and why."""
-    engines: dict[str, Engine] = {}
+def started(name: str, checkpoint: Path, threads: int) -> Iterator[Engine]:
+    """An engine, warmed up; raises EngineError when it cannot run here."""
+    print(f"starting {name}", file=sys.stderr)
+    engine = Engine(ENGINES[name](checkpoint, threads))
     try:
-        for name in names:
-            print(f"starting {name}", file=sys.stderr)
-            engine = engines[name] = Engine(ENGINES[name](checkpoint, threads))
-            try:
-                engine.await_ready()
-                warm_up(engine)
-            except EngineError as error:
-                print(f"{name} is left out: {error}", file=sys.stderr)
-                engines.pop(name).close()
-        yield engines
+        engine.await_ready()
+        warm_up(engine)
+        yield engine
     finally:
-        for engine in engines.values():
-            engine.close()
+        engine.close()
 
 
 def warm_up(engine: Engine) -> None:
@@ -136,10 +130,13 @@ def table_line(row: Row, ratio: float | None) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def report(load_rows: Sequence[Row]) -> None:
-    relative = ratios(load_rows)
-    for entry in load_rows:
-        print(table_line(entry, relative.get(entry.engine)), flush=True)
+def report(rows: Sequence[Row], loads: Sequence[Load]) -> None:
+    print(HEADER)
+    for load in loads:
+        load_rows = [entry for entry in rows if entry.load == load]
+        relative = ratios(load_rows)
+        for entry in load_rows:
+            print(table_line(entry, relative.get(entry.engine)))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,13 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     loads = [Load(requests, context, args.tokens) for context in args.contexts for requests in args.requests]
     machine = hardware()
     rows: list[Row] = []
-    print(HEADER)
     with tempfile.TemporaryDirectory() as made:
         checkpoint = args.model or preset_in(Path(made) / "step3-92m")
-        with started(args.engines, checkpoint, args.threads) as engines:
-            for load_rows in measure(engines, loads):
-                report(load_rows)
-                rows += load_rows
+        for entry in measure(args.engines, loads, checkpoint, args.threads):
+            rows.append(entry)
+            print(table_line(entry, None), file=sys.stderr, flush=True)
+    report(rows, loads)
     print(json.dumps(result("serving", machine, args.threads, rows)))
     return 0
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from actors.serve import free_port
@@ -24,7 +24,7 @@ from benchmarks._streams import stream_all
 from benchmarks.overlap import preset_in
 from benchmarks.peers import environments
 from benchmarks.peers.catalogue import vllm_environment
-from benchmarks.serving import HEADER, Load, Row, report, result, row
+from benchmarks.serving import Load, Row, report, result, row
 
 HOST = "127.0.0.1"
 MODEL = "step3-92m"
@@ -83,12 +83,11 @@ def await_health(url: str, server: "subprocess.Popen[bytes]") -> None:
     raise RuntimeError(f"no vLLM server at {url}, see its output")
 
 
-def measure(urls: dict[str, str], loads: Sequence[Load]) -> Iterator[list[Row]]:
-    """Every server under every load, a load at a time."""
-    for url in urls.values():
-        stream_all(url, MODEL, Load(8, 128, 16).job())
+def measure(name: str, url: str, loads: Sequence[Load]) -> Iterator[Row]:
+    """One server, alone on the machine, under every load."""
+    stream_all(url, MODEL, Load(8, 128, 16).job())
     for load in loads:
-        yield [row(name, load, stream_all(url, MODEL, load.job())) for name, url in urls.items()]
+        yield row(name, load, stream_all(url, MODEL, load.job()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,19 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         args.servers, args.streams, args.tokens = ["afd"], (16,), 32
     machine, rows = hardware(), list[Row]()
-    with ExitStack() as stack:
-        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        checkpoint = args.model or preset_in(made / MODEL)
+    loads = [Load(streams, args.context, args.tokens) for streams in args.streams]
+    with tempfile.TemporaryDirectory() as made:
+        checkpoint = args.model or preset_in(Path(made) / MODEL)
         ways = {
             "afd": lambda: ours(checkpoint),
             "vllm-compiled": lambda: vllm(checkpoint, args.threads, eager=False),
             "vllm-eager": lambda: vllm(checkpoint, args.threads, eager=True),
         }
-        urls = {name: stack.enter_context(ways[name]()) for name in args.servers}
-        print(HEADER)
-        for load_rows in measure(urls, [Load(streams, args.context, args.tokens) for streams in args.streams]):
-            report(load_rows)
-            rows += load_rows
+        for name in args.servers:
+            with ways[name]() as url:
+                rows += measure(name, url, loads)
+    report(rows, loads)
     print(json.dumps(result("serving_http", machine, args.threads, rows)))
     return 0
 
