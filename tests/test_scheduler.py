@@ -126,6 +126,18 @@ def test_prefill_and_decode_leave_room_for_each_other() -> None:
     )
 
 
+def test_prompts_are_computed_first_come_first_served() -> None:
+    scheduler = make(budget=4, slots=2)
+    for name in "abc":
+        scheduler.add(request(name, 6, 1))
+    assert play(scheduler, 4) == (
+        "slot 0: a prefill 0..3\n"
+        "slot 1: b prefill 0..3\n"
+        "slot 0: a prefill 4..5, c prefill 0..1\n"
+        "slot 1: b prefill 4..5"
+    )
+
+
 def test_a_budget_of_one_row_alternates() -> None:
     scheduler = make(budget=1)
     scheduler.add(request("a", 1, 9))

@@ -264,8 +264,9 @@ class Scheduler:
         return room if stretch is None else min(room, max(stretch, self.token_budget // LEAST_PREFILL, 1))
 
     def _prefill_chunks(self, budget: int) -> list[Chunk]:
+        """First come, first served: a prompt that is half done goes on before the next begins, so that first tokens come one by one."""
         chunks: list[Chunk] = []
-        for sequence in [s for s in self._idle.values() if not s.decodes]:
+        for sequence in [s for s in self._running.values() if s.id in self._idle and not s.decodes]:
             if not budget:
                 break
             chunks.append(self._take(sequence, min(budget, sequence.remaining)))
