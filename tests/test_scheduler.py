@@ -131,10 +131,7 @@ def test_prompts_are_computed_first_come_first_served() -> None:
     for name in "abc":
         scheduler.add(request(name, 6, 1))
     assert play(scheduler, 4) == (
-        "slot 0: a prefill 0..3\n"
-        "slot 1: b prefill 0..3\n"
-        "slot 0: a prefill 4..5, c prefill 0..1\n"
-        "slot 1: b prefill 4..5"
+        "slot 0: a prefill 0..3\nslot 1: b prefill 0..3\nslot 0: a prefill 4..5, c prefill 0..1\nslot 1: b prefill 4..5"
     )
 
 
