@@ -6,10 +6,8 @@ from typing import Literal
 from afd_ray.membership.shape import Shape
 
 Kind = Literal["form", "resize", "recover"]
-Phase = Literal[
-    "settle", "provide", "load", "prepare", "connect", "move_out", "drain", "switch", "retire", "rollback", "fence", "backoff"
-]
 Op = Literal["load", "prepare", "connect", "move_out", "drain", "resume", "switch", "retire", "discard"]
+Phase = Literal["settle", "provide", "fence", "backoff"] | Op
 State = Literal["starting", "ready", "resizing", "recovering", "degraded", "stopping"]
 Outcome = Literal["committed", "rolled_back", "refused"]
 
@@ -46,23 +44,26 @@ class Change:
     """What serves, or did until it broke; None: nothing has served yet."""
     roster: Roster
     """What is to serve; its number names the change."""
+    steps: list[Phase]
+    """Phases that are still to come."""
     fresh: tuple[str, ...] = ()
-    """Members of the roster that `Provide` was asked for."""
+    """Members of the roster that are to be provided."""
+    ask_id: str | None = None
+    """Who asked for it; None: the coordinator itself, to get to the wanted shape."""
+    reason: str = ""
+    """Why it is being rolled back, or why a recovery was needed."""
     phase: Phase = "provide"
     awaited: set[str] = field(default_factory=set)
     """Members that have not answered this phase's calls yet."""
     deadline_s: float = 0.0
     """Of the phase, from its beginning."""
-    committed: bool = False
-    """Whether there is no way back: members may have switched."""
     provided: bool = False
     """Whether the fresh members are there."""
-    ask_id: str | None = None
-    """Who asked for it; None: the coordinator itself, to get to the wanted shape."""
-    reason: str = ""
-    """Why it is being rolled back, or why a recovery was needed."""
-    blame: dict[str, str] = field(default_factory=dict)
-    """In a recovery: errors of the phase by the member that gave them, judged when everybody has answered."""
+    committed: bool = False
+    """Whether there is no way back: members may have switched."""
+    rolling_back: bool = False
+    blame: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """In a recovery's `connect`: by the member that gave an error, the other end of the edge (or itself) and the error."""
 
     @property
     def number(self) -> int:
@@ -76,26 +77,36 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Underway:
+    """What a record says of a change."""
+
+    kind: Kind
+    base: Roster | None
+    roster: Roster
+    committed: bool
+    """True: members may have switched, so that it has to go on. False: it is to be rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a restarted controller needs to know: kept where the controller's death does not reach."""
 
-    number: int
+    number: int = 0
     """Highest epoch number ever used."""
-    started: int
+    started: int = 0
     """How many member ids were ever given out."""
-    wanted: Shape | None
-    roster: Roster | None
+    wanted: Shape | None = None
+    roster: Roster | None = None
     """What serves; from the commit on that is what members are switching to."""
-    broken: bool
+    broken: bool = False
     """Whether that epoch has lost a member or a link, and needs a recovery."""
-    switching: Roster | None
-    """The base of a committed change whose switch is not known to be over."""
-    pending: Roster | None
-    """The roster of a change that is not committed: to be rolled back."""
-    members: tuple[str, ...]
-    """Every id given out that is not known to be gone, in rosters or not."""
-    dying: tuple[str, ...]
+    change: Underway | None = None
+    members: tuple[str, ...] = ()
+    """Every id given out that is not known to be gone."""
+    dying: tuple[str, ...] = ()
     """Of them, those that were released."""
+    unfenced: tuple[tuple[str, ...], ...] = ()
+    """FFN members of each earlier epoch of which none is known yet to have left it."""
 
 
 # --- what the coordinator is told ---------------------------------------------------------------------------------------------
