@@ -17,6 +17,7 @@ from actors.roster import Hand, ask, gather_named
 from afd_ray.config import Config
 from afd_ray.membership.contract import check_same_model
 from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.models.config import ModelConfig
 from placement.groups import Reservation, inventory, release, reserve
@@ -29,34 +30,6 @@ SPIN_US = 200.0
 """How long an actor spins for the next message before it parks, where the host has a core for each actor."""
 LOAD_TIMEOUT_S = 3600.0
 """For an actor to start and read its tensors: hundreds of gigabytes from a network disk at worst."""
-MOST_MICRO_BATCHES = 4
-"""Slots of an attention rank that decides itself how many it uses."""
-
-COLOCATED_MICRO_BATCHES = 1
-"""Nothing is on a wire meanwhile, and every micro-batch reads all weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How many ranks an epoch has, `expert_parallel` 0 when colocated; `micro_batches` None: each attention rank decides, from its stage times."""
-
-    attention: int
-    tensor_parallel: int
-    expert_parallel: int
-    micro_batches: int | None
-
-    @classmethod
-    def of(cls, config: Config) -> "Shape":
-        micro_batches = config.pipeline.micro_batches
-        ffn = config.ffn
-        count = None if micro_batches == "auto" else micro_batches
-        return cls(config.attention.replicas, ffn.tensor_parallel, ffn.ranks // ffn.tensor_parallel, count)
-
-    def epoch(self, number: int) -> Epoch:
-        colocated = self.expert_parallel == 0
-        slots = self.micro_batches or (COLOCATED_MICRO_BATCHES if colocated else MOST_MICRO_BATCHES)
-        adaptive = self.micro_batches is None and not colocated
-        return Epoch(number, self.attention, self.tensor_parallel, self.expert_parallel, slots, adaptive)
 
 
 def epoch_for(config: Config, model: ModelConfig, shape: Shape, number: int, loads: Sequence[int] = ()) -> Epoch:

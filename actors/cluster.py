@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 
 from actors.attention_pool import AttentionPool
-from actors.bringup import Shape, epoch_for
+from actors.bringup import epoch_for
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.roster import first_line
 from actors.token_stream import TokenStreamClient
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
+from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
 from afd_ray.text import IncrementalDetokenizer, Tokenizer

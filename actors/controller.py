@@ -9,10 +9,11 @@ from typing import Any
 
 import ray
 
-from actors.bringup import Bringup, Shape
+from actors.bringup import Bringup
 from actors.roster import Hand, ask, trace_all
 from actors.status import cluster_status
 from afd_ray.config import Config, model_directory
+from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.telemetry import chrome_trace, on_one_clock, overlap
 

@@ -48,6 +48,21 @@ def place_experts(loads: Sequence[float], instances: int, redundant: int = 0) ->
     return tuple(tuple(sorted(experts)) for experts in held)
 
 
+def spread_experts(held: Sequence[Sequence[int]], experts: int) -> ExpertMap:
+    """Every instance keeps what it holds; what nobody holds goes, one by one, to the instance with the fewest.
+
+    So where copies of all are left, nothing has to be loaded.
+
+    >>> spread_experts([(0, 1), (4, 5)], experts=6)
+    ((0, 1, 2), (3, 4, 5))
+    """
+    kept = [sorted(set(one)) for one in held]
+    found = {expert for one in kept for expert in one}
+    for expert in sorted(set(range(experts)) - found):
+        min(kept, key=len).append(expert)
+    return tuple(tuple(sorted(one)) for one in kept)
+
+
 def check_redundant(experts: int, instances: int, redundant: int) -> None:
     """Raises ValueError when there are more copies than instances that could hold them."""
     most = max(0, experts * (instances - 1))
