@@ -25,7 +25,13 @@ class Refused(NamedTuple):
     reason: str
 
 
-Answer = TokenOutput | Refused
+class Moved(NamedTuple):
+    """This attention actor goes away and has forgotten the request: submit it elsewhere with the tokens so far."""
+
+    request_id: str
+
+
+Answer = TokenOutput | Refused | Moved
 
 
 def encode_order(order: Submit | Abort) -> bytes:
@@ -46,7 +52,13 @@ def encode_answers(answers: Sequence[Answer]) -> bytes:
 
 def decode_answers(frame: bytes) -> list[Answer]:
     answers = msgpack.unpackb(frame, use_list=False)
-    return [Refused(*raw) if len(raw) == 2 else TokenOutput(*raw) for raw in answers]
+    return [_decode_answer(raw) for raw in answers]
+
+
+def _decode_answer(raw: tuple[Any, ...]) -> Answer:
+    if len(raw) == 1:
+        return Moved(*raw)
+    return Refused(*raw) if len(raw) == 2 else TokenOutput(*raw)
 
 
 def encode_hello() -> bytes:
@@ -82,6 +94,6 @@ def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort | Refused:
 
 
 def _encode_answer(answer: Answer) -> tuple[Any, ...]:
-    if isinstance(answer, Refused):
+    if isinstance(answer, Refused | Moved):
         return tuple(answer)
     return (answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)

@@ -13,6 +13,7 @@ from actors.token_frames import (
     PROTOCOL_VERSION,
     Abort,
     Answer,
+    Moved,
     Refused,
     Submit,
     decode_answers,
@@ -153,7 +154,7 @@ class TokenStreamServer:
             if subscriber is None:
                 continue
             batches.setdefault(subscriber, []).append(output)
-            if isinstance(output, Refused) or output.finish_reason is not None:
+            if isinstance(output, Refused | Moved) or output.finish_reason is not None:
                 self._forget(output.request_id)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
@@ -262,9 +263,11 @@ class TokenStreamClient:
         try:
             while not finished:
                 answer = await answers.get()
-                finished = isinstance(answer, Refused) or answer.finish_reason is not None
+                finished = isinstance(answer, Refused | Moved) or answer.finish_reason is not None
                 if isinstance(answer, Refused):
                     raise ValueError(answer.reason)
+                if isinstance(answer, Moved):
+                    raise StreamLost(f"the attention actor at {self.address} goes away")
                 yield answer
         finally:
             if not finished:
@@ -325,7 +328,7 @@ class TokenStreamClient:
             if pending is None:
                 continue
             pending.answers.put_nowait(answer)
-            if isinstance(answer, Refused) or answer.finish_reason is not None:
+            if isinstance(answer, Refused | Moved) or answer.finish_reason is not None:
                 self._forget(answer.request_id)
 
     def _fail(self, reason: str) -> None:
