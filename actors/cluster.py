@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 
 from actors.attention_pool import AttentionPool
-from actors.bringup import epoch_for
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.roster import first_line
 from actors.token_stream import TokenStreamClient
+from actors.transition import epoch_of
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
 from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
@@ -268,7 +268,7 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
     if wanted is not None and wanted > model.max_position_embedding:
         raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
     try:
-        epoch_for(config, model, Shape.of(config), number=1).check(model)
+        epoch_of(config, model, Shape.of(config), 1).check(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -294,9 +294,9 @@ def start_ray(config: Config) -> None:
 
 def create_controller(config: Config, name: str = NAME, *, detached: bool = False) -> Any:
     """The controller actor, new; raises ClusterError when one of that name lives. `detached`: it outlives this process."""
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1}
     try:
-        return ray.remote(Controller).options(**options, lifetime="detached" if detached else None).remote(config)
+        return ray.remote(Controller).options(**options, lifetime="detached" if detached else None).remote(config, name)
     except ValueError as error:
         raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
 

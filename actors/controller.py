@@ -1,19 +1,24 @@
-"""Controller: a Ray actor that brings the cluster up, knows its state, and is asked by ingress and command line."""
+"""Controller: a Ray actor that brings the cluster up, changes its shape, repairs it, and is asked by ingress and command line."""
 
 import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
-from actors.bringup import Bringup
-from actors.roster import Hand, ask, trace_all
+from actors import ledger
+from actors.crew import Crew
+from actors.roster import ask, trace_all
 from actors.status import cluster_status
+from actors.transition import Transition
 from afd_ray.config import Config, model_directory
+from afd_ray.membership.events import Adopted, Lost, Record, Stopping
 from afd_ray.membership.shape import Shape
+from afd_ray.membership.steps import NAMES
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.telemetry import chrome_trace, on_one_clock, overlap
 
@@ -22,62 +27,118 @@ logger = logging.getLogger(__name__)
 NAME = "afd-controller"
 NAMESPACE = "afd"
 TRACE_TIMEOUT_S = 20.0
+ANSWER_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
 
 
 class Controller:
-    """The cluster's one owner of actors and placement groups. The data plane goes on without it."""
+    """The cluster's one owner of actors and placement groups. The data plane goes on without it; Ray restarts it, and it takes over again."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, config: Config, name: str = NAME) -> None:
+        self._config, self._name = config, name
         self._checkpoint = Checkpoint.open(model_directory(config.model))
-        self._bringup = Bringup(config, self._checkpoint, self._secret)
-        self._state = "starting"
-        self._changed = asyncio.Condition()
-        self._watches: list[asyncio.Task[None]] = []
+        self._left = ledger.read(name)
+        secret = self._left.secret if self._left else secrets.token_bytes(32)
+        uid = self._left.uid if self._left else secrets.token_hex(4)
+        self._crew = Crew(config, secret, uid, NAMESPACE, name)
+        self._transition = Transition(config, self._checkpoint.config, self._crew, self._store)
         self._metrics: dict[str, Any] = {}
+        if self._left is not None:
+            ray.get_actor(name, namespace=NAMESPACE).adopt.remote()
+
+    @ray.method
+    async def adopt(self) -> None:
+        """Take over what the controller before this one left; harmless when there is nothing, or when it is done."""
+        left, self._left = self._left, None
+        if left is None:
+            return
+        logger.warning("the controller was restarted, and takes the cluster over")
+        missing = self._crew.adopt(left.actors)
+        self._transition.loads = left.loads
+        self._transition.tell(Adopted(left.record))
+        for member in missing:
+            self._transition.tell(Lost(member, "it ended while there was no controller"))
 
     @ray.method
     async def start(self) -> None:
         """Reserve, start, load, connect, warm up; at once when that is done. Raises in one line, with nothing left behind."""
-        if self._bringup.epoch is None:
-            await self._form(Shape.of(self._config))
+        await self.adopt()
+        if self._transition.roster is not None:
+            return
+        answer = await self._transition.ask(Shape.of(self._config))
+        if answer["outcome"] != "committed":
+            await self._stop()
+            raise RuntimeError(answer["reason"])
+        self._transition.last_resize = None
 
     @ray.method
     async def progress(self) -> str:
         """What the bring-up is doing now, in a few words."""
-        return await self._bringup.progress()
+        change = self._transition.coordinator.change
+        if change is None:
+            return "ready" if self._transition.roster else ""
+        doing = NAMES[change.phase]
+        if change.phase != "load":
+            return doing
+        try:
+            hands = [self._crew[member] for member in change.roster.members]
+            shares = await ask(hands, "loaded", timeout_s=0.5)
+        except (KeyError, RuntimeError, TimeoutError):
+            return doing
+        return f"{doing}: {int(10 * sum(shares) / len(shares)) * 10}%"
+
+    @ray.method
+    async def scale(
+        self,
+        attention: int | None = None,
+        ffn: int | None = None,
+        ffn_tensor_parallel: int | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Resize while serving; returns when that is over, what `last_resize` in the status says. None: as it is.
+
+        `ffn` counts ranks. Raises ValueError for a shape that cannot be, RuntimeError when a resize is in progress already.
+        """
+        shape = scaled(self._wanted(), attention, ffn, ffn_tensor_parallel)
+        return await self._resize(shape, timeout_s=timeout_s)
 
     @ray.method
     async def reshape(self, attention: int, tensor_parallel: int, expert_parallel: int, micro_batches: int | None = None) -> None:
-        """Form a new epoch of another shape once nothing is in progress; actors are reused, started and stopped as needed."""
+        """Form a new epoch of another shape while serving. Raises RuntimeError when it was rolled back."""
         if self._config.ffn.colocated:
             if tensor_parallel * expert_parallel != 1:
                 raise ValueError(f"a colocated cluster has no FFN ranks to cut, got {tensor_parallel} x {expert_parallel}")
             expert_parallel = 0
-        await self._wait_idle()
-        await self._form(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
+        answer = await self._resize(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
+        if answer["outcome"] != "committed":
+            raise RuntimeError(answer["reason"])
 
     @ray.method
     async def rebalance(self) -> dict[str, Any]:
-        """Form a new epoch of the same shape once nothing is in progress, its experts placed by how often each was chosen in this one."""
-        await self._wait_idle()
-        loads, shape = await self._expert_loads(), self._bringup.shape
-        if shape is None or not any(loads):
+        """Form a new epoch of the same shape while serving, its experts placed by how often each was chosen in this one."""
+        loads = await self._expert_loads()
+        if not any(loads):
             raise ValueError("no expert was chosen in this epoch yet, so there is nothing to place them by: send requests first")
-        await self._form(shape, loads)
-        epoch = self._bringup.epoch
-        return {"epoch": self._bringup.epoch_number, "experts": epoch.experts if epoch else ()}
+        before, self._transition.loads = self._transition.loads, loads
+        answer = await self._resize(self._wanted(), anew=True)
+        if answer["outcome"] != "committed":
+            self._transition.loads = before
+            raise RuntimeError(answer["reason"])
+        roster = self._transition.roster
+        assert roster is not None
+        return {"epoch": roster.number, "experts": self._transition.epoch(roster).experts}
 
     @ray.method
     async def ingress_view(self) -> dict[str, Any]:
-        """What an ingress replica needs: the model, the secret, and where the attention actors listen."""
+        """What an ingress replica needs: the model, the secret, and where the attention actors that take requests listen."""
         model = self._checkpoint.config
         limit = self._config.model.max_context or model.max_position_embedding
+        coordinator = self._transition.coordinator
         return {
-            "state": self._state,
-            "epoch": self._bringup.epoch_number,
-            "secret": self._secret,
+            "state": coordinator.state,
+            "epoch": self._epoch_number,
+            "view": self._transition.views,
+            "secret": self._crew.secret,
             "model": {
                 "name": self._config.model.served_name,
                 "directory": str(self._checkpoint.directory),
@@ -85,43 +146,43 @@ class Controller:
                 "vocab_size": model.vocab_size,
             },
             "attention": [
-                {"id": hand.name, "address": hand.identity["address"]}
-                for hand in self._bringup.attention
-                if hand.state == "running"
+                {"id": member, "address": self._crew[member].identity["address"]}
+                for member in coordinator.takers
+                if member in self._crew
             ],
         }
 
     @ray.method
-    async def changed(self, epoch: int, state: str) -> tuple[int, str]:
-        """Return (epoch, state) as soon as they differ from these."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: (self._bringup.epoch_number, self._state) != (epoch, state))
-        return self._bringup.epoch_number, self._state
+    async def changed(self, epoch: int, state: str, view: int | None = None) -> tuple[int, str]:
+        """Return (epoch, state) as soon as they, or who takes requests (`view`), differ from these."""
+        transition = self._transition
+
+        def differs() -> bool:
+            now = (self._epoch_number, transition.coordinator.state)
+            return now != (epoch, state) or (view is not None and view != transition.views)
+
+        async with transition.changed:
+            await transition.changed.wait_for(differs)
+        return self._epoch_number, transition.coordinator.state
 
     @ray.method
     async def status(self) -> dict[str, Any]:
         """The whole cluster, as `afd-ray status --json` prints it."""
-        return await cluster_status(self._config, self._state, self._bringup)
-
-    @ray.method
-    async def scale(self, attention: int | None = None, ffn: int | None = None) -> dict[str, Any]:
-        """Not built yet: raises ValueError."""
-        raise ValueError("scaling a running cluster is not supported yet: set attention.replicas and ffn.* and start again")
+        return await cluster_status(self._config, self._transition)
 
     @ray.method
     async def trace(self, steps: int) -> dict[str, Any]:
         """The next `steps` steps of every actor as Chrome trace JSON, with the overlap figure in `otherData`."""
-        dead = [hand.name for hand in self._bringup.hands if hand.state != "running"]
-        if dead or not self._bringup.hands:
+        coordinator, hands = self._transition.coordinator, self._transition.hands
+        if coordinator.broken or not hands:
             raise ValueError(
-                f"a trace needs every actor at work, but the cluster is {self._state}: {', '.join(dead) or 'no actor'}"
+                f"a trace needs every actor at work, but the cluster is {coordinator.state}: {coordinator.broken or 'no actor'}"
             )
-        hands = self._bringup.hands
         actors = await trace_all(hands, steps, TRACE_TIMEOUT_S)
         found = overlap(on_one_clock(actor) for actor in actors)
         return chrome_trace(actors) | {
             "otherData": {
-                "epoch": self._bringup.epoch_number,
+                "epoch": self._epoch_number,
                 "overlap": found.figure if found else None,
                 "busy": dict(zip((hand.name for hand in hands), found.busy, strict=True)) if found else None,
             }
@@ -130,12 +191,12 @@ class Controller:
     @ray.method
     async def attention_handles(self) -> list[Any]:
         """The attention actors, for benchmarks that drive the engine directly."""
-        return [hand.handle for hand in self._bringup.attention]
+        return [hand.handle for hand in self._transition.hands if hand.role == "attention"]
 
     @ray.method
     async def count_ray_calls(self, steps: int) -> dict[str, dict[str, int]]:
         """Function calls by each actor's step loop over the next `steps` steps: all of them, and those into Ray."""
-        hands = self._bringup.hands
+        hands = self._transition.hands
         counts = await ask(hands, "count_ray_calls", steps, TRACE_TIMEOUT_S, timeout_s=TRACE_TIMEOUT_S + 10)
         return {hand.name: count for hand, count in zip(hands, counts, strict=True)}
 
@@ -148,65 +209,81 @@ class Controller:
     @ray.method
     async def check_integrity(self) -> list[str]:
         """What is wrong with any attention actor's KV blocks or streams, a line each."""
-        answers = await ask(self._bringup.attention, "check_integrity", timeout_s=30)
-        return [f"{hand.name}: {line}" for hand, lines in zip(self._bringup.attention, answers, strict=True) for line in lines]
+        hands = [hand for hand in self._transition.hands if hand.role == "attention"]
+        answers = await ask(hands, "check_integrity", timeout_s=ANSWER_TIMEOUT_S)
+        return [f"{hand.name}: {line}" for hand, lines in zip(hands, answers, strict=True) for line in lines]
 
     @ray.method
     async def resident_bytes(self) -> dict[str, dict[str, int]]:
         """Memory by actor."""
-        answers = await ask(self._bringup.hands, "resident_bytes", timeout_s=30)
-        return {hand.name: answer for hand, answer in zip(self._bringup.hands, answers, strict=True)}
+        hands = self._transition.hands
+        answers = await ask(hands, "resident_bytes", timeout_s=ANSWER_TIMEOUT_S)
+        return {hand.name: answer for hand, answer in zip(hands, answers, strict=True)}
 
     @ray.method
     async def shutdown(self) -> None:
         """Stop every actor and give all placement groups back."""
-        await self._set_state("stopping")
-        self._unwatch()
-        await self._bringup.dissolve()
+        await self._stop()
 
-    async def _form(self, shape: Shape, loads: Sequence[int] = ()) -> None:
-        self._unwatch()
-        await self._set_state("starting")
+    @property
+    def _epoch_number(self) -> int:
+        roster = self._transition.roster
+        return roster.number if roster else 0
+
+    def _wanted(self) -> Shape:
+        wanted = self._transition.coordinator.wanted
+        if wanted is None:
+            raise ValueError("the cluster is starting: nothing to resize yet")
+        return wanted
+
+    async def _resize(self, shape: Shape, *, anew: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
+        """Raises RuntimeError when it is refused."""
+        hurry = asyncio.get_running_loop().call_later(timeout_s, self._transition.hurry) if timeout_s is not None else None
         try:
-            await self._bringup.form(shape, loads)
-        except BaseException:
-            await self._bringup.dissolve()
-            raise
-        number = self._bringup.epoch_number
-        self._watches = [asyncio.create_task(self._watch(hand, number)) for hand in self._bringup.hands]
-        await self._set_state("ready")
-
-    async def _watch(self, hand: Hand, number: int) -> None:
-        """Wait for this actor's end: Ray tells of a dead process, the actor itself of a failed step loop."""
-        try:
-            reason = await hand.handle.lost.remote(number)
-        except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
-        logger.error("%s is lost: %s", hand.name, reason)
-        hand.fail(reason)
-        await self._set_state("degraded")
-
-    def _unwatch(self) -> None:
-        for task in self._watches:
-            task.cancel()
-        self._watches = []
-
-    async def _set_state(self, state: str) -> None:
-        async with self._changed:
-            self._state = state
-            self._changed.notify_all()
+            answer = await self._transition.ask(shape, anew=anew)
+        finally:
+            if hurry is not None:
+                hurry.cancel()
+        if answer["outcome"] == "refused":
+            raise RuntimeError(answer["reason"])
+        return answer
 
     async def _expert_loads(self) -> list[int]:
         """How often each expert was chosen in this epoch, by all attention ranks."""
-        answers = await ask(self._bringup.attention, "status", timeout_s=30)
+        hands = [hand for hand in self._transition.hands if hand.role == "attention"]
+        answers = await ask(hands, "status", timeout_s=ANSWER_TIMEOUT_S)
         return [sum(counts) for counts in zip(*(answer["expert_loads"] for answer in answers), strict=True)]
 
-    async def _wait_idle(self, timeout_s: float = 60.0) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            answers = await ask(self._bringup.attention, "status", timeout_s=30)
-            if not any(answer["running"] + answer["waiting"] for answer in answers):
-                return
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"requests are still in progress after {timeout_s:g} s")
+    def _store(self, record: Record) -> None:
+        crew = self._crew
+        ledger.write(self._name, ledger.Entry(record, crew.uid, crew.secret, crew.describe(), tuple(self._transition.loads)))
+
+    async def _stop(self) -> None:
+        transition = self._transition
+        transition.tell(Stopping())
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while transition.coordinator.record.members and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
+        transition.close()
+        self._crew.release(list(self._crew.hands))
+        ledger.erase(self._name)
+
+
+def scaled(shape: Shape, attention: int | None, ffn: int | None, tensor_parallel: int | None) -> Shape:
+    """The shape with so many ranks; raises ValueError (one line) for what cannot be."""
+    for name, count in (("attention", attention), ("ffn", ffn), ("ffn tensor parallel", tensor_parallel)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if attention is not None:
+        shape = replace(shape, attention=attention)
+    if ffn is None and tensor_parallel is None:
+        return shape
+    if shape.expert_parallel == 0:
+        raise ValueError("a colocated cluster has no FFN ranks to scale")
+    ranks, within = ffn or shape.ffn, tensor_parallel or shape.tensor_parallel
+    if ranks % within:
+        raise ValueError(f"ffn must be a multiple of the tensor parallel ranks of an instance ({within}), got {ranks}")
+    return replace(shape, tensor_parallel=within, expert_parallel=ranks // within)
+
+
+__all__: Sequence[str] = ["NAME", "NAMESPACE", "Controller", "scaled"]

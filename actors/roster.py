@@ -22,12 +22,8 @@ class Hand:
     bundle: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
     """As `load` gave it: id, node, address, pid."""
-    state: str = "starting"
     reason: str | None = None
     """Why it is dead."""
-
-    def fail(self, reason: str) -> None:
-        self.state, self.reason = "dead", reason
 
 
 async def ask(hands: list[Hand], method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:

@@ -2,37 +2,50 @@
 
 from typing import Any
 
-from actors.bringup import Bringup
 from actors.roster import Hand, ask, placement_groups
+from actors.transition import Transition
 from afd_ray.config import Config
+from afd_ray.membership.events import Roster
 from afd_ray.telemetry import mean_us, quantiles_ms
 
 STAGES = ("attention", "ffn", "a2f", "f2a", "attention_wait", "ffn_wait")
 
 
-async def cluster_status(config: Config, state: str, bringup: Bringup) -> dict[str, Any]:
+async def cluster_status(config: Config, transition: Transition) -> dict[str, Any]:
     """As design promises it; actors that do not answer are shown as they were last known."""
-    attention = [await _answer(hand) for hand in bringup.attention]
-    ffn = [await _answer(hand) for hand in bringup.ffn]
-    totals = [_pairs(answer["totals"]) for answer in (*attention, *ffn) if answer]
+    coordinator, crew = transition.coordinator, transition.crew
+    hands = list(crew.hands.values())
+    answers = {hand.name: await _answer(hand) for hand in hands}
+    roster = transition.roster
+    epoch = transition.epoch(roster) if roster else None
+    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
+    attention = [answer for hand, answer in shown if answer and hand.role == "attention"]
+    totals = [_pairs(answer["totals"]) for answer in answers.values() if answer]
     return {
-        "state": state,
-        "epoch": bringup.epoch_number,
+        "state": coordinator.state,
+        "epoch": roster.number if roster else 0,
         "model": config.model.served_name,
-        "attention": [_attention_row(h, a) for h, a in zip(bringup.attention, attention, strict=True)],
-        "ffn": [_ffn_row(bringup, h, a) for h, a in zip(bringup.ffn, ffn, strict=True)],
-        "placement_groups": placement_groups(bringup.hands),
-        "tpot_ms": quantiles_ms(v for a in attention if a for v in a["tpot_ms"]),
-        "ttft_ms": quantiles_ms(v for a in attention if a for v in a["ttft_ms"]),
+        "attention": [_attention_row(transition, h, a) for h, a in shown if h.role == "attention"],
+        "ffn": [_ffn_row(transition, h, a) for h, a in shown if h.role == "ffn"],
+        "placement_groups": placement_groups(hands),
+        "tpot_ms": quantiles_ms(v for a in attention for v in a["tpot_ms"]),
+        "ttft_ms": quantiles_ms(v for a in attention for v in a["ttft_ms"]),
         "stages_us": {stage: mean_us(totals, stage) for stage in STAGES},
-        "micro_batches": bringup.epoch.micro_batches if bringup.epoch else None,
-        "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention if a), strict=True)],
-        "last_resize": None,
+        "micro_batches": epoch.micro_batches if epoch else None,
+        "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
+        "reason": coordinator.broken or None,
+        "last_resize": transition.last_resize,
     }
 
 
+def _in_order(hands: list[Hand], roster: Roster | None) -> list[Hand]:
+    """By rank, those without one behind."""
+    ranks = {member: rank for rank, member in enumerate(roster.members if roster else ())}
+    return sorted(hands, key=lambda hand: ranks.get(hand.name, len(ranks)))
+
+
 async def _answer(hand: Hand) -> dict[str, Any] | None:
-    if hand.state != "running":
+    if not hand.identity:
         return None
     try:
         (answer,) = await ask([hand], "status", timeout_s=5)
@@ -45,29 +58,34 @@ def _pairs(totals: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {stage: (int(pair[0]), int(pair[1])) for stage, pair in totals.items()}
 
 
-def _common(hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
+def _common(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
     identity = hand.identity
     return {
         "id": hand.name,
-        "rank": answer["rank"] if answer else None,
+        "rank": _rank(transition.roster, hand),
         "node": identity.get("node"),
         "address": identity.get("address"),
         "pid": identity.get("pid"),
         "placement_group": hand.reservation.id,
-        "state": hand.state,
+        "state": transition.state_of(hand),
         "reason": hand.reason,
         "pace": answer["pace"] if answer else None,
     }
 
 
-def _attention_row(hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
+def _rank(roster: Roster | None, hand: Hand) -> int | None:
+    """Among those of its role."""
+    names = () if roster is None else roster.attention if hand.role == "attention" else roster.ffn
+    return names.index(hand.name) if hand.name in names else None
+
+
+def _attention_row(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
     counts = {key: answer[key] if answer else None for key in ("running", "waiting", "kv_used", "kv_total", "micro_batches")}
-    return _common(hand, answer) | counts
+    return _common(transition, hand, answer) | counts
 
 
-def _ffn_row(bringup: Bringup, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
-    row = _common(hand, answer)
-    if bringup.epoch is not None and row["rank"] is not None:
-        row["instance"], row["tp_rank"] = bringup.epoch.instance_of(row["rank"])
-        row["rank"] -= bringup.epoch.attention
+def _ffn_row(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
+    row = _common(transition, hand, answer)
+    if row["rank"] is not None and transition.roster is not None:
+        row["instance"], row["tp_rank"] = divmod(row["rank"], transition.roster.shape.tensor_parallel)
     return row | {"experts": answer["experts"] if answer else []}

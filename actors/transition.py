@@ -1,0 +1,280 @@
+"""The shell around the coordinator: does what it decides with real actors, clocks and Ray, and tells it what came of it."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import ray
+
+from actors.crew import Crew
+from actors.roster import Hand, first_line
+from actors.vigil import Vigil
+from afd_ray.config import Config
+from afd_ray.handoff.message import LinkError
+from afd_ray.membership.contract import check_same_model
+from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.events import (
+    Answered,
+    Ask,
+    Asked,
+    Deadline,
+    Done,
+    Effect,
+    Event,
+    Gone,
+    Late,
+    Lost,
+    Provide,
+    Provided,
+    Publish,
+    Record,
+    Release,
+    Roster,
+    Store,
+    Unprovided,
+    Watch,
+)
+from afd_ray.membership.protocol import Coordinator
+from afd_ray.membership.shape import Shape
+from afd_ray.membership.steps import Deadlines
+from afd_ray.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+SPIN_US = 200.0
+"""How long an actor spins for the next message before it parks, where the host has a core for each actor."""
+START_S = 120.0
+"""For the processes of reserved actors to come up."""
+REMEMBERED_S = 60.0
+"""For how long the status shows an actor that died."""
+MARGIN_S = 2.0
+"""A member is told to be done so much sooner than it is given up: it can say what is wrong."""
+
+
+def epoch_of(config: Config, model: ModelConfig, shape: Shape, number: int, loads: Sequence[int] = ()) -> Epoch:
+    """An epoch of this shape as configured; `loads`: how often each expert was chosen, empty where that is not known.
+
+    A smaller shape has room for fewer copies of experts than configured.
+    """
+    ffn = config.ffn
+    redundant = min(ffn.redundant_experts, max(0, model.moe_num_experts * (shape.expert_parallel - 1)))
+    return shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
+
+
+def deadlines_of(config: Config) -> Deadlines:
+    """As configured."""
+    start_s = config.handoff.start_timeout_s
+    return Deadlines(provide_s=config.placement.timeout_s + START_S, prepare_s=start_s, connect_s=start_s + MARGIN_S)
+
+
+class Transition:
+    """One cluster's way through its epochs. Everything happens on one event loop."""
+
+    def __init__(self, config: Config, model: ModelConfig, crew: Crew, store: Callable[[Record], None]) -> None:
+        """`store` keeps the record where the controller's death does not reach, at once."""
+        self.coordinator = Coordinator(deadlines_of(config))
+        self.crew = crew
+        self.changed = asyncio.Condition()
+        self.loads: Sequence[int] = ()
+        """How often each expert was chosen when they were placed last."""
+        self.last_resize: dict[str, Any] | None = None
+        self._config, self._model, self._store = config, model, store
+        self._vigil = Vigil(crew, config.failure.detect_timeout_s, self.tell)
+        self._asked: dict[str, asyncio.Future[Done]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._epochs: dict[int, Epoch] = {}
+        self._endpoints: dict[int, dict[int, dict[str, Any]]] = {}
+        self._providing: dict[int, asyncio.Task[None]] = {}
+        self._pauses_ms: list[float] = []
+        self._departed: list[tuple[float, Hand]] = []
+        self.views = 0
+        """How often what ingress and status show has changed."""
+
+    @property
+    def roster(self) -> Roster | None:
+        return self.coordinator.roster
+
+    @property
+    def hands(self) -> list[Hand]:
+        """The actors of the serving epoch that are there, in the order of the group ranks."""
+        roster = self.roster
+        return [self.crew[member] for member in (roster.members if roster else ()) if member in self.crew]
+
+    @property
+    def departed(self) -> list[Hand]:
+        """Actors that died in the last minute."""
+        self._departed = [(at_s, hand) for at_s, hand in self._departed if time.monotonic() - at_s < REMEMBERED_S]
+        return [hand for _, hand in self._departed]
+
+    def state_of(self, hand: Hand) -> str:
+        """As the status shows it."""
+        coordinator = self.coordinator
+        if hand.name not in self.crew:
+            return "dead"
+        if self.roster is None or hand.name not in self.roster.members:
+            return "starting"
+        return "running" if hand.role == "ffn" or hand.name in coordinator.takers else "draining"
+
+    def epoch(self, roster: Roster) -> Epoch:
+        """What its members are told of it."""
+        if roster.number not in self._epochs:
+            self._epochs[roster.number] = epoch_of(self._config, self._model, roster.shape, roster.number, self.loads)
+        return self._epochs[roster.number]
+
+    def tell(self, event: Event) -> None:
+        """Let the coordinator decide what follows from this, and do it."""
+        if isinstance(event, Lost) and event.member in self.crew and not self.crew[event.member].reason:
+            logger.error("%s is lost: %s", event.member, event.reason)
+            self.crew[event.member].reason = event.reason
+        for effect in self.coordinator.on(event):
+            self._do(effect)
+
+    async def ask(self, shape: Shape, *, anew: bool = False) -> dict[str, Any]:
+        """Get to this shape; gives how that ended, as `last_resize` in the status. Raises ValueError for a shape that cannot be."""
+        epoch_of(self._config, self._model, shape, 1, self.loads).check(self._model)
+        ask_id, before, started_s = os.urandom(8).hex(), self.roster, time.monotonic()
+        self._asked[ask_id] = asyncio.get_running_loop().create_future()
+        self._pauses_ms = []
+        self.tell(Asked(ask_id, shape, anew))
+        done = await self._asked[ask_id]
+        del self._asked[ask_id]
+        answer = {
+            "from": _counts(before.shape) if before else None,
+            "to": _counts(shape),
+            "outcome": done.outcome,
+            "reason": done.reason or None,
+            "pause_ms": max(self._pauses_ms, default=None) if done.outcome == "committed" else None,
+            "total_s": round(time.monotonic() - started_s, 3),
+        }
+        if done.outcome != "refused":
+            self.last_resize = answer
+        return answer
+
+    def hurry(self) -> None:
+        """Whoever asked has no more time: what is in progress is late."""
+        change = self.coordinator.change
+        if change is not None and not change.committed:
+            self.tell(Late(change.number, change.phase))
+
+    def close(self) -> None:
+        """Watch nobody any more."""
+        self._vigil.watch(0, ())
+        for task in self._tasks:
+            task.cancel()
+
+    # --- effects --------------------------------------------------------------------------------------------------------------
+
+    def _do(self, effect: Effect) -> None:
+        if isinstance(effect, Store):
+            self._store(effect.record)
+        elif isinstance(effect, Provide):
+            self._providing[effect.number] = self._begin(self._provide(effect))
+        elif isinstance(effect, Ask):
+            self._ask(effect)
+        elif isinstance(effect, Watch):
+            self._vigil.watch(effect.number, effect.members)
+        elif isinstance(effect, Release):
+            self._release(effect.members)
+        elif isinstance(effect, Deadline):
+            asyncio.get_running_loop().call_later(effect.seconds, self.tell, Late(effect.number, effect.phase))
+        elif isinstance(effect, Done):
+            waiting = self._asked.get(effect.ask_id)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(effect)
+        elif isinstance(effect, Publish):
+            self._begin(self._publish())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _publish(self) -> None:
+        self.views += 1
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _provide(self, wanted: Provide) -> None:
+        names = (*wanted.attention, *(name for group in wanted.ffn for name in group))
+        try:
+            await self.crew.provide(wanted.number, wanted.attention, wanted.ffn)
+        except (ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+            self.tell(Unprovided(wanted.number, first_line(error)))
+        else:
+            self.tell(Provided(wanted.number, names))
+        finally:
+            self._providing.pop(wanted.number, None)
+
+    def _release(self, members: Sequence[str]) -> None:
+        for number, providing in list(self._providing.items()):
+            change = self.coordinator.change
+            if change is None or change.number != number or set(change.fresh) & set(members):
+                providing.cancel()
+        ended = {hand.name: hand for hand in self.crew.release(members)}
+        self._departed += [(time.monotonic(), hand) for hand in ended.values() if hand.reason]
+        for member in members:
+            self._begin(self._gone(member, ended.get(member)))
+
+    async def _gone(self, member: str, hand: Hand | None) -> None:
+        if hand is not None:
+            await self.crew.gone(hand)
+        self.tell(Gone(member))
+
+    # --- calls ----------------------------------------------------------------------------------------------------------------
+
+    def _ask(self, ask: Ask) -> None:
+        logger.info("epoch %d: %s of %s", ask.number, ask.op, ", ".join(ask.members))
+        if ask.op == "prepare":
+            self._endpoints = {ask.number: {}}
+        for member in ask.members:
+            if member in self.crew:
+                self._begin(self._call(ask, self.crew[member]))
+            else:
+                self.tell(Lost(member, "it is gone"))
+
+    async def _call(self, ask: Ask, hand: Hand) -> None:
+        try:
+            answer = await getattr(hand.handle, ask.op).remote(*self._arguments(ask, hand))
+            self._take(ask, hand, answer)
+        except ray.exceptions.RayActorError as error:
+            self.tell(Lost(hand.name, first_line(error)))
+        except Exception as error:  # whatever went wrong is the member's answer
+            cause = getattr(error, "cause", None) or error
+            peer = ask.roster.members[cause.peer] if isinstance(cause, LinkError) else None
+            self.tell(Answered(ask.number, ask.op, hand.name, first_line(error), peer))
+        else:
+            self.tell(Answered(ask.number, ask.op, hand.name))
+
+    def _arguments(self, ask: Ask, hand: Hand) -> tuple[Any, ...]:
+        """What the call takes beside the epoch's number."""
+        number, members = ask.number, ask.roster.members
+        if ask.op in ("resume", "switch", "retire", "discard"):
+            return (number,)
+        if ask.op in ("move_out", "drain"):
+            return (number, ask.timeout_s + MARGIN_S)
+        epoch = self.epoch(ask.roster)
+        rank = members.index(hand.name)
+        if ask.op == "load":
+            return (number,) if hand.role == "attention" else (epoch.shard(rank, self._model), number)
+        if ask.op == "connect":
+            return (number, self._endpoints[number], max(ask.timeout_s - MARGIN_S, ask.timeout_s / 2))
+        spin_us = SPIN_US if self.crew.spin_hosts(members) <= (os.cpu_count() or 1) else 0.0
+        return (epoch, rank, f"afd-{self.crew.uid}-e{number}", spin_us)
+
+    def _take(self, ask: Ask, hand: Hand, answer: Any) -> None:
+        if ask.op == "load":
+            hand.identity = answer
+            known = [self.crew[member] for member in ask.roster.members if member in self.crew]
+            check_same_model({other.name: other.identity["model_digest"] for other in known if other.identity})
+        elif ask.op == "prepare":
+            self._endpoints.setdefault(ask.number, {})[ask.roster.members.index(hand.name)] = answer
+        elif ask.op == "switch" and hand.role == "attention":
+            self._pauses_ms.append(round(float(answer), 1))
+
+
+def _counts(shape: Shape) -> dict[str, int]:
+    return {"attention": shape.attention, "ffn": shape.ffn}

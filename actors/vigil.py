@@ -1,0 +1,72 @@
+"""Who is still there: Ray's word for the dead, their own for a broken epoch, and a heartbeat for those that are only silent."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import ray
+
+from actors.crew import Crew
+from actors.roster import Hand, first_line
+from afd_ray.membership.events import Event, Lost, Unlinked
+
+LEFT = "left"
+Key = TypeVar("Key")
+
+
+class Vigil:
+    """Watches members until told to watch others."""
+
+    def __init__(self, crew: Crew, timeout_s: float, tell: Callable[[Event], None]) -> None:
+        """A member is lost when it has not answered for `timeout_s`."""
+        self._crew, self._timeout_s, self._tell = crew, timeout_s, tell
+        self._beats: dict[str, asyncio.Task[None]] = {}
+        self._ends: dict[tuple[int, str], asyncio.Task[None]] = {}
+
+    def watch(self, number: int, members: Sequence[str]) -> None:
+        """Exactly these from now on, and how epoch `number` goes for them."""
+        wanted = {member for member in members if member in self._crew}
+        _keep(self._beats, wanted)
+        _keep(self._ends, {(number, member) for member in wanted} if number else set())
+        for member in wanted - self._beats.keys():
+            self._beats[member] = asyncio.create_task(self._beat(self._crew[member]))
+        for key in {(number, member) for member in wanted if number} - self._ends.keys():
+            self._ends[key] = asyncio.create_task(self._end(number, self._crew[key[1]]))
+
+    async def _beat(self, hand: Hand) -> None:
+        """A beat every half of the time allowed, each given the other half: silence is noticed within the whole."""
+        half_s = self._timeout_s / 2
+        while True:
+            started_s = time.monotonic()
+            try:
+                await asyncio.wait_for(_answer(hand.handle.beat.remote()), half_s)
+            except TimeoutError:
+                late_s = time.monotonic() - started_s
+                if late_s < 2 * half_s:  # this loop was not stalled itself
+                    self._tell(Lost(hand.name, f"it has not answered for {self._timeout_s:g} s"))
+                    return
+            except ray.exceptions.RayError as error:
+                self._tell(Lost(hand.name, first_line(error)))
+                return
+            await asyncio.sleep(max(0.0, started_s + half_s - time.monotonic()))
+
+    async def _end(self, number: int, hand: Hand) -> None:
+        try:
+            reason = await hand.handle.lost.remote(number)
+        except ray.exceptions.RayActorError as error:
+            self._tell(Lost(hand.name, first_line(error)))
+        except ray.exceptions.RayTaskError:
+            return  # it has no seat in that epoch: the switch that is under way will tell
+        else:
+            if reason != LEFT:
+                self._tell(Unlinked(number, hand.name, reason))
+
+
+async def _answer(call: "asyncio.Future[int]") -> int:
+    return await call
+
+
+def _keep(tasks: dict[Key, asyncio.Task[None]], wanted: set[Key]) -> None:
+    for key in tasks.keys() - wanted:
+        tasks.pop(key).cancel()
