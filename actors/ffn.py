@@ -11,9 +11,10 @@ from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.loop import Wire
 from afd_ray.kernels.packed import packed_ffn
+from afd_ray.kernels.regather import lack, regather
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
-from afd_ray.models.checkpoint import load_ffn
+from afd_ray.models.checkpoint import load_ffn, read_ffn
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
 
@@ -37,14 +38,15 @@ class FFNActor(Member):
     async def load(self, shard: FFNShard, number: int = 0) -> dict[str, Any]:
         """Load this shard, for the coming epoch of that number, beside the one served until `switch`.
 
-        Gives where the actor runs, and `moved_experts`: how many experts were not held in this form and were read.
+        Gives where the actor runs, and `moved_experts`: how many experts were read, because they were not held in this form.
         """
         if number:
             self._seat.load(number)
         moved = 0
         if self._half_for(shard) is None:
-            half = await asyncio.to_thread(self._build, shard)
-            moved = len(shard.experts)
+            held = self._loop.half if self._loop else None
+            moved = len(lack(held.shard, shard).experts if held else shard.experts)
+            half = await asyncio.to_thread(self._build, shard, held)
             if number and number <= self._seat.over:
                 raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
             self._keep(number, half)
@@ -71,9 +73,11 @@ class FFNActor(Member):
         halves += [self._loop.half] if self._loop else []
         return next((half for half in halves if half.shard == shard), None)
 
-    def _build(self, shard: FFNShard) -> FFNHalf:
+    def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+        if held is None:
+            return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+        return regather(held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense))
 
     def _check_weights(self, epoch: Epoch, rank: int) -> None:
         if self._half_for(epoch.shard(rank, self._ready_half().config)) is None:

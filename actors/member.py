@@ -48,6 +48,7 @@ class Member(ABC):
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._overdue, self._patience = Alarm(), Alarm()
+        self._checkpoint: Checkpoint | None = None
         self._model_digest = 0
         self._loaded = 0.0
         self._traced_enough = asyncio.Event()
@@ -257,8 +258,10 @@ class Member(ABC):
         """The model's files and the dtype to compute in; takes the threads that `num_cpus` allows."""
         torch.set_num_threads(max(1, min(int(num_cpus), os.cpu_count() or 1)))
         model = self._config.model
-        checkpoint = Checkpoint.open(model_directory(model))
-        self._model_digest = digest(checkpoint)
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint.open(model_directory(model))
+            self._model_digest = digest(self._checkpoint)
+        checkpoint = self._checkpoint
         return checkpoint, checkpoint.config.dtype if model.dtype == "auto" else DTYPES[model.dtype]
 
     def _progress(self, part: int = 0, parts: int = 1) -> Progress:

@@ -21,6 +21,7 @@ from afd_ray.config import Config, parse_config
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import Checkpoint, load_model
+from afd_ray.models.step3 import FFNShard
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
 TIMEOUT_S = 20.0
@@ -282,6 +283,21 @@ async def test_an_ffn_rank_without_the_weights_takes_no_place(config: Config) ->
     async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
         with pytest.raises(ValueError, match="what rank 1 of epoch 2 needs is not loaded"):
             await made.ffn[0].prepare(Epoch(2, 1, 2, 1, 2), 1, "afd-test-e2", 0.0)
+
+
+async def test_only_experts_that_are_not_held_are_read(config: Config) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (ffn,) = made.ffn
+        model = ffn._ready_half().config
+        half = ffn._ready_half()
+        assert (await ffn.load(Epoch(2, 1, 1, 2, 2).shard(1, model), 2))["moved_experts"] == 0
+        assert (await ffn.load(Epoch(3, 1, 2, 1, 2).shard(1, model), 3))["moved_experts"] == 8
+        assert ffn._ready_half() is half
+        await made.form(Epoch(4, 1, 1, 2, 2))
+        assert (await ffn.status())["experts"] == [0, 1, 2, 3]
+        assert (await ffn.load(FFNShard((2, 3, 4)), 5))["moved_experts"] == 1
+        await ffn.discard(5)
+        assert ffn._held() == [ffn._ready_half()]
 
 
 async def test_a_step_loop_that_fails_is_told_and_takes_no_other_epoch(
