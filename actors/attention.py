@@ -34,8 +34,8 @@ CACHE_SHARE = 0.1
 class AttentionActor(Member):
     """One attention rank. Its control methods answer at once; the step loop runs in a thread of its own."""
 
-    def __init__(self, name: str, config: Config, secret: bytes) -> None:
-        super().__init__(name, config, secret)
+    def __init__(self, name: str, config: Config, secret: bytes, controller: str = "") -> None:
+        super().__init__(name, config, secret, controller)
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
         self._port = 0

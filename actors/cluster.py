@@ -137,14 +137,29 @@ class Cluster:
         """Chrome trace of the next `steps` steps of every actor."""
         return dict(ray.get(self.controller.trace.remote(steps)))
 
+    def scale(
+        self,
+        attention: int | None = None,
+        ffn: int | None = None,
+        *,
+        ffn_tensor_parallel: int | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Resize the pools while they serve; None: as it is. `ffn` counts ranks. Gives `last_resize` of the status, once that is over.
+
+        Its `outcome` is "committed" or "rolled_back", with the `reason`. Raises ClusterError for counts that cannot be and while
+        another resize is in progress.
+        """
+        return dict(self._call(self.controller.scale.remote(attention, ffn, ffn_tensor_parallel, timeout_s)))
+
     def reshape(
         self, attention: int, *, tensor_parallel: int = 1, expert_parallel: int = 1, micro_batches: int | None = None
     ) -> None:
-        """Form an epoch of another shape once nothing is in progress; keeps the actors that fit. Raises ClusterError."""
+        """Form an epoch of another shape while serving; keeps the actors that fit. Raises ClusterError when it was rolled back."""
         self._call(self.controller.reshape.remote(attention, tensor_parallel, expert_parallel, micro_batches))
 
     def rebalance(self) -> list[list[int]]:
-        """Place the experts anew by how often each was chosen, once nothing is in progress; gives what each FFN instance holds.
+        """Place the experts anew by how often each was chosen, while serving; gives what each FFN instance holds.
 
         Raises ClusterError, also when no request has chosen an expert yet.
         """

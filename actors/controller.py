@@ -44,7 +44,8 @@ class Controller:
         self._transition = Transition(config, self._checkpoint.config, self._crew, self._store)
         self._metrics: dict[str, Any] = {}
         if self._left is not None:
-            ray.get_actor(name, namespace=NAMESPACE).adopt.remote()
+            this: Any = ray.get_actor(name, namespace=NAMESPACE)
+            this.adopt.remote()  # type: ignore[operator]
 
     @ray.method
     async def adopt(self) -> None:

@@ -29,8 +29,8 @@ class Standby(NamedTuple):
 class FFNActor(Member):
     """One FFN rank. Its control methods answer at once; the step loop runs in a thread of its own."""
 
-    def __init__(self, name: str, config: Config, secret: bytes) -> None:
-        super().__init__(name, config, secret)
+    def __init__(self, name: str, config: Config, secret: bytes, controller: str = "") -> None:
+        super().__init__(name, config, secret, controller)
         self._loop: FFNLoop | None = None
         self._standby: Standby | None = None
 

@@ -67,8 +67,8 @@ class ClusterBackend:
     async def status(self) -> dict[str, Any]:
         return dict(await self.ask("status"))
 
-    async def scale(self, attention: int | None, ffn: int | None) -> dict[str, Any]:
-        return dict(await self.ask("scale", attention, ffn))
+    async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        return dict(await self.ask("scale", **wanted))
 
     async def rebalance(self) -> dict[str, Any]:
         return dict(await self.ask("rebalance"))
@@ -83,7 +83,7 @@ class ClusterBackend:
         except Unavailable:
             return gauges
 
-    async def ask(self, method: str, *args: Any) -> Any:
+    async def ask(self, method: str, *args: Any, **named: Any) -> Any:
         """A controller method's answer; ValueError and Rejected tell what it said, a controller that is gone is Unavailable."""
         if self._controller is None:
             try:
@@ -91,7 +91,7 @@ class ClusterBackend:
             except ValueError as error:
                 raise Unavailable(f"no controller: {_line(error)}") from None
         try:
-            return await getattr(self._controller, method).remote(*args)
+            return await getattr(self._controller, method).remote(*args, **named)
         except RayTaskError as error:
             line = _line(error.cause)
             raise (ValueError(line) if isinstance(error.cause, ValueError) else Rejected(line)) from None

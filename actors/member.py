@@ -15,6 +15,7 @@ import torch
 
 from actors.alarm import Alarm
 from actors.memory import resident_bytes
+from actors.orphan import Orphan
 from actors.place import Place, Terms
 from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
@@ -39,8 +40,9 @@ class Member(ABC):
     A call about an epoch that is over, or that this member has no place in, raises ValueError (`seat.Stale`).
     """
 
-    def __init__(self, name: str, config: Config, secret: bytes) -> None:
+    def __init__(self, name: str, config: Config, secret: bytes, controller: str = "") -> None:
         self._name, self._config, self._secret = name, config, secret
+        self._orphan = Orphan(controller)
         self._seat = Seat(name)
         self._places: dict[int, Place] = {}
         self._ends: dict[int, asyncio.Future[str]] = {}
@@ -182,6 +184,7 @@ class Member(ABC):
         thread, self._thread = self._thread, None
         self._overdue.call_off()
         self._patience.call_off()
+        self._orphan.close()
         if thread is not None:
             self._ready_loop().stop()
             await asyncio.to_thread(thread.join)
@@ -203,6 +206,7 @@ class Member(ABC):
     @ray.method
     async def beat(self) -> int:
         """Answers at once, with the epoch that this member serves in; 0: none."""
+        self._orphan.heard()
         return self._seat.serving
 
     # --- watching it ------------------------------------------------------------------------------------------------------

@@ -118,10 +118,11 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     async def scale(request: Request) -> Response:
         options.admin_keys.check(request)
         body = parse_json(await _body(request, options))
-        attention, ffn = _count(body, "attention"), _count(body, "ffn")
-        if attention is None and ffn is None:
-            raise bad_request("body must give attention, ffn or both")
-        return json_response(await _asked(backend.scale(attention, ffn)))
+        wanted = {name: _count(body, name) for name in ("attention", "ffn", "ffn_tensor_parallel")}
+        if not any(wanted.values()):
+            raise bad_request("body must give attention, ffn or ffn_tensor_parallel")
+        wanted["timeout_s"] = _count(body, "timeout_s")
+        return json_response(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
 
     async def rebalance(request: Request) -> Response:
         options.admin_keys.check(request)
