@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from actors.transition import SPIN_US
 from afd_ray.config import Pace
 from afd_ray.engine.attention import AttentionLoop, Publish
 from afd_ray.engine.ffn import FFNLoop
@@ -34,7 +35,6 @@ from benchmarks import _netns
 
 ATTENTION, FFN = 0, 1
 BLOCK_SIZE = 16
-SPIN_US = 200.0
 TIMEOUT_S = 30.0
 WARM_UP_STEPS = 2
 PINGS = 40

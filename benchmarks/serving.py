@@ -86,6 +86,14 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
     return {r.engine: round(r.tokens_per_s / peer, 2) for r in rows} if peer else {}
 
 
+def medians(rows: Sequence[Row]) -> list[Row]:
+    """Of all rounds of an engine under a load, the one with the median tokens/s (of an even number the lower)."""
+    rounds: dict[tuple[str, Load], list[Row]] = {}
+    for entry in rows:
+        rounds.setdefault((entry.engine, entry.load), []).append(entry)
+    return [sorted(those, key=lambda one: one.tokens_per_s)[(len(those) - 1) // 2] for those in rounds.values()]
+
+
 def measure(names: Sequence[str], loads: Sequence[Load], checkpoint: Path, threads: int) -> Iterator[Row]:
     """Each engine alone on the machine, under every load: an engine that idles beside another takes 15% of it."""
     for name in names:
@@ -147,6 +155,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a request")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each engine")
+    parser.add_argument("--rounds", type=int, default=1, help="every engine once in each; a row is the median of its rounds")
     parser.add_argument("--quick", action="store_true", help="a small run of what needs no installation")
     args = parser.parse_args(argv)
     if args.quick:
@@ -161,10 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as made:
         checkpoint = args.model or preset_in(Path(made) / "step3-92m")
-        for entry in measure(args.engines, loads, checkpoint, args.threads):
-            rows.append(entry)
-            print(table_line(entry, None), file=sys.stderr, flush=True)
-    report(rows, loads)
+        for _ in range(args.rounds):
+            for entry in measure(args.engines, loads, checkpoint, args.threads):
+                rows.append(entry)
+                print(table_line(entry, None), file=sys.stderr, flush=True)
+    report(medians(rows), loads)
     print(json.dumps(result("serving", machine, args.threads, rows)))
     return 0
 

@@ -39,6 +39,8 @@ COVER: list[tuple[Shape, int]] = [
 ]
 # With links and dispatch other than the default's, and copies of experts, for which there must be two instances.
 OTHER_COVER: list[tuple[Shape, int]] = [((2, 2, 2), 2), ((3, 1, 2), 3)]
+FEW = 16
+"""Of the prompts, for what is slow."""
 OTHER_SHAPES = [shape for shape in SHAPES if shape[2] > 1]
 OTHERS: list[tuple[Dispatch, LinkKind]] = [("routed", "tcp"), ("broadcast", "gloo")]
 FULL = [(shape, count) for shape, count in product(SHAPES, (1, 2, 3, 4)) if (shape, count) not in COVER]
