@@ -138,11 +138,15 @@ class Coordinator:
         """Attention members that requests may be given to. Whoever is not here any more has lost its requests, or gives them back."""
         if self._roster is None or self._stopping:
             return ()
+        return tuple(member for member in self._roster.attention if self._pool.lives(member) and member not in self.leaving)
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """Attention members that are giving their requests back, each with a `Moved`: nothing of theirs is lost."""
         change = self._change
-        leaving: tuple[str, ...] = ()
-        if change is not None and change.phase in ("move_out", "drain"):
-            leaving = change.leavers
-        return tuple(member for member in self._roster.attention if self._pool.lives(member) and member not in leaving)
+        if self._roster is None or change is None or change.phase not in ("move_out", "drain"):
+            return ()
+        return tuple(member for member in change.leavers if member in self._roster.attention)
 
     @property
     def record(self) -> Record:
@@ -211,14 +215,9 @@ class Coordinator:
         if event.error is not None and not judged_together:
             self._failed(change, [event.member], reason)
             return
-        change.awaited.discard(event.member)
         if event.error is not None:
             change.blame[event.member] = (event.peer or event.member, reason)
-        if not change.awaited:
-            if change.blame:
-                self._judge(change)
-            else:
-                self._advance(change)
+        self._await_no_longer(change, [event.member])
 
     def _on_lost(self, event: Lost) -> None:
         self._lose([event.member], f"{event.member} is lost: {event.reason}")
@@ -268,7 +267,7 @@ class Coordinator:
         if record.dying:
             self._effects.append(Release(record.dying))
         self._release(member for member in self._pool.living() if member not in taken)
-        if was is None or was.kind == "form" or (was.kind == "recover" and not was.committed):
+        if was is None or (was.kind != "resize" and not was.committed):
             if self._roster is not None:
                 self._go_on()
             return
@@ -382,8 +381,6 @@ class Coordinator:
         change.rolling_back, change.reason = True, reason
         reached_members = change.phase != "provide" and change.kind != "form"
         change.steps = list(ROLLBACK) if reached_members else []
-        if change.kind == "form":
-            self._roster = None
         self._release_spares()
         self._advance(change)
 
@@ -437,6 +434,16 @@ class Coordinator:
         else:
             self._roll_back(change, reason)
 
+    def _await_no_longer(self, change: Change, members: Iterable[str]) -> None:
+        """On to the next phase once nobody's answer is missing."""
+        awaited = change.awaited.intersection(members)
+        change.awaited -= awaited
+        if awaited and not change.awaited:
+            if change.blame:
+                self._judge(change)
+            else:
+                self._advance(change)
+
     def _judge(self, change: Change) -> None:
         """Everybody lives and yet edges do not connect: give up members until none of those edges is left."""
         edges = [(member, peer) for member, (peer, _) in change.blame.items()]
@@ -448,9 +455,11 @@ class Coordinator:
 
     def _lose(self, members: Iterable[str], reason: str) -> None:
         """These have no part in anything any more."""
-        lost = self._release(members)
+        lost, change = self._release(members), self._change
         if lost:
             self._consider(set(lost), reason)
+        if change is not None and change is self._change:
+            self._await_no_longer(change, lost)
 
     def _consider(self, hit: Collection[str], reason: str, *, settle: bool = False, standby: bool = False) -> None:
         """What it means that these are lost, or that their seats broke: the serving ones, or else (`standby`) those of the coming epoch."""
@@ -459,16 +468,13 @@ class Coordinator:
         coming = change is not None and not set(hit).isdisjoint(change.roster.members)
         if serving and not self._broken:
             self._broken = reason
-        if change is not None and change.kind == "form":
+        if change is not None and change.kind == "recover":
             if coming:
-                self._roll_back(change, reason)
-        elif change is None or change.kind == "resize":
-            if serving:
                 self._recover(reason, settle=settle)
-            elif change is not None and coming and not change.rolling_back:
-                self._roll_back(change, reason)
-        elif coming:
+        elif serving:
             self._recover(reason, settle=settle)
+        elif change is not None and coming and not change.rolling_back:
+            self._roll_back(change, reason)
 
     def _must_fence(self, change: Change) -> bool:
         """Whether some earlier epoch could still emit while the coming one does: all of its FFN members may be serving in it."""

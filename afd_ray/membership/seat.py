@@ -29,6 +29,8 @@ class Seat:
     """The coming epoch that it gives its requests back for the sake of; 0: it takes requests."""
     unlinked: bool = False
     """The serving seat has failed: it runs nothing until it enters a later epoch."""
+    standby_failed: bool = False
+    """The standby seat has: entering it leaves the member unlinked, so that a recovery follows."""
     left: set[int] = field(default_factory=set)
     """Epochs it has left whose seats are open still, for peers that have not."""
 
@@ -45,6 +47,7 @@ class Seat:
         """A seat in this epoch may be opened; gives the standby seat to close first (0: none), a later epoch replaces it."""
         self._check_coming(number, "prepare")
         superseded, self.standby = self.standby, number
+        self.standby_failed = False
         return superseded
 
     def connect(self, number: int) -> None:
@@ -88,7 +91,7 @@ class Seat:
             self.left.add(self.serving)
         self.serving, self.standby, self.over = number, 0, max(self.over, number)
         self.draining = self.moving_out = 0
-        self.unlinked = False
+        self.unlinked, self.standby_failed = self.standby_failed, False
         return True
 
     def retire(self, number: int) -> set[int]:
@@ -110,11 +113,18 @@ class Seat:
         return closed
 
     def broke(self, number: int) -> bool:
-        """The seat of this epoch failed; True when that ends what this member does there, so that the controller should know."""
+        """The seat of this epoch failed; True when the controller should know: this member has (or would have) no part in the epoch."""
         if number == self.serving and not self.unlinked:
             self.unlinked = True
             return True
-        return number == self.standby
+        if number == self.standby and not self.standby_failed:
+            self.standby_failed = True
+            return True
+        return False
+
+    def failed(self, number: int) -> bool:
+        """Whether the seat of this epoch is held and has failed."""
+        return (number == self.serving and self.unlinked) or (number == self.standby and self.standby_failed)
 
     def _go_on(self, number: int) -> None:
         if self.draining <= number:

@@ -1,0 +1,1 @@
+"""Clusters on a virtual clock, from a seed."""

@@ -1,0 +1,87 @@
+"""One seed from its first event to the last: the load, the storm, and the calm after it in which everything must come right."""
+
+from dataclasses import dataclass, field
+
+from afd_ray.membership.shape import Shape
+from afd_ray.simulation.protocol.cluster import Cluster, Parts
+from afd_ray.simulation.protocol.faults import plan_faults
+from afd_ray.simulation.protocol.world import Violation, World
+
+CALM_S = 60.0
+"""After the storm: every request is over and the wanted shape serves within this."""
+MOST_EVENTS = 200_000
+LOOK_S = 0.25
+SHAPES = tuple(
+    Shape(a, t, e, None) for a, t, e in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (3, 1, 1), (1, 1, 3), (2, 2, 1), (3, 1, 2), (1, 2, 2))
+)
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of one seed."""
+
+    seed: int
+    violation: str | None
+    events: int
+    virtual_s: float
+    commits: int = 0
+    recoveries: int = 0
+    rollbacks: int = 0
+    trace: list[str] = field(default_factory=list)
+
+
+def run_seed(seed: int, parts: Parts | None = None, *, tracing: bool = False) -> Report:
+    """The same seed and parts give the same events, always."""
+    world = World(seed, tracing=tracing)
+    cluster = Cluster(world, parts or Parts())
+    violation = None
+    try:
+        _live(world, cluster)
+    except Violation as error:
+        violation = str(error)
+        world.note(f"VIOLATION: {violation}")
+    checks = cluster.checks
+    return Report(seed, violation, world.events, world.now, checks.commits, checks.recoveries, checks.rollbacks, world.trace)
+
+
+def trace_seed(seed: int, parts: Parts | None = None) -> list[str]:
+    """What happened in this seed, a line each."""
+    return run_seed(seed, parts, tracing=True).trace
+
+
+def _live(world: World, cluster: Cluster) -> None:
+    random = world.random
+    storm_s = plan_faults(world, cluster)
+    cluster.scale(random.choice(SHAPES))
+    for _ in range(random.randrange(1, 4)):
+        world.after(world.delay(0.5, storm_s), cluster.scale, random.choice(SHAPES))
+    for request in range(random.randrange(2, 6)):
+        world.after(world.delay(0.0, storm_s), cluster.request, request, random.randrange(1, 24))
+    while world.now < storm_s and world.step():
+        _check_events(world)
+    world.faulty = False
+    if cluster.controller.coordinator.roster is None:
+        world.after(2.0, _ask_again, cluster)
+    unsettled = "it has not begun"
+    while unsettled and world.now < storm_s + CALM_S:
+        until_s = world.now + LOOK_S
+        world.after(LOOK_S, lambda: None)
+        while world.now < until_s and world.step():
+            _check_events(world)
+        unsettled = cluster.checks.unsettled()
+    if unsettled:
+        raise Violation(f"nothing has disturbed it for {CALM_S:g} s, and yet {unsettled}")
+
+
+def _ask_again(cluster: Cluster) -> None:
+    """The first epoch has not formed: whoever starts a cluster tries again."""
+    coordinator = cluster.controller.coordinator
+    if coordinator.roster is None:
+        if coordinator.change is None and cluster.controller.alive:
+            cluster.scale(SHAPES[2])
+        cluster.world.after(2.0, _ask_again, cluster)
+
+
+def _check_events(world: World) -> None:
+    if world.events > MOST_EVENTS:
+        raise Violation(f"{MOST_EVENTS} events and no end")
