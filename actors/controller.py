@@ -45,11 +45,14 @@ class Controller:
         self._metrics: dict[str, Any] = {}
         if self._left is not None:
             this: Any = ray.get_actor(name, namespace=NAMESPACE)
-            this.adopt.remote()  # type: ignore[operator]
+            this.adopt.remote()
 
     @ray.method
     async def adopt(self) -> None:
         """Take over what the controller before this one left; harmless when there is nothing, or when it is done."""
+        await self._adopt()
+
+    async def _adopt(self) -> None:
         left, self._left = self._left, None
         if left is None:
             return
@@ -63,7 +66,7 @@ class Controller:
     @ray.method
     async def start(self) -> None:
         """Reserve, start, load, connect, warm up; at once when that is done. Raises in one line, with nothing left behind."""
-        await self.adopt()
+        await self._adopt()
         if self._transition.roster is not None:
             return
         answer = await self._transition.ask(Shape.of(self._config))

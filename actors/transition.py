@@ -14,6 +14,7 @@ from actors.roster import Hand, first_line
 from actors.vigil import Vigil
 from afd_ray.config import Config
 from afd_ray.handoff.message import LinkError
+from afd_ray.handoff.spin import SPIN_US
 from afd_ray.membership.contract import check_same_model
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.events import (
@@ -44,9 +45,6 @@ from afd_ray.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-SPIN_US = 5000.0
-"""How long an actor looks for a message that is due before it parks, where the host has a core for each: a few stages, for a core that
-has slept computes the next one at half its speed (virtual machines; measured 2.1 ms where 1.3 ms is possible)."""
 START_S = 120.0
 """For the processes of reserved actors to come up."""
 REMEMBERED_S = 60.0

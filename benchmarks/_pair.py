@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actors.transition import SPIN_US
 from afd_ray.config import Pace
 from afd_ray.engine.attention import AttentionLoop, Publish
 from afd_ray.engine.ffn import FFNLoop
@@ -27,6 +26,7 @@ from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.mesh import Endpoint, LinkKind, Mesh, RingMesh, open_mesh
 from afd_ray.handoff.message import Header, Kind, LinkError, Message
+from afd_ray.handoff.spin import SPIN_US
 from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn

@@ -114,8 +114,8 @@ class FakeBackend:
     async def status(self) -> dict[str, Any]:
         return {"state": "ready", "epoch": 1}
 
-    async def scale(self, attention: int | None, ffn: int | None) -> dict[str, Any]:
-        return {"outcome": "committed", "to": {"attention": attention, "ffn": ffn}}
+    async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        return {"outcome": "committed", "to": wanted}
 
     async def rebalance(self) -> dict[str, Any]:
         return {"epoch": 2, "experts": [[0, 1], [1, 2]]}

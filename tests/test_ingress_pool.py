@@ -205,7 +205,7 @@ class Controller:
         ]
         return {"epoch": self.epoch, "attention": attention, "ffn": [{"state": "running"}]}
 
-    async def _scale(self, attention: int | None, ffn: int | None) -> dict[str, Any]:
+    async def _scale(self, attention: int) -> dict[str, Any]:
         raise ValueError("attention must be at most 2, got 9")
 
 
@@ -238,7 +238,7 @@ async def test_the_backend_follows_the_cluster(actors: list[Actor], tmp_path: Pa
     await eventually(lambda: actors[1].server.streams == 1 and actors[0].server.streams == 0)
     assert (await backend.metrics())["ready"] == 1.0
     with pytest.raises(ValueError, match="at most 2"):
-        await backend.scale(9, None)
+        await backend.scale({"attention": 9})
     for _ in range(200):
         await asyncio.sleep(0)
     assert controller.views <= 3  # one a change, and one for the stream that was let go of

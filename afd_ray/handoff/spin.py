@@ -1,5 +1,9 @@
 """How long a receiver looks for a message that is due before it sleeps."""
 
+SPIN_US = 5000.0
+"""How long an actor looks for a message that is due before it parks, where the host has a core for each: a few stages, for a core that
+has slept computes the next one at half its speed (virtual machines; measured 2.1 ms where 1.3 ms is possible)."""
+
 _MOST_SKIPPED = 64
 
 
