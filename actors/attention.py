@@ -20,7 +20,7 @@ from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
-from afd_ray.request import Request, TokenOutput
+from afd_ray.request import Request
 
 MAX_CACHE_BYTES = 1 << 30
 CACHE_SHARE = 0.1
@@ -89,10 +89,12 @@ class AttentionActor(Member):
         ffn = packed_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
         return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, config.attention.pace, config.ffn.pace)
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Request, generated: tuple[int, ...] = ()) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"the attention actor has failed: {self._failure}")
-        self._ready_loop().submit(request).add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
+            self._tokens.move([request.id], f"the attention actor has failed: {self._failure}")
+            return
+        submitted = self._ready_loop().submit(request, generated)
+        submitted.add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 
     def _abort(self, request_id: str) -> None:
         self._ready_loop().abort(request_id)
@@ -102,7 +104,7 @@ class AttentionActor(Member):
         try:
             self._ready_loop().abandon()
         finally:
-            self._tokens.fail_all(reason)
+            self._tokens.move_all(reason)
 
     def _ready_loop(self) -> AttentionLoop:
         if self._loop is None:
@@ -126,7 +128,7 @@ def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Futu
     if isinstance(error, ValueError):
         tokens.refuse(request_id, str(error))
     elif error is not None:
-        tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
+        tokens.move([request_id], str(error))
 
 
 def max_context(config: Config, model: ModelConfig) -> int:

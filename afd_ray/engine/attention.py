@@ -4,7 +4,7 @@ Slots are independent: each goes on to its next token as soon as its own last la
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -79,9 +79,9 @@ class AttentionLoop(StepLoop):
         self._steps = 0
         self._meter = StageMeter()
 
-    def submit(self, request: Request) -> "Future[None]":
-        """Queue a request; the future raises ValueError (one line) if it can never be served."""
-        return self.call(lambda: self._submit(request))
+    def submit(self, request: Request, generated: Sequence[int] = ()) -> "Future[None]":
+        """Queue a request, or go on with one that has `generated` tokens; the future raises ValueError (one line) if it can never be served."""
+        return self.call(lambda: self._submit(request, generated))
 
     def abort(self, request_id: str) -> "Future[None]":
         """Forget a request and free its blocks; unknown ids are ignored."""
@@ -116,8 +116,8 @@ class AttentionLoop(StepLoop):
     def _under_way(self) -> bool:
         return any(flight is not None for flight in self._flights)
 
-    def _submit(self, request: Request) -> None:
-        self.scheduler.add(request)
+    def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
+        self.scheduler.add(request, generated)
         self._work_came = True
         self._clocks[request.id] = RequestClock(time.monotonic())
 
