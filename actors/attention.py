@@ -24,7 +24,7 @@ from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
-from afd_ray.request import Request, TokenOutput
+from afd_ray.request import Request
 
 MAX_CACHE_BYTES = 1 << 30
 CACHE_SHARE = 0.1
@@ -131,10 +131,11 @@ class AttentionActor(Member):
 
     def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         if self._seat.moving_out:
-            self._tokens.publish([Moved(request.id)])
+            self._tokens.move([request.id])
             return
         if self._failure is not None or self._refusal is not None:
-            raise RuntimeError(f"the attention actor has failed: {self._failure or self._refusal}")
+            self._tokens.move([request.id], f"the attention actor has failed: {self._failure or self._refusal}")
+            return
         submitted = self._ready_loop().submit(request, generated)
         submitted.add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 
@@ -166,7 +167,7 @@ class AttentionActor(Member):
         try:
             self._ready_loop().abandon()
         finally:
-            self._tokens.fail_all(reason)
+            self._tokens.move_all(reason)
 
     def _ready_loop(self) -> AttentionLoop:
         if self._loop is None:
@@ -197,7 +198,7 @@ def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Futu
     if isinstance(error, ValueError):
         tokens.refuse(request_id, str(error))
     elif error is not None:
-        tokens.publish([TokenOutput(request_id, None, finish_reason="error", error=str(error))])
+        tokens.move([request_id], str(error))
 
 
 def max_context(config: Config, model: ModelConfig) -> int:

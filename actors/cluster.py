@@ -5,7 +5,6 @@ import math
 import os
 import random
 import reprlib
-import sys
 import threading
 import time
 import uuid
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 
-from actors.attention_pool import AttentionPool
+from actors.cluster_view import ClusterView
 from actors.controller import NAME, NAMESPACE, Controller
+from actors.http.backend import Unavailable
 from actors.roster import first_line
-from actors.token_stream import TokenStreamClient
 from actors.transition import epoch_of
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
 from afd_ray.membership.shape import Shape
@@ -58,8 +57,12 @@ class Cluster:
         self._owns_ray = owns_ray
         self._tokenizer = Tokenizer.from_directory(model_directory(config.model))
         self._events = _EventLoop()
-        self._secret = b""
-        self._pool = AttentionPool(self._connect, max_queued=sys.maxsize)
+        self._view = ClusterView(
+            lambda: self.controller,
+            client_id=f"py-{uuid.uuid4().hex[:8]}",
+            patience_s=config.failure.request_timeout_s,
+        )
+        self._following: asyncio.Task[None] | None = None
 
     @classmethod
     def start(
@@ -172,7 +175,7 @@ class Cluster:
     def shutdown(self) -> None:
         """Stop every actor, give the resources back; and Ray, where `start` started it. Harmless when repeated."""
         try:
-            self._events.run(self._pool.close(), 10)
+            self._events.run(self._let_go(), 10)
             ray.get(self.controller.shutdown.remote(), timeout=30)
         except (ray.exceptions.RayError, RuntimeError, TimeoutError):
             pass  # what is gone already needs no stopping
@@ -205,21 +208,51 @@ class Cluster:
         return tuple(self._tokenizer.encode(prompt))
 
     async def _generate_all(self, requests: list[Request], concurrency: int) -> list[Generation]:
-        view = await self.controller.ingress_view.remote()
-        self._secret = view["secret"]
-        for failure in await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]}):
-            raise ClusterError(failure)
-        if not self._pool.live:
-            raise ClusterError(f"no attention actor is running: the cluster is {view['state']}")
+        view = await self._look()
         for request in requests:
             _check_prompt(request, view["model"]["vocab_size"], view["model"]["max_context"])
         room = asyncio.Semaphore(max(1, concurrency))
 
         async def one(request: Request) -> Generation:
             async with room:
-                return await self._generate_one(request)
+                return await self._in_time(self._generate_one(request))
 
         return list(await asyncio.gather(*map(one, requests)))
+
+    async def _look(self) -> dict[str, Any]:
+        """The cluster's view, or the last one while no controller answers; kept fresh from now on.
+
+        Raises ClusterError when no attention actor can be reached.
+        """
+        pool = self._view.pool
+        try:
+            view = await self._view.refresh()
+        except Unavailable as error:
+            if self._view.latest is None:
+                raise ClusterError(str(error)) from None
+            view = self._view.latest
+        failures = await pool.settle()
+        if not pool.live:
+            raise ClusterError("; ".join(failures) or f"no attention actor is running: the cluster is {view['state']}")
+        if self._following is None:
+            self._following = asyncio.create_task(self._view.follow())
+        return view
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        limit_s = self.config.failure.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await work
+        except TimeoutError:
+            raise ClusterError(f"a request was not over in failure.request_timeout_s, {limit_s} s") from None
+        except Unavailable as error:
+            raise ClusterError(str(error)) from None
+
+    async def _let_go(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._view.pool.close()
 
     async def _generate_one(self, request: Request) -> Generation:
         outputs: list[TokenOutput] = []
@@ -228,7 +261,7 @@ class Cluster:
         detokenizer = IncrementalDetokenizer(self._tokenizer, request.params.stop) if self._tokenizer else None
         text = ""
         reason: FinishReason = "length"
-        async with aclosing(self._pool.generate(request)) as stream:
+        async with aclosing(self._view.pool.generate(request)) as stream:
             async for output in stream:
                 if output.finish_reason == "error":
                     raise ClusterError(output.error or "the engine failed")
@@ -245,9 +278,6 @@ class Cluster:
         text += detokenizer.flush() if detokenizer else ""
         token_ids = tuple(output.token_id for output in outputs if output.token_id is not None)
         return Generation(text, token_ids, reason, tuple(outputs), tuple(times_s))
-
-    async def _connect(self, address: str) -> TokenStreamClient:
-        return await TokenStreamClient.connect(address, secret=self._secret, ingress_id=f"py-{uuid.uuid4().hex[:8]}")
 
 
 class _EventLoop:

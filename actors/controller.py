@@ -143,6 +143,7 @@ class Controller:
             "epoch": self._epoch_number,
             "view": self._transition.views,
             "secret": self._crew.secret,
+            "lost": [hand.name for hand in self._transition.departed],
             "model": {
                 "name": self._config.model.served_name,
                 "directory": str(self._checkpoint.directory),

@@ -12,15 +12,15 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
-from actors.attention_pool import AttentionPool
+from actors.cluster_view import ANSWER_TIMEOUT_S, ClusterView
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
-from actors.http.backend import ModelCard, Rejected, Unavailable
+from actors.http.backend import ModelCard, Unavailable
 from actors.http.metrics import IngressMetrics, Snapshot
-from actors.token_stream import TokenStreamClient
+from afd_ray.config import Config, check_supported, load_config
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
 
@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "afd-controller"
 NAMESPACE = "afd"
-RETRY_S = 0.5
 SHARE_METRICS_S = 5.0
+STATUS_TIMEOUT_S = 35.0
+"""Longer than the controller waits for its actors."""
+STOPPING = "the server is stopping"
 
 # One event loop for the replica and our code: a hop between threads less for each request and each token.
 SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
@@ -40,17 +42,21 @@ ROOM_FOR_RUNNING_REQUESTS = 65_536
 class ClusterBackend:
     """The cluster as the HTTP interface sees it. `follow` keeps the view of it fresh."""
 
-    def __init__(self, find_controller: Callable[[], Any], *, ingress_id: str, max_queued: int) -> None:
-        """`find_controller` gives the controller's handle, or raises ValueError while there is none."""
-        self._find_controller = find_controller
-        self._ingress_id = ingress_id
-        self._pool = AttentionPool(self._connect, max_queued=max_queued)
-        self._controller: Any = None
+    def __init__(
+        self,
+        find_controller: Callable[[], Any],
+        *,
+        ingress_id: str,
+        max_queued: int,
+        patience_s: float | None = None,
+        on_moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As ClusterView."""
+        self._view = ClusterView(
+            find_controller, client_id=ingress_id, max_queued=max_queued, patience_s=patience_s, on_moved=on_moved
+        )
         self._card: ModelCard | None = None
-        self._secret = b""
-        self._state = "starting"
-        self._seen: tuple[int, str] = (-1, "starting")
-        self._change: asyncio.Task[Any] | None = None
+        self._draining = False
 
     @property
     def model(self) -> ModelCard:
@@ -59,22 +65,29 @@ class ClusterBackend:
         return self._card
 
     def ready(self) -> bool:
-        return self._card is not None and self._state in ("ready", "resizing", "recovering") and self._pool.live > 0
+        """Of a controller that does not answer, the last word counts."""
+        serving = self._view.state in ("ready", "resizing", "recovering")
+        return serving and self._card is not None and self._view.pool.live > 0 and not self._draining
 
     def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
-        return self._pool.generate(request)
+        if self._draining:
+            raise Unavailable(STOPPING)
+        return self._view.pool.generate(request)
 
     async def status(self) -> dict[str, Any]:
-        return dict(await self.ask("status"))
+        return dict(await self._view.ask("status", timeout_s=STATUS_TIMEOUT_S))
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return dict(await self.ask("scale", **wanted))
+        return dict(await self._view.ask("scale", named=wanted))
 
     async def rebalance(self) -> dict[str, Any]:
-        return dict(await self.ask("rebalance"))
+        return dict(await self._view.ask("rebalance"))
 
     async def trace(self, steps: int) -> dict[str, Any]:
-        return dict(await self.ask("trace", steps))
+        return dict(await self._view.ask("trace", steps))
+
+    async def exchange_metrics(self, ingress_id: str, snapshot: Snapshot) -> dict[str, Snapshot]:
+        return dict(await self._view.ask("exchange_metrics", ingress_id, snapshot, timeout_s=ANSWER_TIMEOUT_S))
 
     async def metrics(self) -> dict[str, float]:
         gauges = {"ready": float(self.ready())}
@@ -83,63 +96,29 @@ class ClusterBackend:
         except Unavailable:
             return gauges
 
-    async def ask(self, method: str, *args: Any, **named: Any) -> Any:
-        """A controller method's answer; ValueError and Rejected tell what it said, a controller that is gone is Unavailable."""
-        if self._controller is None:
-            try:
-                self._controller = self._find_controller()
-            except ValueError as error:
-                raise Unavailable(f"no controller: {_line(error)}") from None
-        try:
-            return await getattr(self._controller, method).remote(*args, **named)
-        except RayTaskError as error:
-            line = _line(error.cause)
-            raise (ValueError(line) if isinstance(error.cause, ValueError) else Rejected(line)) from None
-        except RayActorError as error:
-            self._controller = None
-            raise Unavailable(f"the controller does not answer: {_line(error)}") from None
-
     async def refresh(self) -> list[str]:
         """Takes the cluster's present view; tells which attention actors could not be reached."""
-        view = await self.ask("ingress_view")
-        self._secret = view["secret"]
-        if self._card is None:
-            self._card = await asyncio.to_thread(model_card, view["model"])
-        failures = await self._pool.follow({actor["id"]: actor["address"] for actor in view["attention"]})
-        self._state = view["state"]
-        self._seen = (view["epoch"], view["state"])
-        return failures
+        await self._take_model(await self._view.refresh())
+        return await self._view.pool.settle()
 
     async def follow(self) -> None:
-        """Refreshes the view whenever the cluster changes or a stream breaks; runs until cancelled."""
-        while True:
-            try:
-                failures = await self.refresh()
-                for line in failures:
-                    logger.warning("attention actor %s", line)
-                await self._until_stale(RETRY_S if failures else None)
-            except (RuntimeError, RayError, OSError, ValueError) as error:
-                logger.warning("cluster view: %s", error)
-                await asyncio.sleep(RETRY_S)
+        """Refreshes the view whenever the cluster changes; runs until cancelled."""
+        await self._view.follow(self._take_model)
+
+    def drain(self) -> None:
+        """Take no new request from now on; those in progress go on."""
+        self._draining = True
+
+    def stop_all(self) -> None:
+        """End every request in progress, with an error that its client can read."""
+        self._view.pool.stop_all(STOPPING)
 
     async def close(self) -> None:
-        if self._change is not None:
-            self._change.cancel()
-        await self._pool.close()
+        await self._view.pool.close()
 
-    async def _until_stale(self, timeout_s: float | None) -> None:
-        # A question still open is kept, not asked anew: the controller would collect abandoned ones.
-        if self._change is None:
-            self._change = asyncio.create_task(self.ask("changed", *self._seen))
-        broken = asyncio.create_task(self._pool.broken.wait())
-        await asyncio.wait((self._change, broken), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        broken.cancel()
-        if self._change.done():
-            change, self._change = self._change, None
-            change.result()
-
-    async def _connect(self, address: str) -> TokenStreamClient:
-        return await TokenStreamClient.connect(address, secret=self._secret, ingress_id=self._ingress_id)
+    async def _take_model(self, view: dict[str, Any]) -> None:
+        if self._card is None:
+            self._card = await asyncio.to_thread(model_card, view["model"])
 
 
 def model_card(model: dict[str, Any]) -> ModelCard:
@@ -163,21 +142,25 @@ def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     return {**sums, **actors, "epoch": float(status["epoch"])}
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @serve.ingress()
 class Ingress:
-    """One replica. `server`: the configuration's server section, as a dict."""
+    """One replica. `server`, `failure`: these sections of the configuration, as dicts."""
 
-    async def __init__(self, controller_name: str, server: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._server = server
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, controller_name: str, server: dict[str, Any], failure: dict[str, Any]
+    ) -> None:
+        self._server, self._failure = server, failure
         self._id = f"ingress-{uuid.uuid4().hex[:8]}"
         self._metrics = IngressMetrics()
         max_queued = -(-server["max_queued_requests"] // server["replicas"])
         find = partial(ray.get_actor, controller_name, namespace=NAMESPACE)
-        self._backend = ClusterBackend(find, ingress_id=self._id, max_queued=max_queued)
+        self._backend = ClusterBackend(
+            find,
+            ingress_id=self._id,
+            max_queued=max_queued,
+            patience_s=failure["request_timeout_s"],
+            on_moved=self._metrics.request_moved,
+        )
         self._tasks = [asyncio.create_task(self._backend.follow())]
         if server["replicas"] > 1:
             self._tasks.append(asyncio.create_task(self._share_metrics()))
@@ -189,6 +172,7 @@ class Ingress:
             max_body_bytes=self._server["max_body_bytes"],
             replica=self._id,
             peer_snapshots=self._peer_snapshots,
+            request_timeout_s=self._failure["request_timeout_s"],
         )
         return create_app(self._backend, options, self._metrics)
 
@@ -196,10 +180,17 @@ class Ingress:
         """Looks at the cluster again, at once."""
         return await self._backend.refresh()
 
+    async def drain(self, at_once: bool = False) -> int:
+        """Takes no new request from now on; gives how many are still in progress. `at_once`: ends those too, with an error."""
+        self._backend.drain()
+        if at_once:
+            self._backend.stop_all()
+        return self._metrics.in_flight
+
     async def _peer_snapshots(self) -> dict[str, Snapshot]:
         if self._server["replicas"] == 1:
             return {}
-        return dict(await self._backend.ask("exchange_metrics", self._id, self._metrics.snapshot()))
+        return await self._backend.exchange_metrics(self._id, self._metrics.snapshot())
 
     async def _share_metrics(self) -> None:
         """So that a scrape of another replica sees this one."""
@@ -216,26 +207,25 @@ class Ingress:
         await self._backend.close()
 
 
-def build(controller_name: str, server: dict[str, Any]) -> serve.Application:
+def build(controller_name: str, config: Config) -> serve.Application:
     """The Serve application of a cluster whose controller runs, or will run, under this name.
 
     Raises ValueError (one line) for keys files that are missing or empty: a replica could only fail later, and at length.
     """
-    server = {
-        **server,
-        "api_keys_file": _keys_path(server["api_keys_file"]),
-        "admin_keys_file": _keys_path(server["admin_keys_file"]),
+    server = config.server.model_dump() | {
+        "api_keys_file": _keys_path(config.server.api_keys_file),
+        "admin_keys_file": _keys_path(config.server.admin_keys_file),
     }
     options = {
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         "graceful_shutdown_wait_loop_s": 0.1,
-        "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_timeout_s": config.failure.drain_timeout_s,
         "logging_config": LoggingConfig(enable_access_log=False, log_level="WARNING"),
     }
     deployment: serve.Deployment = serve.deployment(name="ingress", **options)(Ingress)
-    return deployment.bind(controller_name, server)
+    return deployment.bind(controller_name, server, config.failure.model_dump())
 
 
 def _keys_path(path: str | None) -> str | None:
@@ -248,7 +238,6 @@ def app(args: dict[str, str]) -> serve.Application:
     """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it."""
     # Imported here: a replica imports this module, and needs neither the engine nor torch.
     from actors.cluster import create_controller
-    from afd_ray.config import check_supported, load_config
 
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
     config = load_config(args.get("config"), overrides)
@@ -258,4 +247,4 @@ def app(args: dict[str, str]) -> serve.Application:
     except ValueError:
         controller = create_controller(config, CONTROLLER_NAME, detached=True)
     ray.get(controller.start.remote())
-    return build(CONTROLLER_NAME, config.server.model_dump())
+    return build(CONTROLLER_NAME, config)

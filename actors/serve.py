@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 import ray
 from ray import serve as ray_serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from actors.cluster import Cluster, ClusterError, check_fits, start_ray
 from actors.controller import NAME, NAMESPACE
@@ -31,11 +33,13 @@ READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
 WATCH_PERIOD_S = 0.5
 CONNECT_TIMEOUT_S = 5.0
+DRAIN_ANSWER_TIMEOUT_S = 5.0
+FLUSH_S = 0.2
 APPLICATION = "afd"
 
 
 def serve(config: Config, address: str | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; prints `ready http://H:P` and nothing else to stdout.
+    """Serve until SIGINT or SIGTERM, then finish what is in progress (`failure.drain_timeout_s`); a second one stops at once. Prints `ready http://H:P` and nothing else to stdout.
 
     Raises ClusterError (one line) for a taken port, too few resources, or a bring-up that fails.
     """
@@ -47,15 +51,16 @@ def serve(config: Config, address: str | None = None) -> int:
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
     # Ray prints what it finds worth telling to stdout: that line is ours.
-    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as stop, suppress(Stopped):
+    with own_stdout() as stdout, ray_cluster(config, address), stop_signals() as (stop, at_once), suppress(Stopped):
         progress = Progress(stop)
         with Cluster.start(config, on_progress=progress) as cluster:
             progress("starting the ingress")
-            with ingress(config, host, port):
+            with ingress(config, host, port) as replicas:
                 await_ready(host, port, progress)
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
                 watch(cluster, stop)
+                drain(replicas, at_once, config.failure.drain_timeout_s)
             report("stopping")
     return 0
 
@@ -142,24 +147,27 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def ingress(config: Config, host: str, port: int) -> Iterator[None]:
+def ingress(config: Config, host: str, port: int) -> Iterator["Replicas"]:
     """The Serve application, in front of the cluster that is up."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it has a `ready` line of its own
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     try:
-        ray_serve.run(build_ingress(NAME, config.server.model_dump()), name=APPLICATION, route_prefix="/")
-        yield
+        yield Replicas(ray_serve.run(build_ingress(NAME, config), name=APPLICATION, route_prefix="/"))
     finally:
         ray_serve.shutdown()
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. Ray installs handlers of its own at init: this must come after."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Two events: the first SIGINT or SIGTERM sets one, the next the other. Ray installs handlers of its own at init: this must come after."""
+    stop, at_once = threading.Event(), threading.Event()
+
+    def note(*_: object) -> None:
+        (at_once if stop.is_set() else stop).set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield stop, at_once
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -181,14 +189,52 @@ def await_ready(host: str, port: int, progress: "Progress") -> None:
 
 
 def watch(cluster: Cluster, stop: threading.Event) -> None:
-    """Until `stop`; reports when the cluster's state changes, and which actors it lost."""
+    """Until `stop`; reports when the cluster's state changes, which actors it lost, and when the controller is: requests go on without it."""
     seen = cluster.state()
+    lost = False
     change = cluster.controller.changed.remote(*seen)
     while not stop.wait(WATCH_PERIOD_S):
-        if ray.wait([change], timeout=0)[0]:
+        if not ray.wait([change], timeout=0)[0]:
+            continue
+        try:
             seen = ray.get(change)
             report(f"the cluster is {seen[1]}" + "".join(f"; {line}" for line in cluster.losses()))
-            change = cluster.controller.changed.remote(*seen)
+            lost = False
+        except ray.exceptions.RayError as error:
+            if not lost:
+                report(f"the controller is lost, requests go on without it: {first_line(error)}")
+            lost = True
+        change = cluster.controller.changed.remote(*seen)
+
+
+class Replicas:
+    """The ingress replicas, all of them at once."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    def drain(self, at_once: bool = False) -> int:
+        """As Ingress.drain, summed; 0 when they do not answer."""
+        try:
+            return sum(self._handle.broadcast("drain", at_once).results(timeout_s=DRAIN_ANSWER_TIMEOUT_S))
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            report(f"the ingress does not answer: {str(error).splitlines()[0]}")
+            return 0
+
+
+def drain(replicas: Replicas, at_once: threading.Event, timeout_s: float) -> None:
+    """Until nothing is in progress: for `timeout_s` at most, then what is left is ended; not at all once `at_once` is set."""
+    end_s = time.monotonic() + timeout_s
+    left = replicas.drain()
+    if left:
+        report(f"waiting for {left} requests in progress, {timeout_s:g} s at most")
+    while left and time.monotonic() < end_s and not at_once.wait(POLL_S):
+        left = replicas.drain()
+    if left and not at_once.is_set():
+        report(f"{left} requests in progress end unfinished")
+        replicas.drain(at_once=True)
+    # What has just been answered must still get from the proxy to the client.
+    at_once.wait(FLUSH_S)
 
 
 class Stopped(Exception):

@@ -7,11 +7,13 @@ import msgpack
 
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Submit(NamedTuple):
     request: Request
+    generated: tuple[int, ...] = ()
+    """Tokens that it has from elsewhere: the actor goes on after them."""
 
 
 class Abort(NamedTuple):
@@ -26,12 +28,17 @@ class Refused(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """This attention actor goes away and has forgotten the request: submit it elsewhere with the tokens so far."""
+    """The actor gives the request back: it has to go on elsewhere."""
 
     request_id: str
+    failure: str = ""
+    """One line, where the actor has failed; empty where it only hands its requests over."""
 
 
 Answer = TokenOutput | Refused | Moved
+
+_TOKEN, _REFUSED, _MOVED = range(3)
+_ANSWERS: tuple[type[Answer], ...] = (TokenOutput, Refused, Moved)
 
 
 def encode_order(order: Submit | Abort) -> bytes:
@@ -51,14 +58,7 @@ def encode_answers(answers: Sequence[Answer]) -> bytes:
 
 
 def decode_answers(frame: bytes) -> list[Answer]:
-    answers = msgpack.unpackb(frame, use_list=False)
-    return [_decode_answer(raw) for raw in answers]
-
-
-def _decode_answer(raw: tuple[Any, ...]) -> Answer:
-    if len(raw) == 1:
-        return Moved(*raw)
-    return Refused(*raw) if len(raw) == 2 else TokenOutput(*raw)
+    return [_decode_answer(raw) for raw in msgpack.unpackb(frame, use_list=False)]
 
 
 def encode_hello() -> bytes:
@@ -80,20 +80,28 @@ def _order_fields(order: Submit | Abort) -> tuple[Any, ...]:
         return (order.request_id,)
     request = order.request
     params = {name: getattr(request.params, name) for name in SamplingParams.__dataclass_fields__}
-    return (request.id, request.prompt_token_ids, params)
+    return (request.id, request.prompt_token_ids, params, order.generated)
 
 
 def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort | Refused:
     if len(raw) == 1:
         return Abort(raw[0])
-    request_id, prompt, params = raw
+    request_id, prompt, params, generated = raw
     try:
-        return Submit(Request(request_id, tuple(prompt), SamplingParams(**params)))
+        return Submit(Request(request_id, prompt, SamplingParams(**params)), generated)
     except (TypeError, ValueError) as error:
         return Refused(request_id, str(error))
 
 
 def _encode_answer(answer: Answer) -> tuple[Any, ...]:
-    if isinstance(answer, Refused | Moved):
-        return tuple(answer)
-    return (answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)
+    if isinstance(answer, Refused):
+        return (_REFUSED, *answer)
+    if isinstance(answer, Moved):
+        return (_MOVED, *answer)
+    return (_TOKEN, answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)
+
+
+def _decode_answer(raw: tuple[Any, ...]) -> Answer:
+    kind, *fields = raw
+    answer: Answer = _ANSWERS[kind](*fields)
+    return answer

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -88,12 +88,18 @@ class _Subscriber:
 class TokenStreamServer:
     """Hosted in an attention actor: takes requests from ingress streams, and sends each its tokens.
 
-    `submit` and `abort` are called on the event loop that ran `start`, and must return at once. `submit` raises ValueError (one line) for a
-    request that can never run. `publish` may be called from any thread. When a stream breaks, its requests are aborted.
+    `submit` takes a request and the tokens that it has already; it and `abort` are called on the event loop that ran `start`, and must return
+    at once. `submit` raises ValueError (one line) for a request that can never run; anything else it raises gives the request back to its
+    ingress, to go on elsewhere. `publish` may be called from any thread. When a stream breaks, its requests are aborted.
     """
 
     def __init__(
-        self, submit: Callable[[Request], None], abort: Callable[[str], object], *, secret: bytes, host: str = "127.0.0.1"
+        self,
+        submit: Callable[[Request, tuple[int, ...]], None],
+        abort: Callable[[str], object],
+        *,
+        secret: bytes,
+        host: str = "127.0.0.1",
     ):
         self._submit = submit
         self._abort = abort
@@ -133,6 +139,10 @@ class TokenStreamServer:
         """For a request that `submit` accepted and that turns out never to be able to run; from any thread."""
         self.publish([Refused(request_id, reason)])
 
+    def move(self, request_ids: Iterable[str], failure: str = "") -> None:
+        """Gives these requests back to their ingress, to go on elsewhere; from any thread. `failure`: one line, where this actor has failed."""
+        self.publish([Moved(request_id, failure) for request_id in request_ids])
+
     def publish(self, outputs: Sequence[Answer]) -> None:
         """Sends each output to the stream that submitted its request; drops those whose stream is gone."""
         loop = self._loop
@@ -143,9 +153,9 @@ class TokenStreamServer:
         except RuntimeError:
             logger.debug("token stream closed; %d outputs dropped", len(outputs))
 
-    def fail_all(self, reason: str) -> None:
-        """Ends every request that an ingress still waits for; on the event loop only."""
-        self._route([_failed(request_id, reason) for request_id in list(self._routes)])
+    def move_all(self, failure: str = "") -> None:
+        """`move` for every request that an ingress still waits for; on the event loop only."""
+        self._route([Moved(request_id, failure) for request_id in list(self._routes)])
 
     def _route(self, outputs: Sequence[Answer]) -> None:
         batches: dict[_Subscriber, list[Answer]] = {}
@@ -154,7 +164,7 @@ class TokenStreamServer:
             if subscriber is None:
                 continue
             batches.setdefault(subscriber, []).append(output)
-            if isinstance(output, Refused | Moved) or output.finish_reason is not None:
+            if is_last(output):
                 self._forget(output.request_id)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
@@ -184,25 +194,26 @@ class TokenStreamServer:
     def _obey(self, subscriber: _Subscriber, frame: bytes) -> None:
         for order in decode_orders(frame):
             if isinstance(order, Submit):
-                self._admit(subscriber, order.request)
+                self._admit(subscriber, order)
             elif isinstance(order, Refused):
                 subscriber.outbox.put([order])
             elif order.request_id in subscriber.requests:
                 self._forget(order.request_id)
                 self._abort(order.request_id)
 
-    def _admit(self, subscriber: _Subscriber, request: Request) -> None:
-        self._routes[request.id] = subscriber
-        subscriber.requests.add(request.id)
+    def _admit(self, subscriber: _Subscriber, order: Submit) -> None:
+        request_id = order.request.id
+        self._routes[request_id] = subscriber
+        subscriber.requests.add(request_id)
         try:
-            self._submit(request)
+            self._submit(order.request, order.generated)
         except ValueError as error:
-            self._forget(request.id)
-            subscriber.outbox.put([Refused(request.id, str(error))])
+            self._forget(request_id)
+            subscriber.outbox.put([Refused(request_id, str(error))])
         except Exception as error:
-            logger.exception("request %s could not be submitted", request.id)
-            self._forget(request.id)
-            subscriber.outbox.put([_failed(request.id, f"the engine failed to take the request: {error}")])
+            logger.exception("request %s could not be submitted", request_id)
+            self._forget(request_id)
+            subscriber.outbox.put([Moved(request_id, f"the engine failed to take the request: {error}")])
 
     def _detach(self, subscriber: _Subscriber) -> None:
         self._streams.discard(subscriber)
@@ -211,27 +222,37 @@ class TokenStreamServer:
             self._abort(request_id)
 
 
+class Lost(NamedTuple):
+    """The stream broke under the request; what the actor has done for it since the last token is not known."""
+
+    request_id: str
+    reason: str
+
+
+Answers = asyncio.Queue[Answer | Lost]
+
+
 class _Pending(NamedTuple):
-    answers: "asyncio.Queue[Answer]"
+    answers: Answers
     tokens: int
     """What the request may come to, prompt and output, for balancing."""
 
 
 class TokenStreamClient:
-    """The ingress' end of one stream: submits requests, and hands each its own tokens. One event loop only.
-
-    When the stream breaks, every request in flight gets an output with `finish_reason` "error", and `lost` says why.
-    """
+    """The ingress' end of one stream: submits requests, and hands each its own tokens. One event loop only."""
 
     def __init__(self, channel: grpc.aio.Channel, call: Any, address: str) -> None:
         self.address = address
         self.lost: str | None = None
-        self.on_lost: Callable[[], None] | None = None
+        """Why the stream is of no use any more."""
         self.outstanding_tokens = 0
         self._channel = channel
         self._call = call
         self._outbox: _Outbox[bytes] = _Outbox()
         self._pending: dict[str, _Pending] = {}
+        self._broken = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
     @classmethod
@@ -240,7 +261,8 @@ class TokenStreamClient:
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((SECRET_KEY, secret), (INGRESS_KEY, ingress_id)))
         try:
-            hello = await asyncio.wait_for(call.read(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                hello = await call.read()
             if hello is grpc.aio.EOF or decode_hello(hello) != PROTOCOL_VERSION:
                 raise StreamLost(f"attention actor at {address} speaks another token stream version")
             return cls(channel, call, address)
@@ -256,40 +278,35 @@ class TokenStreamClient:
         """Requests in flight."""
         return len(self._pending)
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
-        """The tokens of one request; closing the iterator early aborts it. ValueError (one line) when the engine refuses it."""
-        answers = self.submit(request)
-        finished = False
-        try:
-            while not finished:
-                answer = await answers.get()
-                finished = isinstance(answer, Refused | Moved) or answer.finish_reason is not None
-                if isinstance(answer, Refused):
-                    raise ValueError(answer.reason)
-                if isinstance(answer, Moved):
-                    raise StreamLost(f"the attention actor at {self.address} goes away")
-                yield answer
-        finally:
-            if not finished:
-                self.abort(request.id)
+    async def broken(self) -> str:
+        """Why the stream broke, as soon as it has."""
+        await self._broken.wait()
+        return self.lost or ""
 
-    def submit(self, request: Request) -> "asyncio.Queue[Answer]":
-        """Sends the request; its answers arrive in the queue, the last with a finish reason or Refused."""
-        pending = _Pending(asyncio.Queue(), len(request.prompt_token_ids) + (request.params.max_tokens or 0))
+    async def idle(self) -> None:
+        """Returns when no request is in flight."""
+        await self._idle.wait()
+
+    def submit(self, request: Request, generated: Sequence[int] = ()) -> Answers:
+        """Sends the request, with the tokens that it has already. Its answers arrive in the queue; the last is one that `is_last`."""
+        answers: Answers = asyncio.Queue()
         if self.lost is not None:
-            pending.answers.put_nowait(_failed(request.id, self.lost))
-            return pending.answers
-        self._outbox.put([encode_order(Submit(request))])
+            answers.put_nowait(Lost(request.id, self.lost))
+            return answers
+        self._outbox.put([encode_order(Submit(request, tuple(generated)))])
+        pending = _Pending(answers, len(request.prompt_token_ids) + (request.params.max_tokens or 0))
         self._pending[request.id] = pending
         self.outstanding_tokens += pending.tokens
-        return pending.answers
+        self._idle.clear()
+        return answers
 
     def abort(self, request_id: str) -> None:
+        """Forgets a request, and what is still said of it; harmless when it is over."""
         if self._forget(request_id) is not None and self.lost is None:
             self._outbox.put([encode_order(Abort(request_id))])
 
     async def close(self) -> None:
-        """Breaks the stream, which aborts its requests; idempotent."""
+        """Breaks the stream, which aborts its requests at the actor; they are Lost here. Idempotent."""
         self._fail("the token stream was closed")
         self._call.cancel()
         for task in self._tasks:
@@ -301,6 +318,8 @@ class TokenStreamClient:
         pending = self._pending.pop(request_id, None)
         if pending is not None:
             self.outstanding_tokens -= pending.tokens
+        if not self._pending:
+            self._idle.set()
         return pending
 
     async def _write(self) -> None:
@@ -319,8 +338,6 @@ class TokenStreamClient:
         except grpc.aio.AioRpcError as error:
             reason = _why(error)
         self._fail(f"the token stream from {self.address} broke: {reason}")
-        if self.on_lost is not None:
-            self.on_lost()
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -328,19 +345,21 @@ class TokenStreamClient:
             if pending is None:
                 continue
             pending.answers.put_nowait(answer)
-            if isinstance(answer, Refused | Moved) or answer.finish_reason is not None:
+            if is_last(answer):
                 self._forget(answer.request_id)
 
     def _fail(self, reason: str) -> None:
         self.lost = self.lost or reason
+        self._broken.set()
         for request_id in list(self._pending):
             pending = self._forget(request_id)
             if pending is not None:
-                pending.answers.put_nowait(_failed(request_id, reason))
+                pending.answers.put_nowait(Lost(request_id, reason))
 
 
-def _failed(request_id: str, reason: str) -> TokenOutput:
-    return TokenOutput(request_id, None, finish_reason="error", error=reason)
+def is_last(answer: Answer | Lost) -> bool:
+    """Whether nothing more is said of the request after this."""
+    return not isinstance(answer, TokenOutput) or answer.finish_reason is not None
 
 
 def _as_bytes(value: str | bytes) -> bytes:

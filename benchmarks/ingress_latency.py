@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from contextlib import aclosing
 from datetime import date
 from typing import Any
 
@@ -20,7 +19,7 @@ import ray
 
 from actors.cluster import Cluster
 from actors.serve import Progress, await_ready, free_port, ingress, own_stdout, ray_cluster, report, stop_signals
-from actors.token_stream import TokenStreamClient
+from actors.token_stream import TokenStreamClient, is_last
 from afd_ray.config import load_config
 from afd_ray.demo.questions import fresh_questions
 from afd_ray.request import Request, SamplingParams
@@ -49,11 +48,11 @@ async def directly(stream: TokenStreamClient, prompt: Sequence[int]) -> float:
     """The same request to the attention actor itself, past the ingress."""
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, seed=0)
     started_s = time.perf_counter()
-    async with aclosing(stream.generate(Request(uuid.uuid4().hex, tuple(prompt), params))) as outputs:
-        await anext(outputs)
-        first_s = time.perf_counter() - started_s
-        async for _ in outputs:
-            pass
+    answers = stream.submit(Request(uuid.uuid4().hex, tuple(prompt), params))
+    answer = await answers.get()
+    first_s = time.perf_counter() - started_s
+    while not is_last(answer):
+        answer = await answers.get()
     return first_s
 
 
@@ -93,7 +92,7 @@ def measure(count: int, warm_up: int) -> dict[str, Any]:
     with (
         own_stdout(),
         ray_cluster(config, None),
-        stop_signals() as stop,
+        stop_signals() as (stop, _),
         Cluster.start(config, on_progress=report) as cluster,
         ingress(config, HOST, port),
     ):

@@ -3,13 +3,12 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 
 import pytest
 import pytest_asyncio
 
-from actors.token_frames import Abort, Answer, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
-from actors.token_stream import StreamLost, TokenStreamClient, TokenStreamServer
+from actors.token_frames import Abort, Answer, Moved, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
+from actors.token_stream import Answers, Lost, StreamLost, TokenStreamClient, TokenStreamServer, is_last
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
 SECRET = b"s" * 32
@@ -21,16 +20,18 @@ class Actor:
 
     def __init__(self) -> None:
         self.submitted: list[str] = []
+        self.generated: list[tuple[int, ...]] = []
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
         self.changed = asyncio.Event()
         self.server = TokenStreamServer(self.submit, self.abort, secret=SECRET)
         self.address = ""
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, generated: tuple[int, ...]) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append(request.id)
+        self.generated.append(generated)
         self.changed.set()
 
     def abort(self, request_id: str) -> None:
@@ -66,21 +67,39 @@ def token(request_id: str, token_id: int, *, last: bool = False) -> TokenOutput:
     return TokenOutput(request_id, token_id, finish_reason="length" if last else None)
 
 
-async def collect(client: TokenStreamClient, request: Request) -> list[TokenOutput]:
+async def read(answers: Answers) -> list[Answer | Lost]:
+    """Up to the last."""
+    read: list[Answer | Lost] = []
     async with asyncio.timeout(TIMEOUT_S):
-        return [output async for output in client.generate(request)]
+        while not read or not is_last(read[-1]):
+            read.append(await answers.get())
+    return read
+
+
+async def collect(client: TokenStreamClient, request: Request, generated: tuple[int, ...] = ()) -> list[Answer | Lost]:
+    return await read(client.submit(request, generated))
+
+
+def token_ids(answers: list[Answer | Lost]) -> list[int | None]:
+    return [answer.token_id for answer in answers if isinstance(answer, TokenOutput)]
 
 
 def test_frames_keep_every_field() -> None:
     params = SamplingParams(
         max_tokens=None, temperature=0.25, seed=2**64 - 1, stop=("a", "\u00e9"), stop_token_ids=(3,), logprobs=2
     )
-    orders: list[Submit | Abort] = [Submit(Request("r", (1, 2, 70000), params)), Abort("r")]
+    orders: list[Submit | Abort] = [
+        Submit(Request("r", (1, 2, 70000), params)),
+        Submit(Request("r~2", (1, 2, 70000), params), (5, 6)),
+        Abort("r"),
+    ]
     assert decode_orders(b"".join(encode_order(order) for order in orders)) == orders
     answers: list[Answer] = [
         TokenOutput("r", 5, -0.5, ((5, -0.5), (6, float("-inf"))), "stop"),
         TokenOutput("r", None, error="x"),
         Refused("r", "no"),
+        Moved("r"),
+        Moved("r", "out of memory"),
     ]
     assert decode_answers(encode_answers(answers)) == answers
 
@@ -109,8 +128,8 @@ async def test_tokens_reach_their_request_in_order(actor: Actor, client: TokenSt
     publisher.start()
     first, second = await asyncio.gather(*tasks)
     publisher.join()
-    assert [output.token_id for output in first] == [1, 2]
-    assert [output.token_id for output in second] == [11, 12, 13]
+    assert token_ids(first) == [1, 2]
+    assert token_ids(second) == [11, 12, 13]
     assert (actor.aborted, actor.server.requests, client.outstanding, client.outstanding_tokens) == ([], 0, 0, 0)
 
 
@@ -122,41 +141,68 @@ async def test_each_stream_gets_only_its_own(actor: Actor, client: TokenStreamCl
     )
     await actor.until(submitted=2)
     actor.server.publish([token("a", 1, last=True), token("b", 2, last=True), token("nobody", 3)])
-    assert [output.token_id for output in await mine + await theirs] == [1, 2]
+    assert token_ids(await mine + await theirs) == [1, 2]
     await other.close()
 
 
-async def test_closing_the_iterator_aborts(actor: Actor, client: TokenStreamClient) -> None:
-    async with aclosing(client.generate(Request("a", (1,)))) as outputs:
-        started = asyncio.ensure_future(anext(outputs))
-        await actor.until(submitted=1)
-        actor.server.publish([token("a", 1)])
-        await started
+async def test_what_is_said_after_an_abort_is_dropped(actor: Actor, client: TokenStreamClient) -> None:
+    answers = client.submit(Request("a", (1,)))
+    await actor.until(submitted=1)
+    actor.server.publish([token("a", 1)])
+    await answers.get()
+    client.abort("a")
     await actor.until(aborted=1)
-    actor.server.publish([token("a", 2)])  # a token already under way is dropped
+    actor.server.publish([token("a", 2)])  # a token already under way
+    await collect_one(actor, client, "b")
+    assert answers.empty()
     assert (actor.aborted, actor.server.requests, client.outstanding) == (["a"], 0, 0)
 
 
-async def test_a_refused_request_raises_and_harms_no_other(actor: Actor, client: TokenStreamClient) -> None:
+async def collect_one(actor: Actor, client: TokenStreamClient, name: str) -> None:
+    running, before = asyncio.create_task(collect(client, Request(name, (1,)))), len(actor.submitted)
+    await actor.until(submitted=before + 1)
+    actor.server.publish([token(name, 1, last=True)])
+    assert token_ids(await running) == [1]
+
+
+async def test_a_refused_request_harms_no_other(actor: Actor, client: TokenStreamClient) -> None:
     running = asyncio.create_task(collect(client, Request("a", (1,))))
     await actor.until(submitted=1)
     actor.refusal = ValueError("prompt must fit the KV cache")
-    with pytest.raises(ValueError, match="must fit the KV cache"):
-        await collect(client, Request("b", (1,)))
+    assert await collect(client, Request("b", (1,))) == [Refused("b", "prompt must fit the KV cache")]
     actor.refusal = RuntimeError("planted")
-    (failed,) = await collect(client, Request("c", (1,)))
-    assert (failed.finish_reason, failed.error) == ("error", "the engine failed to take the request: planted")
+    assert await collect(client, Request("c", (1,))) == [Moved("c", "the engine failed to take the request: planted")]
     actor.server.publish([token("a", 1, last=True)])
     assert len(await running) == 1
 
 
-async def test_a_late_refusal_raises_too(actor: Actor, client: TokenStreamClient) -> None:
+async def test_a_late_refusal_ends_the_request(actor: Actor, client: TokenStreamClient) -> None:
     running = asyncio.create_task(collect(client, Request("a", (1,))))
     await actor.until(submitted=1)
     actor.server.refuse("a", "prompt must be shorter")
-    with pytest.raises(ValueError, match="must be shorter"):
-        await running
+    assert await running == [Refused("a", "prompt must be shorter")]
     assert actor.server.requests == 0
+
+
+async def test_requests_are_given_back(actor: Actor, client: TokenStreamClient) -> None:
+    running = [asyncio.create_task(collect(client, Request(name, (1,)))) for name in ("a", "b", "c")]
+    await actor.until(submitted=3)
+    actor.server.move(["a", "nobody"])
+    actor.server.publish([token("a", 1), token("b", 2)])  # what the step under way still brings of "a" is dropped
+    assert await running[0] == [Moved("a")]
+    assert actor.server.requests == 2
+    actor.server.move_all("out of memory")
+    assert await running[1] == [token("b", 2), Moved("b", "out of memory")]
+    assert await running[2] == [Moved("c", "out of memory")]
+    assert (actor.server.requests, client.outstanding, actor.aborted) == (0, 0, [])
+
+
+async def test_a_request_goes_on_after_its_tokens(actor: Actor, client: TokenStreamClient) -> None:
+    running = asyncio.create_task(collect(client, Request("a~2", (1,)), (7, 8)))
+    await actor.until(submitted=1)
+    assert (actor.submitted, actor.generated) == (["a~2"], [(7, 8)])
+    actor.server.publish([token("a~2", 9, last=True)])
+    assert token_ids(await running) == [9]
 
 
 async def test_an_order_that_cannot_be_sent_harms_no_other(actor: Actor, client: TokenStreamClient) -> None:
@@ -180,18 +226,15 @@ async def test_a_lost_client_has_its_requests_aborted(actor: Actor) -> None:
     assert (actor.server.requests, actor.server.streams) == (0, 0)
 
 
-async def test_a_lost_server_ends_every_request_with_an_error(actor: Actor, client: TokenStreamClient) -> None:
-    lost = asyncio.Event()
-    client.on_lost = lost.set
+async def test_requests_on_a_broken_stream_are_lost(actor: Actor, client: TokenStreamClient) -> None:
     running = [asyncio.create_task(collect(client, Request(name, (1,)))) for name in ("a", "b")]
     await actor.until(submitted=2)
     await actor.server.close()
-    ends = [(await task)[-1] for task in running]
-    assert [end.finish_reason for end in ends] == ["error", "error"]
-    await asyncio.wait_for(lost.wait(), TIMEOUT_S)
-    (late,) = await collect(client, Request("c", (1,)))
-    assert late.error == client.lost
-    assert actor.address in str(late.error)
+    reason = await asyncio.wait_for(client.broken(), TIMEOUT_S)
+    assert actor.address in reason
+    assert [await task for task in running] == [[Lost("a", reason)], [Lost("b", reason)]]
+    assert await collect(client, Request("c", (1,))) == [Lost("c", reason)]
+    await asyncio.wait_for(client.idle(), TIMEOUT_S)
 
 
 async def test_the_wrong_secret_is_refused(actor: Actor) -> None:

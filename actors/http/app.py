@@ -34,6 +34,8 @@ class Options:
     api_keys: Keys = field(default_factory=lambda: Keys(None))
     admin_keys: Keys = field(default_factory=lambda: Keys(None))
     max_body_bytes: int = 1_048_576
+    request_timeout_s: float | None = None
+    """For requests that give no `timeout_s`; None: as long as it takes."""
     replica: str = "0"
     peer_snapshots: Callable[[], Awaitable[dict[str, Snapshot]]] = _no_peers
 
@@ -44,7 +46,7 @@ def create_app(backend: Backend, options: Options | None = None, metrics: Ingres
     metrics = metrics or IngressMetrics()
     app = FastAPI(title="afd-ray", openapi_url=None, redirect_slashes=False)
     install_error_handlers(app)
-    _add_openai_routes(app, backend, Generation(backend, metrics), options)
+    _add_openai_routes(app, backend, Generation(backend, metrics, timeout_s=options.request_timeout_s), options)
     _add_watch_routes(app, backend, metrics, options)
     _add_admin_routes(app, backend, options)
     routes = frozenset(route.path for route in app.routes if isinstance(route, Route))

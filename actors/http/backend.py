@@ -32,6 +32,10 @@ class Unavailable(RuntimeError):
     """No capacity to serve the request at all, for now."""
 
 
+class TimedOut(RuntimeError):
+    """The request was not over in the time it was given."""
+
+
 class Rejected(RuntimeError):
     """The cluster turned an administrative request down; the message is one line."""
 

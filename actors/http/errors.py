@@ -7,10 +7,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from actors.http.backend import Overloaded, Rejected, Unavailable
+from actors.http.backend import Overloaded, Rejected, TimedOut, Unavailable
 from actors.http.wire import json_response
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "client_disconnected"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    499: "client_disconnected",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -60,6 +66,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after_s)})
         case Unavailable():
             return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "1"})
+        case TimedOut():
+            return ApiError(504, str(error), code="timeout")
         case Rejected():
             return ApiError(409, str(error), code="rejected")
         case HTTPException():
@@ -68,7 +76,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, Overloaded, Unavailable, Rejected, HTTPException, Exception):
+    for kind in (ApiError, Overloaded, Unavailable, TimedOut, Rejected, HTTPException, Exception):
         app.add_exception_handler(kind, _handle)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive
 
-from actors.http.backend import Backend, ModelCard, Unavailable
+from actors.http.backend import Backend, ModelCard, TimedOut, Unavailable
 from actors.http.choices import ChoiceReader, Delta, Deltas, gather, merged
+from actors.http.deadline import in_time
 from actors.http.errors import ApiError, as_api_error, as_refusal, bad_request
 from actors.http.metrics import IngressMetrics
 from actors.http.protocol import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody, parse_prompts
@@ -42,19 +43,21 @@ class Job:
 
 
 class Generation:
-    """Runs jobs on a backend. `clock` gives monotonic seconds, `draw_seed` a seed for a request that came without one."""
+    """Runs jobs on a backend. `timeout_s` is for requests that give none, `clock` gives monotonic seconds, `draw_seed` a seed where none came."""
 
     def __init__(
         self,
         backend: Backend,
         metrics: IngressMetrics,
         *,
+        timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         draw_seed: Callable[[], int] = lambda: random.getrandbits(63),
     ) -> None:
         self._backend = backend
         self._metrics = metrics
+        self._timeout_s = timeout_s
         self._clock = clock
         self._wall_clock = wall_clock
         self._draw_seed = draw_seed
@@ -79,7 +82,7 @@ class Generation:
 
     async def answer(self, job: Job, receive: Receive) -> Response:
         """Raises ClientGone when the client leaves before the answer begins."""
-        deltas = merged([self._choice(index, request, job.started_s) for index, request in enumerate(job.requests)])
+        deltas = merged([self._choice(index, request, job) for index, request in enumerate(job.requests)])
         if not job.body.stream:
             choices = await unless_gone(receive, gather(deltas, len(job.requests)))
             return json_response(whole_answer(job, choices, self._backend.model))
@@ -105,28 +108,33 @@ class Generation:
                 requests.append(Request(request_id, prompt, fitted))
         return requests
 
-    async def _choice(self, index: int, request: Request, started_s: float) -> Deltas:
+    async def _choice(self, index: int, request: Request, job: Job) -> Deltas:
         reader = ChoiceReader(index, self._backend.model, request.params)
         first_s, tokens, reason = None, 0, "abort"
         try:
-            async with aclosing(refusable(self._backend.generate(request))) as outputs:
+            async with aclosing(self._outputs(request, job)) as outputs:
                 async for output in outputs:
                     delta = reader.read(output)
                     tokens += len(delta.token_ids)
                     if first_s is None:
                         first_s = self._clock()
-                        self._metrics.first_token(first_s - started_s, len(request.prompt_token_ids))
+                        self._metrics.first_token(first_s - job.started_s, len(request.prompt_token_ids))
                     reason = delta.finish_reason or reason
                     yield delta
                     if delta.finished:
                         return
             raise Unavailable("the engine ended the request too early")
-        except Exception:
-            reason = "error"
+        except Exception as error:
+            reason = "timeout" if isinstance(error, TimedOut) else "error"
             raise
         finally:
             now_s = self._clock()
             self._metrics.choice_ended(reason, tokens, now_s - (first_s or now_s))
+
+    def _outputs(self, request: Request, job: Job) -> AsyncGenerator[TokenOutput, None]:
+        outputs = refusable(self._backend.generate(request))
+        limit_s = self._timeout_s if job.body.timeout_s is None else job.body.timeout_s
+        return outputs if limit_s is None else in_time(outputs, limit_s, job.started_s, self._clock)
 
     async def _events(self, job: Job, first: Delta, rest: Deltas) -> AsyncIterator[bytes]:
         tokens = len(first.token_ids)

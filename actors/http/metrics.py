@@ -23,6 +23,8 @@ class IngressMetrics:
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self._requests = Counter("afd_http_requests", "HTTP requests answered", ("route", "status"), registry=registry)
+        self.in_flight = 0
+        """HTTP requests being answered."""
         self._in_flight = Gauge("afd_http_requests_in_flight", "HTTP requests being answered", registry=registry)
         self._tasks = Gauge(
             "afd_ingress_tasks", "Tasks alive in the ingress: grows when something is left behind", registry=registry
@@ -41,19 +43,27 @@ class IngressMetrics:
             "afd_time_per_output_token_seconds", "Mean after the first token", buckets=_TPOT_BUCKETS_S, registry=registry
         )
         self._finished = Counter("afd_choices_finished", "Choices ended", ("reason",), registry=registry)
+        self._moved = Counter(
+            "afd_requests_moved", "Times that a request went on with another attention actor", registry=registry
+        )
         self._prompt = Counter("afd_prompt_tokens", "Prompt tokens of started choices", registry=registry)
         self._generated = Counter("afd_generation_tokens", "Tokens generated", registry=registry)
 
     def request_started(self) -> None:
+        self.in_flight += 1
         self._in_flight.inc()
 
     def request_ended(self, route: str, status: int, duration_s: float) -> None:
+        self.in_flight -= 1
         self._in_flight.dec()
         self._requests.labels(route, str(status)).inc()
         self._duration.labels(route).observe(duration_s)
 
     def tasks_alive(self, count: int) -> None:
         self._tasks.set(count)
+
+    def request_moved(self) -> None:
+        self._moved.inc()
 
     def first_token(self, ttft_s: float, prompt_tokens: int) -> None:
         self._prompt.inc(prompt_tokens)

@@ -1,6 +1,7 @@
 """The bodies that clients send, and what they mean to the engine."""
 
 import json
+import math
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,6 +40,8 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    timeout_s: float | None = None
+    """From request to last token; what is not over then is given up."""
 
     @property
     def choices(self) -> int:
@@ -179,6 +182,8 @@ def parse_body(raw: bytes, kind: type[Body]) -> Body:
         raise _explain(error) from None
     if not 1 <= body.choices <= MAX_CHOICES:
         raise bad_request(f"n must be from 1 to {MAX_CHOICES}, got {body.n}", param="n")
+    if body.timeout_s is not None and not 0 < body.timeout_s < math.inf:
+        raise bad_request(f"timeout_s must be greater than 0, got {body.timeout_s:g}", param="timeout_s")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options must come with stream: true", param="stream_options")
     return body

@@ -1,0 +1,108 @@
+"""The server is told to stop: no new request, what is in progress finishes in time or ends with an error, a second signal stops at once."""
+
+import asyncio
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import cast
+
+import httpx
+
+from actors.http.app import create_app
+from actors.ingress import ClusterBackend
+from actors.serve import Replicas, drain, stop_signals
+from tests.attention_fake import TIMEOUT_S, FakeAttention, eventually
+from tests.controller_fake import FakeController
+from tests.ingress_fake import write_tokenizer
+
+
+async def test_an_ingress_that_drains(tmp_path: Path) -> None:
+    actor = await FakeAttention().start()
+    controller = FakeController(write_tokenizer(tmp_path), {"A0": actor})
+    backend = ClusterBackend(lambda: controller, ingress_id="i", max_queued=4)
+    await backend.refresh()
+    transport = httpx.ASGITransport(create_app(backend))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=TIMEOUT_S) as client:
+        body = {"prompt": [1, 2], "max_tokens": 3, "seed": 1, "ignore_eos": True}
+        finishing = asyncio.create_task(client.post("/v1/completions", json=body))
+        await eventually(lambda: len(actor.running) == 1)
+        actor.step()
+        backend.drain()
+        for answer in (await client.post("/v1/completions", json=body), await client.get("/ready")):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert (await client.get("/health")).status_code == 200
+        actor.finish()
+        assert (await finishing).json()["usage"]["completion_tokens"] == 3
+    await backend.close()
+    await actor.server.close()
+
+
+async def test_what_does_not_finish_in_time_ends_with_an_error(tmp_path: Path) -> None:
+    actor = await FakeAttention().start()
+    controller = FakeController(write_tokenizer(tmp_path), {"A0": actor})
+    backend = ClusterBackend(lambda: controller, ingress_id="i", max_queued=4)
+    await backend.refresh()
+    transport = httpx.ASGITransport(create_app(backend))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=TIMEOUT_S) as client:
+        whole, streamed = (
+            asyncio.create_task(client.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 9, "stream": stream}))
+            for stream in (False, True)
+        )
+        await eventually(lambda: len(actor.running) == 2)
+        actor.step()
+        await eventually(lambda: backend._view.pool.queued == 0)
+        backend.drain()
+        backend.stop_all()
+        assert ((await whole).status_code, (await whole).json()["error"]["code"]) == (503, "unavailable")
+        assert "the server is stopping" in (await streamed).text
+        assert (await streamed).text.endswith("data: [DONE]\n\n")
+    await eventually(lambda: len(actor.aborted) == 2)
+    await backend.close()
+    await actor.server.close()
+
+
+class FakeReplicas:
+    """Has as many requests in progress as `left` says, the last of it for ever."""
+
+    def __init__(self, *left: int, then: threading.Event | None = None) -> None:
+        self.left = list(left)
+        self.then = then
+        self.asked: list[bool] = []
+
+    def drain(self, at_once: bool = False) -> int:
+        self.asked.append(at_once)
+        if len(self.left) > 1:
+            return self.left.pop(0)
+        if self.then is not None:
+            self.then.set()
+        return self.left[0]
+
+
+def drained(replicas: FakeReplicas, at_once: threading.Event, timeout_s: float) -> list[bool]:
+    drain(cast(Replicas, replicas), at_once, timeout_s)
+    return replicas.asked
+
+
+def test_it_waits_until_nothing_is_in_progress() -> None:
+    assert drained(FakeReplicas(2, 1, 0), threading.Event(), TIMEOUT_S) == [False, False, False]
+
+
+def test_it_waits_so_long_and_then_ends_the_rest() -> None:
+    assert drained(FakeReplicas(2), threading.Event(), 0) == [False, True]
+
+
+def test_a_second_signal_ends_the_wait() -> None:
+    at_once = threading.Event()
+    assert drained(FakeReplicas(3, 3, then=at_once), at_once, TIMEOUT_S) == [False, False]
+
+
+def test_signals_are_told_apart() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as (stop, at_once):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(TIMEOUT_S)
+        assert not at_once.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert at_once.wait(TIMEOUT_S)
+    assert signal.getsignal(signal.SIGTERM) is before
