@@ -21,8 +21,8 @@ from afd_ray.request import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_nodes")]
 
-CLIENTS = 16
-MAX_TOKENS = 100
+CLIENTS = 8
+MAX_TOKENS = 60
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, top_p=0.9, frequency_penalty=0.2, seed=11, ignore_eos=True)
 NAME = "afd-changing"
@@ -31,11 +31,22 @@ REPAIR_TIMEOUT_S = 90.0
 Changes = list[dict[str, int]]
 # Up and down, in tensor and in expert parallelism.
 RESIZES: Changes = [
+    {"attention": 2, "ffn": 2},
+    {"ffn": 2, "ffn_tensor_parallel": 2},
+    {"attention": 1, "ffn": 1, "ffn_tensor_parallel": 1},
+]
+# The whole way, more than once: 20 in a row.
+LONG_WAY: Changes = 2 * [
     {"attention": 3},
     {"ffn": 2},
-    {"attention": 2, "ffn": 4, "ffn_tensor_parallel": 2},
-    {"attention": 1, "ffn": 3, "ffn_tensor_parallel": 1},
-    {"ffn": 1},
+    {"attention": 2},
+    {"ffn": 4},
+    {"attention": 1},
+    {"ffn": 3},
+    {"ffn": 4, "ffn_tensor_parallel": 2},
+    {"attention": 2},
+    {"ffn": 1, "ffn_tensor_parallel": 1},
+    {"attention": 1},
 ]
 
 
@@ -130,9 +141,12 @@ def reset(cluster: Cluster, attention: int, ffn: int, tensor_parallel: int = 1) 
     return cluster.status()
 
 
-def test_resizes_under_load_change_no_token(cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("changes", [pytest.param(RESIZES, id="short"), pytest.param(LONG_WAY, id="20", marks=pytest.mark.full)])
+def test_resizes_under_load_change_no_token(
+    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], changes: Changes
+) -> None:
     with load(cluster, prompts, expected) as running:
-        for change in RESIZES:
+        for change in changes:
             before = cluster.status()
             answer = cluster.scale(**change)
             assert (answer["outcome"], answer["reason"]) == ("committed", None)
@@ -175,8 +189,15 @@ def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) 
     assert ray.get(first)["outcome"] == "committed"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize(
+    ("role", "how"),
+    [
+        ("ffn", signal.SIGKILL),
+        ("attention", signal.SIGKILL),
+        pytest.param("ffn", signal.SIGSTOP, marks=pytest.mark.full),
+        pytest.param("attention", signal.SIGSTOP, marks=pytest.mark.full),
+    ],
+)
 def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], role: str, how: signal.Signals
 ) -> None:
