@@ -97,6 +97,24 @@ def check_equal(cluster: Cluster, shape: Shape, count: int, prompts: list[list[i
     assert cluster.check_integrity() == []
 
 
+def test_roles_live_apart(cluster: Cluster) -> None:
+    """As reserved at the start: a placement group for each attention actor and for each FFN instance."""
+    status = cluster.status()
+    assert status["state"] == "ready"
+    attention, ffn = status["attention"], status["ffn"]
+    assert {a["node"] for a in attention}.isdisjoint({f["node"] for f in ffn})
+    assert len({actor["pid"] for actor in (*attention, *ffn)}) == 6
+    assert sorted(expert for f in ffn for expert in f["experts"]) == sorted(2 * [*range(8)])
+    of_instances = {(f["instance"], f["placement_group"]) for f in ffn}
+    assert len(of_instances) == len({group for _, group in of_instances}) == 2
+    groups = {group["id"]: group for group in status["placement_groups"]}
+    assert len(groups) == 4
+    for actor in (*attention, *ffn):
+        group = groups[actor["placement_group"]]
+        assert group["role"] == ("attention" if actor in attention else "ffn")
+        assert (group["nodes"], group["state"]) == ([actor["node"]], "CREATED")
+
+
 @pytest.mark.parametrize(("shape", "count"), COVER, ids=str)
 def test_token_for_token_equal_to_the_reference(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
@@ -144,22 +162,6 @@ def test_token_for_token_equal_to_the_reference_in_the_full_grid(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
 ) -> None:
     check_equal(cluster, shape, count, prompts, expected)
-
-
-def test_roles_live_apart(cluster: Cluster) -> None:
-    cluster.reshape(2, expert_parallel=2)
-    status = cluster.status()
-    assert status["state"] == "ready"
-    attention, ffn = status["attention"], status["ffn"]
-    assert {a["node"] for a in attention}.isdisjoint({f["node"] for f in ffn})
-    assert {a["placement_group"] for a in attention}.isdisjoint({f["placement_group"] for f in ffn})
-    assert len({actor["pid"] for actor in (*attention, *ffn)}) == 4
-    assert sorted(expert for f in ffn for expert in f["experts"]) == list(range(8))
-    groups = {group["id"]: group for group in status["placement_groups"]}
-    assert len(groups) == 4
-    for actor in (*attention, *ffn):
-        assert groups[actor["placement_group"]]["nodes"] == [actor["node"]]
-        assert groups[actor["placement_group"]]["state"] == "CREATED"
 
 
 def test_auto_gives_every_attention_actor_four_slots_and_the_choice(
