@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.aside import aside
 from actors.member import Member
 from actors.token_frames import Moved
 from actors.token_stream import TokenStreamServer
@@ -48,7 +49,7 @@ class AttentionActor(Member):
         if number:
             self._seat.load(number)
         if self._loop is None:
-            self._loop = await asyncio.to_thread(self._build)
+            self._loop = await aside(self._build)
             self._start_thread(self._loop)
             self._port = await self._tokens.start()
         return self._identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}

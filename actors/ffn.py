@@ -1,11 +1,11 @@
 """FFNActor: a Ray actor that holds a shard of the experts and keeps nothing between steps."""
 
-import asyncio
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
 
+from actors.aside import aside
 from actors.member import Member
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
@@ -46,7 +46,7 @@ class FFNActor(Member):
         if self._half_for(shard) is None:
             held = self._loop.half if self._loop else None
             moved = len(lack(held.shard, shard).experts if held else shard.experts)
-            half = await asyncio.to_thread(self._build, shard, held)
+            half = await aside(self._build, shard, held)
             if number and number <= self._seat.over:
                 raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
             self._keep(number, half)

@@ -14,6 +14,7 @@ import ray
 import torch
 
 from actors.alarm import Alarm
+from actors.aside import aside
 from actors.memory import resident_bytes
 from actors.place import Place, Terms
 from actors.tracing import count_calls, trace_steps
@@ -184,7 +185,7 @@ class Member(ABC):
         self._patience.call_off()
         if thread is not None:
             self._ready_loop().stop()
-            await asyncio.to_thread(thread.join)
+            await aside(thread.join)
             self._failure = self._failure or f"{self._name} left the cluster"
             self._ended(self._failure)
         await asyncio.gather(*map(self._close, list(self._places)))
@@ -227,7 +228,7 @@ class Member(ABC):
     @ray.method
     async def resident_bytes(self) -> dict[str, int]:
         """Memory: resident set of the process, and the weights held."""
-        return await asyncio.to_thread(resident_bytes, self._held())
+        return await aside(resident_bytes, self._held())
 
     # --- behind it ----------------------------------------------------------------------------------------------------------
 
