@@ -22,7 +22,7 @@ class Standby(NamedTuple):
     """A half that is not served yet."""
 
     number: int
-    """Of the epoch that it was loaded for; 0: not said."""
+    """Of the epoch that it was loaded for."""
     half: FFNHalf
 
 
@@ -66,7 +66,7 @@ class FFNActor(Member):
             self._loop = FFNLoop(half, self._config.ffn.pace)
             self._start_thread(self._loop)
         else:
-            self._standby = Standby(number, half)
+            self._standby = Standby(number or max(self._seat.serving, self._seat.over) + 1, half)
 
     def _half_for(self, shard: FFNShard) -> FFNHalf | None:
         halves = [self._standby.half] if self._standby else []
