@@ -195,6 +195,19 @@ async def test_a_rolled_back_resize_leaves_no_trace(config: Config, expected: li
         assert await attention.tokens("s") == expected
 
 
+async def test_a_late_word_about_an_epoch_that_was_given_up_ends_no_other_drain(config: Config) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,) = made.attention
+        await attention.drain(2, TIMEOUT_S)
+        await attention.resume(2)
+        await attention.drain(4, TIMEOUT_S)
+        await attention.resume(3)
+        assert (await attention.status())["draining"]
+        assert attention._ready_loop().draining
+        await attention.resume(4)
+        assert not attention._ready_loop().draining
+
+
 async def test_an_attention_actor_that_nobody_tells_more_goes_on_by_itself(config: Config, expected: list[int]) -> None:
     async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
         (attention,) = made.attention

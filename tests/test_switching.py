@@ -353,6 +353,26 @@ def test_a_member_that_falls_silent_is_left_behind_in_the_middle_of_a_layer(
     assert run.losses == []
 
 
+def test_told_to_switch_at_the_end_of_a_micro_batch_it_begins_none_in_the_old_epoch(
+    half: AttentionHalf, checkpoint: Checkpoint, requests: list[Request], expected: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, epoch = Run(half, checkpoint, Epoch(1, 1, 1, 1, 3)), Epoch(2, 1, 1, 1, 1)
+    with run.local:
+        (loop,), (ffn,) = run.local.attention, run.local.ffn
+        publish, meshes = loop._publish, loopback_group(2, 2, poison=True)
+
+        def switch_at(outputs: list[TokenOutput]) -> None:
+            publish(outputs)
+            if loop.wire.epoch.number == 1 and loop._flights[0] is not None:  # so another slot has just ended
+                loop.switch(Wire(meshes[0], epoch, 0, checkpoint.config.dtype))
+                ffn.switch(Wire(meshes[1], epoch, 1, checkpoint.config.dtype))
+
+        monkeypatch.setattr(loop, "_publish", switch_at)
+        run.submit(requests)
+        assert run.finish() == expected
+        assert loop.epoch_number == 2
+
+
 def test_an_unlinked_loop_takes_requests_and_aborts(
     half: AttentionHalf, checkpoint: Checkpoint, requests: list[Request], expected: Tokens
 ) -> None:
