@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.aside import aside
 from actors.member import Member
 from actors.token_frames import Moved
 from actors.token_stream import TokenStreamServer
@@ -39,6 +40,7 @@ class AttentionActor(Member):
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
         self._port = 0
+        self._loading = asyncio.Lock()
         self._refusal: str | None = None
         """Why no request is taken, until an epoch is entered."""
 
@@ -47,10 +49,11 @@ class AttentionActor(Member):
         """Load this role's tensors, unless they are, and open the token stream; gives where the actor runs. `number`: of the coming epoch."""
         if number:
             self._seat.load(number)
-        if self._loop is None:
-            self._loop = await asyncio.to_thread(self._build)
-            self._start_thread(self._loop)
-            self._port = await self._tokens.start()
+        async with self._loading:
+            if self._loop is None:
+                self._loop = await aside(self._build)
+                self._start_thread(self._loop)
+                self._port = await self._tokens.start()
         return self._identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
 
     @ray.method
@@ -68,9 +71,7 @@ class AttentionActor(Member):
     @ray.method
     async def stay(self, number: int) -> None:
         """The coming epoch, in which this actor was to have no place, is given up: take requests again; the same as `resume`."""
-        self._seat.resume(number)
-        self._overdue.call_off()
-        await asyncio.wrap_future(self._go_on())
+        await self._resume(number)
 
     @ray.method
     async def drain(self, number: int, deadline_s: float) -> None:

@@ -1,11 +1,11 @@
 """FFNActor: a Ray actor that holds a shard of the experts and keeps nothing between steps."""
 
-import asyncio
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
 
+from actors.aside import aside
 from actors.member import Member
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
@@ -22,7 +22,7 @@ class Standby(NamedTuple):
     """A half that is not served yet."""
 
     number: int
-    """Of the epoch that it was loaded for; 0: not said."""
+    """Of the epoch that it was loaded for."""
     half: FFNHalf
 
 
@@ -46,7 +46,7 @@ class FFNActor(Member):
         if self._half_for(shard) is None:
             held = self._loop.half if self._loop else None
             moved = len(lack(held.shard, shard).experts if held else shard.experts)
-            half = await asyncio.to_thread(self._build, shard, held)
+            half = await aside(self._build, shard, held)
             if number and number <= self._seat.over:
                 raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
             self._keep(number, half)
@@ -66,7 +66,7 @@ class FFNActor(Member):
             self._loop = FFNLoop(half, self._config.ffn.pace)
             self._start_thread(self._loop)
         else:
-            self._standby = Standby(number, half)
+            self._standby = Standby(number or max(self._seat.serving, self._seat.over) + 1, half)
 
     def _half_for(self, shard: FFNShard) -> FFNHalf | None:
         halves = [self._standby.half] if self._standby else []

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -14,17 +14,16 @@ import ray
 import torch
 
 from actors.alarm import Alarm
-from actors.memory import resident_bytes
+from actors.aside import aside
+from actors.observed import Observed
 from actors.orphan import Orphan
 from actors.place import Place, Terms
-from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Seat, Stale
 from afd_ray.models.checkpoint import Checkpoint, Progress, digest
 from afd_ray.models.config import DTYPES
-from afd_ray.models.step3 import AttentionHalf, FFNHalf
 from afd_ray.telemetry import clock_offset_ns
 
 logger = logging.getLogger(__name__)
@@ -34,13 +33,14 @@ PATIENCE_S = 120.0
 LEFT = "left"
 
 
-class Member(ABC):
+class Member(Observed):
     """One actor's places in epochs: what both roles can be asked. Control methods run on the actor's event loop.
 
     A call about an epoch that is over, or that this member has no place in, raises ValueError (`seat.Stale`).
     """
 
     def __init__(self, name: str, config: Config, secret: bytes, controller: str = "") -> None:
+        super().__init__()
         self._name, self._config, self._secret = name, config, secret
         self._orphan = Orphan(controller)
         self._seat = Seat(name)
@@ -53,23 +53,6 @@ class Member(ABC):
         self._checkpoint: Checkpoint | None = None
         self._model_digest = 0
         self._loaded = 0.0
-        self._traced_enough = asyncio.Event()
-
-    @abstractmethod
-    def _ready_loop(self) -> StepLoop:
-        """The step loop of the loaded model; RuntimeError before `load`."""
-
-    @abstractmethod
-    def _ready_half(self) -> AttentionHalf | FFNHalf:
-        """The half of the model that is served; RuntimeError before `load`."""
-
-    @abstractmethod
-    def _stages(self, steps: int) -> tuple[str, int]:
-        """The stage that counts steps, and how often it runs in that many."""
-
-    def _held(self) -> "list[AttentionHalf | FFNHalf]":
-        """Everything of the model in this process."""
-        return [self._ready_half()]
 
     @abstractmethod
     def _check_weights(self, epoch: Epoch, rank: int) -> None:
@@ -154,11 +137,7 @@ class Member(ABC):
     @ray.method
     async def resume(self, number: int) -> None:
         """The coming epoch is given up: go on in the old one, begin micro-batches and take requests again."""
-        self._seat.resume(number)
-        self._overdue.call_off()
-        resumed = self._go_on()
-        if resumed is not None:
-            await asyncio.wrap_future(resumed)
+        await self._resume(number)
 
     @ray.method
     async def retire(self, number: int) -> None:
@@ -168,6 +147,7 @@ class Member(ABC):
         if had_one and not self._seat.serving:
             self._overdue.call_off()
             await asyncio.wrap_future(self._ready_loop().leave())
+        self._drop_weights(number - 1)
         await asyncio.gather(*map(self._close, closed))
 
     @ray.method
@@ -187,7 +167,7 @@ class Member(ABC):
         self._orphan.close()
         if thread is not None:
             self._ready_loop().stop()
-            await asyncio.to_thread(thread.join)
+            await aside(thread.join)
             self._failure = self._failure or f"{self._name} left the cluster"
             self._ended(self._failure)
         await asyncio.gather(*map(self._close, list(self._places)))
@@ -208,30 +188,6 @@ class Member(ABC):
         """Answers at once, with the epoch that this member serves in; 0: none."""
         self._orphan.heard()
         return self._seat.serving
-
-    # --- watching it ------------------------------------------------------------------------------------------------------
-
-    @ray.method
-    async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
-        """The stage events of the next `steps` micro-batches, or of those that came within the timeout or until `end_trace`."""
-        self._traced_enough.clear()
-        events = await trace_steps(self._ready_loop(), *self._stages(steps), timeout_s, self._traced_enough)
-        return self._identity() | {"events": events}
-
-    @ray.method
-    async def end_trace(self) -> None:
-        """Let a trace under way end with what it has."""
-        self._traced_enough.set()
-
-    @ray.method
-    async def count_ray_calls(self, steps: int, timeout_s: float) -> dict[str, int]:
-        """Calls on the step loop's thread over the next `steps` micro-batches, and how many of them go into Ray."""
-        return await count_calls(self._ready_loop(), *self._stages(steps), timeout_s)
-
-    @ray.method
-    async def resident_bytes(self) -> dict[str, int]:
-        """Memory: resident set of the process, and the weights held."""
-        return await asyncio.to_thread(resident_bytes, self._held())
 
     # --- behind it ----------------------------------------------------------------------------------------------------------
 
@@ -320,6 +276,15 @@ class Member(ABC):
         self._ends.pop(number, None)
         if place is not None:
             await place.close()
+
+    async def _resume(self, number: int) -> None:
+        self._seat.resume(number)
+        if self._seat.draining or self._seat.moving_out:
+            return  # for the sake of a later epoch
+        self._overdue.call_off()
+        resumed = self._go_on()
+        if resumed is not None:
+            await asyncio.wrap_future(resumed)
 
     def _expect(self, number: int, deadline_s: float) -> None:
         """Go on as before unless `switch` or `resume` comes within the deadline."""

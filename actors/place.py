@@ -1,6 +1,5 @@
 """A member's place in one epoch: its side of the epoch's collective group, opened beside the one it serves in."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.aside import aside
 from actors.collective import AFDGroup, join_group, leave_group
 from afd_ray.config import Config
 from afd_ray.engine.loop import Wire
@@ -39,17 +39,17 @@ class Place:
     @classmethod
     async def open(cls, terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> "Place":
         """Nothing is left behind when it fails."""
-        return await asyncio.to_thread(_open, terms, epoch, rank, group_name, spin_us)
+        return await aside(_open, terms, epoch, rank, group_name, spin_us)
 
     async def connect(self, endpoints: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, str]:
         """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
         peers = {rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}
-        await asyncio.to_thread(self.group.connect, peers, timeout_s)
+        await aside(self.group.connect, peers, timeout_s)
         return self.group.mesh.edge_kinds()
 
     async def close(self) -> None:
         """Leave the group: the peers' links to this member break."""
-        await asyncio.to_thread(_close, self.group)
+        await aside(_close, self.group)
 
 
 def _open(terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> Place:

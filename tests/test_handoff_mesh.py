@@ -367,6 +367,25 @@ def test_a_missing_rank_is_named(opened: Open) -> None:
         lonely.connect({1: silent.endpoint}, timeout_s=0.05)
 
 
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_closing_ends_a_connect_that_waits_for_a_peer(opened: Open, kind: LinkKind) -> None:
+    first, second = opened(0, kind=kind), opened(1, kind=kind)
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            first.connect({1: second.endpoint}, 60.0)
+        except LinkError as error:
+            errors.append(error)
+
+    connecting = threading.Thread(target=connect)
+    connecting.start()
+    first.close()
+    connecting.join(10.0)
+    assert not connecting.is_alive()
+    assert len(errors) == 1
+
+
 def test_nothing_stays_in_shared_memory_once_the_group_stands(opened: Open) -> None:
     members = [opened(rank, kind="shm") for rank in range(2)]
     names = {member.endpoint.segment for member in members}

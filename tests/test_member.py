@@ -1,7 +1,10 @@
 """Members from epoch to epoch, without Ray: real step loops and real links in one process, calls in the controller's order."""
 
 import asyncio
+import gc
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -192,13 +195,27 @@ async def test_a_rolled_back_resize_leaves_no_trace(config: Config, expected: li
         assert await attention.tokens("s") == expected
 
 
+async def test_a_late_word_about_an_epoch_that_was_given_up_ends_no_other_drain(config: Config) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,) = made.attention
+        await attention.drain(2, TIMEOUT_S)
+        await attention.resume(2)
+        await attention.drain(4, TIMEOUT_S)
+        await attention.resume(3)
+        assert (await attention.status())["draining"]
+        assert attention._ready_loop().draining
+        await attention.resume(4)
+        assert not attention._ready_loop().draining
+
+
 async def test_an_attention_actor_that_nobody_tells_more_goes_on_by_itself(config: Config, expected: list[int]) -> None:
     async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
         (attention,) = made.attention
         attention.submit("r")
         await made.stand_by(Epoch(2, 1, 1, 1, 2))
-        await attention.drain(2, 0.01)
+        drained = asyncio.ensure_future(attention.drain(2, 0.01))
         assert await attention.tokens("r") == expected
+        await asyncio.gather(drained, return_exceptions=True)  # the boundary may have come first, or the deadline
         await made.enter(Epoch(2, 1, 1, 1, 2))  # late, but decided
         attention.submit("s")
         assert await attention.tokens("s") == expected
@@ -283,6 +300,41 @@ async def test_an_ffn_rank_without_the_weights_takes_no_place(config: Config) ->
     async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
         with pytest.raises(ValueError, match="what rank 1 of epoch 2 needs is not loaded"):
             await made.ffn[0].prepare(Epoch(2, 1, 2, 1, 2), 1, "afd-test-e2", 0.0)
+
+
+def held_by_process() -> dict[str, int]:
+    """What a leak would add to."""
+    gc.collect()
+    mappings = Path("/proc/self/maps").read_text(encoding="ascii").splitlines()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "segments": sum("/dev/shm/afd-ray-" in line for line in mappings),
+        "names": len(list(Path("/dev/shm").glob("afd-ray-*"))),
+    }
+
+
+async def test_nothing_is_left_of_epochs_that_are_over(config: Config, expected: list[int]) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,) = made.attention
+        await made.form(Epoch(2, 1, 2, 1, 2))
+        await made.form(Epoch(3, 1, 1, 1, 2))
+        before = held_by_process()
+        for number in range(4, 16, 3):
+            attention.submit(f"r{number}")
+            await made.stand_by(Epoch(number, 1, 2, 1, 2))  # given up
+            await asyncio.gather(*(m.discard(number) for m in made.members))
+            epoch = Epoch(number + 1, 1, 1, 2, 3)
+            await made.stand_by(epoch)
+            await attention.drain(number + 1, TIMEOUT_S)
+            await made.enter(epoch)
+            await asyncio.gather(*(m.retire(number + 1) for m in made.members))
+            made.attention[0]._ready_loop().wire.mesh.close()  # lost
+            await attention.lost(number + 1)
+            await made.form(Epoch(number + 2, 1, 1, 1, 1))
+            assert await attention.tokens(f"r{number}") == expected
+        assert await attention.check_integrity() == []
+        assert held_by_process() == before
 
 
 async def test_only_experts_that_are_not_held_are_read(config: Config) -> None:

@@ -26,6 +26,8 @@ from afd_ray.request import Request, SamplingParams, TokenOutput
 TIMEOUT_S = 30.0
 MAX_TOKENS = 16
 CHUNK = 48
+MESSAGES = 50
+"""Every rank has had so many twice over before the requests end."""
 Tokens = dict[str, list[int | None]]
 
 
@@ -277,14 +279,15 @@ def interrupted_twice(run: Run, meshes: Callable[[Epoch], list[Mesh]], requests:
         epoch = Epoch(number, rng.choice((1, 2)), *rng.choice(((1, 1), (2, 1), (1, 2))), rng.randint(1, 3))
         fresh = meshes(epoch)
         if number == 2:
-            plant(fresh, rng)
+            plant(fresh, epoch, rng)
         run.local.change(epoch, fresh, drain=False)
     return run.finish()
 
 
-def plant(meshes: list[Mesh], rng: random.Random) -> None:
-    rank = rng.randrange(len(meshes))
-    meshes[rank] = Faulty(meshes[rank], rng.randint(1, 150), cut)
+def plant(meshes: list[Mesh], epoch: Epoch, rng: random.Random) -> None:
+    """At a rank that has messages: the first attention rank has requests in every epoch."""
+    rank = rng.choice((0, *epoch.ffn_ranks))
+    meshes[rank] = Faulty(meshes[rank], rng.randint(1, MESSAGES), cut)
 
 
 def check_interrupted(
@@ -294,7 +297,7 @@ def check_interrupted(
     first = Epoch(1, rng.choice((1, 2)), 1, 1, rng.randint(1, 3))
     with meshes_for(kinds) as meshes:
         begun = meshes(first)
-        plant(begun, rng)
+        plant(begun, first, rng)
         run = Run(half, checkpoint, first, begun)
         with run.local:
             assert interrupted_twice(run, meshes, requests, rng) == expected, f"seed {seed}"
@@ -348,6 +351,26 @@ def test_a_member_that_falls_silent_is_left_behind_in_the_middle_of_a_layer(
         run.local.change(Epoch(2, 1, 1, 2, 3), drain=False)
         assert run.finish() == expected
     assert run.losses == []
+
+
+def test_told_to_switch_at_the_end_of_a_micro_batch_it_begins_none_in_the_old_epoch(
+    half: AttentionHalf, checkpoint: Checkpoint, requests: list[Request], expected: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, epoch = Run(half, checkpoint, Epoch(1, 1, 1, 1, 3)), Epoch(2, 1, 1, 1, 1)
+    with run.local:
+        (loop,), (ffn,) = run.local.attention, run.local.ffn
+        publish, meshes = loop._publish, loopback_group(2, 2, poison=True)
+
+        def switch_at(outputs: list[TokenOutput]) -> None:
+            publish(outputs)
+            if loop.wire.epoch.number == 1 and loop._flights[0] is not None:  # so another slot has just ended
+                loop.switch(Wire(meshes[0], epoch, 0, checkpoint.config.dtype))
+                ffn.switch(Wire(meshes[1], epoch, 1, checkpoint.config.dtype))
+
+        monkeypatch.setattr(loop, "_publish", switch_at)
+        run.submit(requests)
+        assert run.finish() == expected
+        assert loop.epoch_number == 2
 
 
 def test_an_unlinked_loop_takes_requests_and_aborts(

@@ -127,10 +127,13 @@ class StepLoop(ABC):
             self._running = False
 
     def _serve(self) -> None:
-        """Until stopped, or until a link breaks."""
+        """Until stopped or unlinked."""
         try:
             while self._running:
-                progressed = self._take_commands() | self._receive()
+                told = self._take_commands()
+                if self._wire is None:
+                    return
+                progressed = self._receive() or told
                 self._looked_ns = time.monotonic_ns()
                 if self._running and not self._run_stage() and not progressed:
                     self._wait()

@@ -23,9 +23,12 @@ _WARM_BYTES = 1 << 16
 """Past this, an empty ring begins again at its start: memory used a moment ago is in the caches of both sides."""
 
 # Straight from address to address, and without letting go of the interpreter: both cost more than a small tensor's copy.
-_copy = ctypes.PYFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
+_MEMMOVE = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+_SIZES = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
+_copy = ctypes.PYFUNCTYPE(None, *_SIZES)(_MEMMOVE)
+_copy_large = ctypes.CFUNCTYPE(None, *_SIZES)(_MEMMOVE)
+_LARGE_BYTES = 1 << 20
+"""A copy from here on lets go of it: a group that warms up must not hold up the step loop that serves in another."""
 
 
 class RingMemory(NamedTuple):
@@ -56,7 +59,8 @@ def copy_tensors(address: int, layout: Layout, tensors: Sequence[Tensor]) -> Non
     """Copy the tensors of a frame that lies at `address` to their places."""
     for (_, _, offset, size_bytes), tensor in zip(layout.fields, tensors, strict=True):
         source = tensor if tensor.is_contiguous() and tensor.is_cpu else tensor.cpu().contiguous()
-        _copy(address + offset, source.data_ptr(), size_bytes)
+        copy = _copy if size_bytes < _LARGE_BYTES else _copy_large
+        copy(address + offset, source.data_ptr(), size_bytes)
 
 
 class RingWriter:

@@ -77,6 +77,7 @@ class Wiring:
     def __init__(self, terms: Terms, peers: Mapping[int, int]) -> None:
         self.outbound: dict[int, Outbound] = {}
         self.any_broken = False
+        self._closed = False
         self._terms = terms
         self._capacities: dict[int, int] = {}
         self._connections: list[socket.socket] = []
@@ -117,16 +118,19 @@ class Wiring:
         for edge in self.inbound:
             self._check(edge.peer, endpoints[edge.peer])
         for edge in self.inbound:
+            self._check_open()
             self._dial(edge.peer, endpoints[edge.peer], deadline_s)
         self._await_inbound(timeout_s, deadline_s)
         if self._meeting is not None:
             for edge in self.inbound:
                 self._pair_up(edge, endpoints[edge.peer], self._meeting, deadline_s)
+        self._check_open()
         self._segment.unlink()
         self._poller.call(self._gate.close)
 
     def _await_inbound(self, timeout_s: float, deadline_s: float) -> None:
         while late := [edge.peer for edge in self.inbound if not edge.kind]:
+            self._check_open()
             self.raise_broken()
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"rank {self._terms.rank} waited {timeout_s:g} s for these ranks to connect: {_listed(late)}")
@@ -152,6 +156,11 @@ class Wiring:
             if edge.broken is not None:
                 raise LinkError(edge.peer, edge.broken)
 
+    def _check_open(self) -> None:
+        """LinkError when the mesh was closed meanwhile: another thread may close it while one connects."""
+        if self._closed:
+            raise LinkError(self._terms.rank, OWN_CLOSE)
+
     def _check(self, peer: int, endpoint: Endpoint) -> None:
         if endpoint.digest != self._terms.digest:
             raise LinkError(peer, digest_mismatch(endpoint.digest, self._terms.digest))
@@ -167,6 +176,9 @@ class Wiring:
         connection = dial(
             endpoint.host, endpoint.port, source_host=terms.host, secret=terms.secret, claim=claim, deadline_s=deadline_s
         )
+        if self._closed:
+            connection.close()
+            self._check_open()
         if carrier is Carrier.GLOO:
             self._connections.append(connection)
         elif segment:
@@ -254,6 +266,7 @@ class Wiring:
 
     def close(self) -> None:
         """Leave the group; harmless to repeat, from any thread."""
+        self._closed = True
         self._poller.close(self._close_all)
 
     def _close_all(self) -> None:
