@@ -4,6 +4,7 @@ import asyncio
 import functools
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,8 +16,10 @@ from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
+from afd_ray.engine.loop import Wire
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.kernels.packed import packed_attention, packed_ffn
+from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -35,14 +38,50 @@ class AttentionActor(Member):
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
         self._port = 0
+        self._refusal: str | None = None
+        """Why no request is taken, until an epoch is entered."""
 
     @ray.method
-    async def load(self) -> dict[str, Any]:
-        """Load this role's tensors and open the token stream; gives where the actor runs."""
+    async def load(self, number: int = 0) -> dict[str, Any]:
+        """Load this role's tensors, unless they are, and open the token stream; gives where the actor runs. `number`: of the coming epoch."""
+        if number:
+            self._seat.load(number)
         if self._loop is None:
             self._loop = await asyncio.to_thread(self._build)
+            self._start_thread(self._loop)
             self._port = await self._tokens.start()
         return self._identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
+
+    @ray.method
+    async def move_out(self, number: int, deadline_s: float) -> int:
+        """Answer every request, and each that comes from now on, with Moved: its ingress goes on with it elsewhere. Gives how many there were.
+
+        None of them gets another token here; blocks of those in flight are freed at the end of their micro-batch. Ends like a drain.
+        """
+        self._require_well()
+        self._seat.move_out(number)
+        self._expect(number, deadline_s)
+        loop = self._ready_loop()
+        return await asyncio.wrap_future(loop.call(functools.partial(_give_back, loop, self._tokens)))
+
+    @ray.method
+    async def stay(self, number: int) -> None:
+        """The coming epoch, in which this actor was to have no place, is given up: take requests again; the same as `resume`."""
+        self._seat.resume(number)
+        self._overdue.call_off()
+        await asyncio.wrap_future(self._go_on())
+
+    @ray.method
+    async def drain(self, number: int, deadline_s: float) -> None:
+        """Begin no new micro-batch for the sake of this coming epoch; answers at the step boundary, when nothing is in flight any more.
+
+        Unless `switch` or `resume` comes within the deadline, counted from this call, the actor goes on in its old epoch by itself;
+        `switch` may still come. RuntimeError when it does not come to a boundary.
+        """
+        self._require_well()
+        self._seat.drain(number)
+        self._expect(number, deadline_s)
+        await asyncio.wrap_future(self._ready_loop().drain())
 
     @ray.method
     async def status(self) -> dict[str, Any]:
@@ -57,8 +96,8 @@ class AttentionActor(Member):
             "micro_batches": loop.scheduler.in_use,
             "expert_loads": loop.expert_loads.tolist(),
             "pace": pace.model_dump() if pace else None,
-            "ttft_ms": loop.ttft.recent(now_s),
-            "tpot_ms": loop.tpot.recent(now_s),
+            "ttft_ms": loop.clocks.ttft.recent(now_s),
+            "tpot_ms": loop.clocks.tpot.recent(now_s),
         }
 
     @ray.method
@@ -89,15 +128,38 @@ class AttentionActor(Member):
         ffn = packed_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
         return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, config.attention.pace, config.ffn.pace)
 
-    def _submit(self, request: Request, generated: tuple[int, ...] = ()) -> None:
-        if self._failure is not None:
-            self._tokens.move([request.id], f"the attention actor has failed: {self._failure}")
+    def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
+        if self._seat.moving_out:
+            self._tokens.move([request.id])
             return
+        if self._failure is not None or self._refusal is not None:
+            raise RuntimeError(f"the attention actor has failed: {self._failure or self._refusal}")
         submitted = self._ready_loop().submit(request, generated)
         submitted.add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 
     def _abort(self, request_id: str) -> None:
         self._ready_loop().abort(request_id)
+
+    def _check_weights(self, epoch: Epoch, rank: int) -> None:
+        """Every rank of every epoch needs the same."""
+
+    def _drop_weights(self, number: int) -> None:
+        """They serve in any epoch."""
+
+    async def _hang_up(self) -> None:
+        await self._tokens.close()
+
+    def _enter(self, wire: Wire) -> "Future[float]":
+        self._refusal = None
+        return super()._enter(wire)
+
+    def _go_on(self) -> "Future[None]":
+        return self._ready_loop().resume()
+
+    def _give_up(self, reason: str) -> None:
+        self._refusal = reason
+        self._tokens.move_all(reason)  # another actor may be able to go on with them
+        self._ready_loop().give_up(reason)
 
     def _ended(self, reason: str) -> None:
         """No request is left without an answer, whatever state the failure left the scheduler in."""
@@ -120,6 +182,13 @@ class AttentionActor(Member):
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "head", steps
+
+
+def _give_back(loop: AttentionLoop, tokens: TokenStreamServer) -> int:
+    """On the step loop's thread, so that no token follows the answer."""
+    moved = loop.abort_all()
+    tokens.move(moved)
+    return len(moved)
 
 
 def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Future[None]") -> None:

@@ -96,12 +96,13 @@ class Bringup:
         self._number += 1
         epoch = epoch_for(self.config, self.checkpoint.config, shape, self._number, loads)
         epoch.check(self.checkpoint.config)
-        await self._leave_epoch()
+        await self._drop_dead()
         await self._provide(shape)
         await self._load(epoch)
         await self._connect(epoch)
         self._doing("starting the step loops")
-        await ask(self.hands, "start", timeout_s=self.config.handoff.start_timeout_s)
+        for method in ("switch", "retire"):
+            await ask(self.hands, method, epoch.number, timeout_s=self.config.handoff.start_timeout_s)
         for hand in self.hands:
             hand.state = "running"
         self.epoch, self.shape = epoch, shape
@@ -124,13 +125,8 @@ class Bringup:
 
     # --- steps of form ----------------------------------------------------------------------------------------------------
 
-    async def _leave_epoch(self) -> None:
-        if self.epoch is not None:
-            self._doing("leaving the old epoch")
-            self.epoch = None
-            living = [hand for hand in self.hands if hand.state != "dead"]
-            for method in ("halt", "leave"):
-                await ask(living, method, timeout_s=30)
+    async def _drop_dead(self) -> None:
+        self.epoch = None
         dead = [hand for hand in self.hands if hand.state == "dead"]
         await self._stop(dead)
         self.attention = [hand for hand in self.attention if hand not in dead]
@@ -197,7 +193,7 @@ class Bringup:
         spin_us = self._spin_us()
         calls = {hand.name: hand.handle.prepare.remote(epoch, rank, name, spin_us) for rank, hand in enumerate(self.hands)}
         endpoints: dict[int, dict[str, Any]] = dict(enumerate(await gather_named(calls, "prepare", timeout_s)))
-        await ask(self.hands, "connect", endpoints, timeout_s, timeout_s=timeout_s + 5)
+        await ask(self.hands, "connect", epoch.number, endpoints, timeout_s, timeout_s=timeout_s + 5)
 
     async def _stop(self, hands: list[Hand]) -> None:
         for hand in hands:

@@ -5,9 +5,10 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import ray.util.collective as col
 import torch
 from ray.util.collective.backend_registry import _global_registry, register_collective_backend
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
@@ -37,6 +38,21 @@ def register_backend() -> None:
     """Make the backend known to ray.util.collective in this process; once is enough, more is harmless."""
     if not _global_registry.is_registered(BACKEND):
         register_collective_backend(BACKEND, AFDGroup)
+
+
+def join_group(world_size: int, rank: int, group_name: str) -> "AFDGroup":
+    """A group of this process by the public API; not yet open. It waits for a lock of the whole process."""
+    register_backend()
+    # Ray types the name of a backend as one of its own two.
+    col.init_collective_group(world_size, rank, cast(Any, BACKEND), group_name)
+    group: AFDGroup = col.get_group_handle(group_name)
+    return group
+
+
+def leave_group(group_name: str) -> None:
+    """Forget the group and leave it, if this process is in it; asks Ray's head, so not on an event loop."""
+    if col.is_group_initialized(group_name):
+        col.destroy_collective_group(group_name)
 
 
 def epoch_of(group_name: str) -> int:

@@ -171,13 +171,14 @@ class Controller:
         except BaseException:
             await self._bringup.dissolve()
             raise
-        self._watches = [asyncio.create_task(self._watch(hand)) for hand in self._bringup.hands]
+        number = self._bringup.epoch_number
+        self._watches = [asyncio.create_task(self._watch(hand, number)) for hand in self._bringup.hands]
         await self._set_state("ready")
 
-    async def _watch(self, hand: Hand) -> None:
+    async def _watch(self, hand: Hand, number: int) -> None:
         """Wait for this actor's end: Ray tells of a dead process, the actor itself of a failed step loop."""
         try:
-            reason = await hand.handle.lost.remote()
+            reason = await hand.handle.lost.remote(number)
         except ray.exceptions.RayError as error:
             reason = str(error).splitlines()[0]
         logger.error("%s is lost: %s", hand.name, reason)

@@ -1,16 +1,29 @@
 """FFNActor: a Ray actor that holds a shard of the experts and keeps nothing between steps."""
 
 import asyncio
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import ray
 
 from actors.member import Member
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
+from afd_ray.engine.loop import Wire
 from afd_ray.kernels.packed import packed_ffn
-from afd_ray.models.checkpoint import load_ffn
-from afd_ray.models.step3 import FFNHalf, FFNShard
+from afd_ray.kernels.regather import lack, regather
+from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.seat import Stale
+from afd_ray.models.checkpoint import load_ffn, read_ffn
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
+
+
+class Standby(NamedTuple):
+    """A half that is not served yet."""
+
+    number: int
+    """Of the epoch that it was loaded for; 0: not said."""
+    half: FFNHalf
 
 
 class FFNActor(Member):
@@ -19,13 +32,25 @@ class FFNActor(Member):
     def __init__(self, name: str, config: Config, secret: bytes) -> None:
         super().__init__(name, config, secret)
         self._loop: FFNLoop | None = None
+        self._standby: Standby | None = None
 
     @ray.method
-    async def load(self, shard: FFNShard) -> dict[str, Any]:
-        """Load this shard's tensors, unless it is held already; gives where the actor runs."""
-        if self._loop is None or self._loop.half.shard != shard:
-            self._loop = await asyncio.to_thread(self._build, shard)
-        return self._identity()
+    async def load(self, shard: FFNShard, number: int = 0) -> dict[str, Any]:
+        """Load this shard, for the coming epoch of that number, beside the one served until `switch`.
+
+        Gives where the actor runs, and `moved_experts`: how many experts were read, because they were not held in this form.
+        """
+        if number:
+            self._seat.load(number)
+        moved = 0
+        if self._half_for(shard) is None:
+            held = self._loop.half if self._loop else None
+            moved = len(lack(held.shard, shard).experts if held else shard.experts)
+            half = await asyncio.to_thread(self._build, shard, held)
+            if number and number <= self._seat.over:
+                raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
+            self._keep(number, half)
+        return self._identity() | {"moved_experts": moved}
 
     @ray.method
     async def status(self) -> dict[str, Any]:
@@ -36,10 +61,43 @@ class FFNActor(Member):
             "pace": pace.model_dump() if pace else None,
         }
 
-    def _build(self, shard: FFNShard) -> FFNLoop:
+    def _keep(self, number: int, half: FFNHalf) -> None:
+        if self._loop is None:
+            self._loop = FFNLoop(half, self._config.ffn.pace)
+            self._start_thread(self._loop)
+        else:
+            self._standby = Standby(number, half)
+
+    def _half_for(self, shard: FFNShard) -> FFNHalf | None:
+        halves = [self._standby.half] if self._standby else []
+        halves += [self._loop.half] if self._loop else []
+        return next((half for half in halves if half.shard == shard), None)
+
+    def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        half = packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
-        return FFNLoop(half, self._config.ffn.pace)
+        if held is None:
+            return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+        return regather(held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense))
+
+    def _check_weights(self, epoch: Epoch, rank: int) -> None:
+        if self._half_for(epoch.shard(rank, self._ready_half().config)) is None:
+            raise ValueError(f"{self._name}: what rank {rank} of epoch {epoch.number} needs is not loaded")
+
+    def _drop_weights(self, number: int) -> None:
+        if self._standby is not None and self._standby.number <= number:
+            self._standby = None
+
+    def _give_up(self, reason: str) -> None:
+        """Nothing waits here."""
+
+    async def _hang_up(self) -> None:
+        """Nobody listens to this actor but its peers."""
+
+    def _enter(self, wire: Wire) -> "Future[float]":
+        half = self._half_for(wire.epoch.shard(wire.rank, self._ready_half().config))
+        assert half is not None  # `prepare` looked, and what drops it closes the place
+        self._standby = None
+        return self._ready_loop().switch(wire, half)
 
     def _ready_loop(self) -> FFNLoop:
         if self._loop is None:
@@ -48,6 +106,9 @@ class FFNActor(Member):
 
     def _ready_half(self) -> FFNHalf:
         return self._ready_loop().half
+
+    def _held(self) -> list[AttentionHalf | FFNHalf]:
+        return [self._ready_half(), *([self._standby.half] if self._standby else [])]
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "ffn", steps * self._ready_half().config.num_hidden_layers

@@ -1,45 +1,54 @@
-"""What attention and FFN actors share: joining an epoch's collective group, and the thread of their step loop."""
+"""What attention and FFN actors share: their places in epochs, and the thread of their step loop."""
 
 import asyncio
 import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
 
 import ray
-import ray.util.collective as col
 import torch
 
-from actors.collective import BACKEND, AFDGroup, register_backend
+from actors.alarm import Alarm
 from actors.memory import resident_bytes
+from actors.place import Place, Terms
 from actors.tracing import count_calls, trace_steps
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.loop import StepLoop, Wire
-from afd_ray.handoff.capacity import inbound_bytes
-from afd_ray.handoff.mesh import Endpoint
-from afd_ray.handoff.rows import WIRE_DTYPES
-from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.seat import Seat, Stale
 from afd_ray.models.checkpoint import Checkpoint, Progress, digest
-from afd_ray.models.config import DTYPES, ModelConfig
+from afd_ray.models.config import DTYPES
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
 from afd_ray.telemetry import clock_offset_ns
 
 logger = logging.getLogger(__name__)
 
+PATIENCE_S = 120.0
+"""How long a member that lost its epoch keeps what waits for the next one."""
+LEFT = "left"
+
 
 class Member(ABC):
-    """One actor's place in an epoch: what both roles can be asked. Control methods run on the actor's event loop."""
+    """One actor's places in epochs: what both roles can be asked. Control methods run on the actor's event loop.
+
+    A call about an epoch that is over, or that this member has no place in, raises ValueError (`seat.Stale`).
+    """
 
     def __init__(self, name: str, config: Config, secret: bytes) -> None:
         self._name, self._config, self._secret = name, config, secret
+        self._seat = Seat(name)
+        self._places: dict[int, Place] = {}
+        self._ends: dict[int, asyncio.Future[str]] = {}
+        """By epoch with a place: why this member's part in it is over."""
         self._failure: str | None = None
-        self._failed = asyncio.Event()
-        self._group: AFDGroup | None = None
-        self._group_name = ""
-        self._wire: Wire | None = None
         self._thread: threading.Thread | None = None
+        self._overdue, self._patience = Alarm(), Alarm()
+        self._checkpoint: Checkpoint | None = None
         self._model_digest = 0
         self._loaded = 0.0
         self._traced_enough = asyncio.Event()
@@ -50,19 +59,45 @@ class Member(ABC):
 
     @abstractmethod
     def _ready_half(self) -> AttentionHalf | FFNHalf:
-        """The loaded half of the model; RuntimeError before `load`."""
+        """The half of the model that is served; RuntimeError before `load`."""
+
+    @abstractmethod
+    def _stages(self, steps: int) -> tuple[str, int]:
+        """The stage that counts steps, and how often it runs in that many."""
 
     def _held(self) -> "list[AttentionHalf | FFNHalf]":
         """Everything of the model in this process."""
         return [self._ready_half()]
 
     @abstractmethod
-    def _stages(self, steps: int) -> tuple[str, int]:
-        """The stage that counts steps, and how often it runs in that many."""
+    def _check_weights(self, epoch: Epoch, rank: int) -> None:
+        """Raises ValueError unless what this rank needs is loaded."""
+
+    @abstractmethod
+    def _drop_weights(self, number: int) -> None:
+        """Weights loaded for this epoch or an earlier one, and not served yet, are not wanted."""
+
+    @abstractmethod
+    async def _hang_up(self) -> None:
+        """Close what is open to others than the members of its epochs."""
+
+    @abstractmethod
+    def _give_up(self, reason: str) -> None:
+        """No later epoch has come: what waits for one is answered, and so is what comes from now on until one does."""
+
+    def _enter(self, wire: Wire) -> "Future[float]":
+        """Have the step loop serve there; gives the pause in ms."""
+        return self._ready_loop().switch(wire)
+
+    def _go_on(self) -> "Future[None] | None":
+        """Begin micro-batches again where it serves."""
+        return None
 
     def _ended(self, reason: str) -> None:
         """The step loop is over, for this reason; called on the event loop."""
         logger.info("%s: the step loop is over: %s", self._name, reason)
+
+    # --- from epoch to epoch ----------------------------------------------------------------------------------------------
 
     @ray.method
     async def loaded(self) -> float:
@@ -71,64 +106,106 @@ class Member(ABC):
 
     @ray.method
     async def prepare(self, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> dict[str, Any]:
-        """Open this member's side of the epoch's group; gives its endpoint for `connect`."""
-        config, model = self._config, self._ready_half().config
-        kind = config.handoff.kind
-        if kind == "nccl":
-            raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm, tcp or gloo")
-        register_backend()
-        # Ray types the name of a backend as one of its own two.
-        await asyncio.to_thread(col.init_collective_group, epoch.world_size, rank, cast(Any, BACKEND), group_name)
-        group: AFDGroup = col.get_group_handle(group_name)
-        dtype = wire_dtype(config, model)
-        rows = config.pipeline.max_tokens_per_micro_batch
-        peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
-        contract = contract_digest(self._model_digest, epoch, dtype)
-        host = ray.util.get_node_ip_address()
-        group.open(secret=self._secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=contract)
-        self._group, self._group_name = group, group_name
-        self._wire = Wire(group.mesh, epoch, rank, dtype)
-        return group.endpoint.to_dict()
+        """Open this member's side of the epoch's group, beside the one it serves in; gives its endpoint for `connect`."""
+        self._require_well()
+        number = epoch.number
+        await self._close(self._seat.prepare(number))
+        try:
+            self._check_weights(epoch, rank)
+            terms = Terms(self._config, self._ready_half().config, self._model_digest, self._secret)
+            place = await Place.open(terms, epoch, rank, group_name, spin_us)
+        except BaseException:
+            self._seat.discard(number)
+            raise
+        if self._seat.standby != number:
+            await place.close()
+            raise Stale(f"{self._name}: epoch {number} was given up while its group was opened")
+        self._places[number] = place
+        self._ends[number] = asyncio.get_running_loop().create_future()
+        return place.group.endpoint.to_dict()
 
     @ray.method
-    async def connect(self, endpoints: dict[int, dict[str, Any]], timeout_s: float) -> dict[int, str]:
-        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
-        if self._group is None:
-            raise RuntimeError(f"{self._name} has joined no epoch")
-        peers = {rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}
-        await asyncio.to_thread(self._group.connect, peers, timeout_s)
-        return self._group.mesh.edge_kinds()
+    async def connect(self, number: int, endpoints: dict[int, dict[str, Any]], timeout_s: float) -> dict[int, str]:
+        """Connect and warm up every edge of the standby place; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
+        self._seat.connect(number)
+        return await self._places[number].connect(endpoints, timeout_s)
 
     @ray.method
-    async def start(self) -> None:
-        """Serve in the prepared epoch, in a thread of its own, until `halt` or a failure."""
-        if self._wire is None:
-            raise RuntimeError(f"{self._name} has joined no epoch")
-        self._failure = None
-        self._failed.clear()
-        arguments = (self._ready_loop(), self._wire, asyncio.get_running_loop())
-        self._thread = threading.Thread(target=self._run, args=arguments, name="step-loop", daemon=True)
-        self._thread.start()
+    async def switch(self, number: int) -> float:
+        """Serve in the standby place from now on; gives the pause in ms.
+
+        What is in flight is taken back. The pause is from the end of the drain, or the loss of the old epoch, to entering the new one;
+        0 where neither was.
+        """
+        self._require_well()
+        before, place = self._seat.serving, self._places.get(number)
+        if number != before and place is None:
+            raise Stale(f"{self._name}: it has no place in epoch {number} yet")
+        if not self._seat.switch(number):
+            return self._ready_loop().pause_ms or 0.0
+        assert place is not None
+        self._overdue.call_off()
+        self._patience.call_off()
+        self._part(before)
+        return await asyncio.wrap_future(self._enter(place.wire))
 
     @ray.method
-    async def halt(self) -> None:
-        """End the step loop; harmless when there is none. Members leave only when all have halted, or they would miss each other."""
-        await self._halt()
+    async def resume(self, number: int) -> None:
+        """The coming epoch is given up: go on in the old one, begin micro-batches and take requests again."""
+        self._seat.resume(number)
+        self._overdue.call_off()
+        resumed = self._go_on()
+        if resumed is not None:
+            await asyncio.wrap_future(resumed)
+
+    @ray.method
+    async def retire(self, number: int) -> None:
+        """Close the places of all epochs before this one, once everybody has entered it; a member without a place in it has none then."""
+        had_one = self._seat.serving > 0
+        closed = self._seat.retire(number)
+        if had_one and not self._seat.serving:
+            self._overdue.call_off()
+            await asyncio.wrap_future(self._ready_loop().leave())
+        await asyncio.gather(*map(self._close, closed))
+
+    @ray.method
+    async def discard(self, number: int) -> None:
+        """Close the standby place of this epoch and drop the weights loaded for it; harmless when repeated or after a later one was entered."""
+        closed = self._seat.discard(number)
+        if number > self._seat.serving:
+            self._drop_weights(number)
+        await self._close(closed)
 
     @ray.method
     async def leave(self) -> None:
-        """Leave the epoch's group; harmless when there is none."""
-        await self._halt()
-        if self._group is not None:
-            self._group.mesh.close()
-            await asyncio.to_thread(col.destroy_collective_group, self._group_name)
-        self._group = self._wire = None
+        """End the step loop and close every place, for good; harmless when repeated."""
+        thread, self._thread = self._thread, None
+        self._overdue.call_off()
+        self._patience.call_off()
+        if thread is not None:
+            self._ready_loop().stop()
+            await asyncio.to_thread(thread.join)
+            self._failure = self._failure or f"{self._name} left the cluster"
+            self._ended(self._failure)
+        await asyncio.gather(*map(self._close, list(self._places)))
+        await self._hang_up()
 
     @ray.method
-    async def lost(self) -> str:
-        """Return the reason once the step loop has failed or was halted; never while it is well."""
-        await self._failed.wait()
-        return self._failure or "halted"
+    async def lost(self, number: int) -> str:
+        """Return the reason once this member's part in the epoch has failed, "left" once it is over without a failure; never while all is well."""
+        end = self._ends.get(number)
+        if end is not None:
+            return await asyncio.shield(end)
+        if number <= max(self._seat.over, self._seat.serving):
+            return LEFT
+        raise Stale(f"{self._name}: it has no place in epoch {number}")
+
+    @ray.method
+    async def beat(self) -> int:
+        """Answers at once, with the epoch that this member serves in; 0: none."""
+        return self._seat.serving
+
+    # --- watching it ------------------------------------------------------------------------------------------------------
 
     @ray.method
     async def trace(self, steps: int, timeout_s: float) -> dict[str, Any]:
@@ -152,13 +229,7 @@ class Member(ABC):
         """Memory: resident set of the process, and the weights held."""
         return await asyncio.to_thread(resident_bytes, self._held())
 
-    async def _halt(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._ready_loop().stop()
-            await asyncio.to_thread(thread.join)
-            self._failed.set()  # whoever watches this epoch's loop need not watch any longer
-            self._ended(f"{self._name} left its epoch")
+    # --- behind it ----------------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         """Where this actor runs, and which checkpoint it has read."""
@@ -173,18 +244,24 @@ class Member(ABC):
 
     def _standing(self) -> dict[str, Any]:
         """What the status of either role begins with."""
+        loop, place = self._ready_loop(), self._places.get(self._seat.serving)
         return {
             "failure": self._failure,
-            "rank": self._wire.rank if self._wire else None,
-            "totals": self._ready_loop().recorder.totals(),
+            "epoch": loop.epoch_number,
+            "rank": place.wire.rank if place else None,
+            "draining": self._seat.draining > 0,
+            "pause_ms": loop.pause_ms,
+            "totals": loop.recorder.totals(),
         }
 
     def _open_checkpoint(self, num_cpus: float) -> tuple[Checkpoint, torch.dtype]:
         """The model's files and the dtype to compute in; takes the threads that `num_cpus` allows."""
         torch.set_num_threads(max(1, min(int(num_cpus), os.cpu_count() or 1)))
         model = self._config.model
-        checkpoint = Checkpoint.open(model_directory(model))
-        self._model_digest = digest(checkpoint)
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint.open(model_directory(model))
+            self._model_digest = digest(self._checkpoint)
+        checkpoint = self._checkpoint
         return checkpoint, checkpoint.config.dtype if model.dtype == "auto" else DTYPES[model.dtype]
 
     def _progress(self, part: int = 0, parts: int = 1) -> Progress:
@@ -195,21 +272,73 @@ class Member(ABC):
 
         return note
 
-    def _run(self, loop: StepLoop, wire: Wire, events: asyncio.AbstractEventLoop) -> None:
-        try:
-            loop.run(wire)
-        except Exception as error:  # whatever ends the loop ends this member's part in the epoch
-            logger.exception("%s: the step loop failed", self._name)
-            wire.mesh.close()
-            events.call_soon_threadsafe(self._fail, f"{type(error).__name__}: {error}")
+    def _start_thread(self, loop: StepLoop) -> None:
+        """The thread that all epochs of this member run on: compiled kernels keep their own threads for each thread that calls them."""
+        events = asyncio.get_running_loop()
+        # Lambdas, not methods: Ray wraps those of an actor, and these run on the step loop's thread.
+        loop.on_lost = lambda number, reason: tell(events, self._lose, number, reason)
+        on_failed = lambda reason: tell(events, self._fail, reason)  # noqa: E731
+        self._thread = threading.Thread(target=run_loop, args=(loop, self._name, on_failed), name="step-loop", daemon=True)
+        self._thread.start()
+
+    def _require_well(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"{self._name}: the step loop is over: {self._failure}")
+
+    def _lose(self, number: int, reason: str) -> None:
+        """A link broke: the loop waits for a later epoch."""
+        if not self._seat.broke(number):
+            return
+        logger.warning("%s: epoch %d is lost: %s", self._name, number, reason)
+        self._part(number, reason)
+        why = f"epoch {number} was lost ({reason}), and no other came within {PATIENCE_S:g} s"
+        self._patience.set(PATIENCE_S, self._give_up, why)
 
     def _fail(self, reason: str) -> None:
         """On the event loop, where requests are taken too: none can slip in between."""
         self._failure = reason
-        self._failed.set()
+        self._overdue.call_off()
+        self._patience.call_off()
+        for number in self._ends:
+            self._part(number, reason)
         self._ended(reason)
 
+    def _part(self, number: int, reason: str = LEFT) -> None:
+        """This member's part in that epoch is over."""
+        end = self._ends.get(number)
+        if end is not None and not end.done():
+            end.set_result(reason)
 
-def wire_dtype(config: Config, model: ModelConfig) -> torch.dtype:
-    """Of the hidden rows from attention to FFN."""
-    return model.dtype if config.handoff.wire_dtype == "auto" else WIRE_DTYPES[config.handoff.wire_dtype]
+    async def _close(self, number: int) -> None:
+        """The place in that epoch, if there is one."""
+        place = self._places.pop(number, None)
+        self._part(number)
+        self._ends.pop(number, None)
+        if place is not None:
+            await place.close()
+
+    def _expect(self, number: int, deadline_s: float) -> None:
+        """Go on as before unless `switch` or `resume` comes within the deadline."""
+        self._overdue.set(deadline_s, self._on_overdue, number)
+
+    def _on_overdue(self, number: int) -> None:
+        logger.warning("%s: nothing was heard of epoch %d in time, it goes on in %d", self._name, number, self._seat.serving)
+        self._seat.overdue(number)
+        self._go_on()
+
+
+def run_loop(loop: StepLoop, name: str, on_failed: Callable[[str], None]) -> None:
+    """On the step loop's thread."""
+    try:
+        loop.run()
+    except Exception as error:  # whatever ends the loop ends this member
+        logger.exception("%s: the step loop failed", name)
+        if loop.epoch_number is not None:
+            loop.wire.mesh.close()  # so that the peers learn of it
+        on_failed(f"{type(error).__name__}: {error}")
+
+
+def tell(events: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    """Call it on the event loop, unless that is over."""
+    with suppress(RuntimeError):
+        events.call_soon_threadsafe(function, *args)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd_ray.engine.attention import AttentionLoop, Flight
+from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.ffn import FFNLoop
+from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import check_integrity
 from afd_ray.engine.local import LocalCluster, ring_group
 from afd_ray.engine.loop import Wire

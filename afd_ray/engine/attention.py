@@ -10,52 +10,24 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from afd_ray.engine.boundary import Boundary
+from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
-from afd_ray.engine.paged_attention import AttentionPlan, attend_paged, plan_attention
+from afd_ray.engine.paged_attention import attend_paged, plan_attention
 from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
+from afd_ray.engine.request_clocks import RequestClocks
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.engine.sequence import MicroBatch
-from afd_ray.engine.stage_costs import FlightTimes, StageMeter, transfer_us
+from afd_ray.engine.stage_costs import StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
 from afd_ray.models.step3 import AttentionHalf, Routed
 from afd_ray.request import Request, TokenOutput
-from afd_ray.telemetry import LatencyWindow
 
 Publish = Callable[[list[TokenOutput]], None]
-
-
-class Flight:
-    """A micro-batch on its way through the layers."""
-
-    def __init__(
-        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
-    ) -> None:
-        self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
-        self.rows = batch.rows
-        self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
-        self.layer = 0
-        self.since = 0
-        self.awaited = 0
-        self.sent: list[Tensor | None] = []
-        """For each FFN instance the rows that went to it; None: all of them."""
-        self.chosen: list[Tensor] = []
-        """The experts [N, K] of each layer's rows."""
-        self.partials: list[Message] = []
-        self.dispatched_ns = 0
-        self.observed = FlightTimes()
-
-
-class RequestClock:
-    """When a request came and when its last token went, for TTFT and TPOT."""
-
-    def __init__(self, now_s: float) -> None:
-        self.arrived_s = now_s
-        self.last_token_s: float | None = None
 
 
 class AttentionLoop(StepLoop):
@@ -66,34 +38,64 @@ class AttentionLoop(StepLoop):
     ) -> None:
         super().__init__(arrival="f2a", waiting="attention_wait")
         self.half, self.cache, self.scheduler, self.pace = half, cache, scheduler, pace
-        self.ttft, self.tpot = LatencyWindow(), LatencyWindow()
+        self.clocks = RequestClocks()
         self._publish = publish
-        self._clocks: dict[str, RequestClock] = {}
         self._routing: RowRouting | None = None
         self.expert_loads = torch.zeros(half.config.moe_num_experts, dtype=torch.int64)
         """How many rows chose each expert in this epoch, over all layers; replaced, never changed, at the end of a micro-batch."""
         self._flights: list[Flight | None] = []
         self._parked: list[bool] = []
         self._work_came = False
+        self._boundary = Boundary()
         self._arrivals = 0
         self._steps = 0
         self._meter = StageMeter()
 
+    @property
+    def draining(self) -> bool:
+        """Whether no new micro-batch is begun."""
+        return self._boundary.draining
+
     def submit(self, request: Request, generated: Sequence[int] = ()) -> "Future[None]":
-        """Queue a request, or go on with one that has `generated` tokens; the future raises ValueError (one line) if it can never be served."""
+        """Queue a request, or go on with one that has `generated` tokens from elsewhere.
+
+        The future raises ValueError (one line) if it can never be served.
+        """
         return self.call(lambda: self._submit(request, generated))
 
     def abort(self, request_id: str) -> "Future[None]":
         """Forget a request and free its blocks; unknown ids are ignored."""
         return self.call(lambda: self._abort(request_id))
 
+    def abort_all(self) -> list[str]:
+        """On the loop's thread: abort every request, so that none gets another token; gives their ids."""
+        ids = [request.id for request, _ in self.scheduler.requests_in_progress()]
+        for request_id in ids:
+            self._abort(request_id)
+        return ids
+
+    def drain(self) -> "Future[None]":
+        """Begin no new micro-batch; done at the step boundary, when nothing is in flight and no wave waits for this rank.
+
+        RuntimeError while unlinked, and when `resume`, `switch` or the loss of the epoch comes first.
+        """
+        reached: Future[None] = Future()
+        reached.set_running_or_notify_cancel()  # only the loop ends it
+        self.call(lambda: self._drain(reached)).add_done_callback(lambda asked: _hand_on_error(asked, reached))
+        return reached
+
+    def resume(self) -> "Future[None]":
+        """Begin micro-batches again in the same epoch; harmless when not draining."""
+        return self.call(self._resume)
+
+    def give_up(self, reason: str) -> "Future[int]":
+        """End every request with this error, if the loop is still unlinked; gives how many there were."""
+        return self.call(lambda: self._give_up(reason))
+
     def abandon(self) -> list[str]:
         """Forget every request, once `run` has ended, those still on their way in too; gives their ids."""
-        self._take_commands()
-        self.scheduler.cancel_all()
-        self._flights = [None] * len(self._flights)
-        self._clocks.clear()
-        return [request.id for request, _ in self.scheduler.drain_all()]
+        super().abandon()
+        return self._forget_all()
 
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
@@ -102,9 +104,16 @@ class AttentionLoop(StepLoop):
         self._parked = [True] * slots
         self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
         self.expert_loads = torch.zeros_like(self.expert_loads)
+        self._meter.forget_ffn()
         self._work_came = True
         if wire.epoch.adaptive:
             self.scheduler.use(1)
+
+    def _take_back(self) -> None:
+        """Micro-batches in flight are scheduled again: their rows write the same keys and values a second time."""
+        self.scheduler.cancel_all()
+        self._flights = [None] * len(self._flights)
+        self._boundary.end("the epoch ended before the step boundary")
 
     def _run_stage(self) -> bool:
         filled = self._work_came and self._fill_idle_slots()
@@ -119,12 +128,47 @@ class AttentionLoop(StepLoop):
     def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         self.scheduler.add(request, generated)
         self._work_came = True
-        self._clocks[request.id] = RequestClock(time.monotonic())
+        self.clocks.start(request.id, time.monotonic(), continued=bool(generated))
 
     def _abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
         self._work_came = True  # its blocks may let another in
-        self._clocks.pop(request_id, None)
+        self.clocks.forget(request_id)
+
+    def _forget_all(self) -> list[str]:
+        self._take_back()
+        self.clocks.clear()
+        return [request.id for request, _ in self.scheduler.drain_all()]
+
+    def _give_up(self, reason: str) -> int:
+        ids = self._forget_all() if self._wire is None else []
+        if ids:
+            self._publish([TokenOutput(request_id, None, finish_reason="error", error=reason) for request_id in ids])
+        return len(ids)
+
+    # --- the step boundary ------------------------------------------------------------------------------------------------
+
+    def _drain(self, reached: "Future[None]") -> None:
+        if self._wire is None:
+            raise RuntimeError("the step loop has no epoch to drain")
+        self._boundary.ask(reached)
+        self._work_came = True  # the next stage looks whether anything is in flight
+
+    def _resume(self) -> None:
+        self._boundary.end("resumed before the step boundary")
+        self._work_came = True
+        if self._wire is not None:
+            self._idle_since_ns = None
+
+    def _note_boundary(self) -> None:
+        """Draining: an idle slot is parked, so when all are idle this is the boundary."""
+        if self._under_way():
+            return
+        if self._idle_since_ns is None:
+            self._idle_since_ns = time.monotonic_ns()
+        self._boundary.reach()
+
+    # --- messages ---------------------------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
         mesh = self.wire.mesh
@@ -158,6 +202,9 @@ class AttentionLoop(StepLoop):
 
     def _fill_idle_slots(self) -> bool:
         self._work_came = False
+        if self._boundary.draining:
+            self._note_boundary()
+            return False
         filled = False
         for slot, flight in enumerate(self._flights):
             if flight is None and self.scheduler.has_work:
@@ -166,7 +213,7 @@ class AttentionLoop(StepLoop):
 
     def _begin(self, slot: int) -> bool:
         """Put a new micro-batch into an idle slot; False (and the slot parked) when there is nothing for it."""
-        batch = self.scheduler.schedule(slot)
+        batch = None if self._boundary.draining else self.scheduler.schedule(slot)
         if batch is None:
             self._park(slot)
             return False
@@ -258,14 +305,16 @@ class AttentionLoop(StepLoop):
         self._count_experts(flight)
         self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
         if outputs:
-            self._time(outputs)
+            self.clocks.note(outputs, time.monotonic())
             self._publish(outputs)
+        wire = self._wire
         self._take_commands()
+        if not self._running or self._wire is not wire:
+            return
         if slot == 0:
             self._replan()
-        if self._running:
-            self._begin(slot)
-            self._work_came = True
+        self._begin(slot)
+        self._work_came = True
 
     def _replan(self) -> None:
         """Balance by what stages cost by now, and use as many slots as pay."""
@@ -283,21 +332,14 @@ class AttentionLoop(StepLoop):
             chosen = torch.cat(flight.chosen).flatten()
             self.expert_loads = self.expert_loads + torch.bincount(chosen, minlength=len(self.expert_loads))
 
-    def _time(self, outputs: list[TokenOutput]) -> None:
-        now_s = time.monotonic()
-        for output in outputs:
-            clock = self._clocks.get(output.request_id)
-            if clock is None:
-                continue
-            if output.token_id is not None:
-                since = clock.arrived_s if clock.last_token_s is None else clock.last_token_s
-                (self.ttft if clock.last_token_s is None else self.tpot).add((now_s - since) * 1000, now_s)
-                clock.last_token_s = now_s
-            if output.finish_reason is not None:
-                del self._clocks[output.request_id]
-
 
 def _rows_of(tensors: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
     if rows is None:
         return tensors
     return tuple([tensor.index_select(0, rows) for tensor in tensors]) if len(rows) else ()
+
+
+def _hand_on_error(asked: "Future[None]", reached: "Future[None]") -> None:
+    error = asked.exception()
+    if error is not None:
+        reached.set_exception(error)

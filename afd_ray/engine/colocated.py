@@ -5,9 +5,9 @@ What attention-FFN disaggregation is to be compared with.
 
 import time
 
-from afd_ray.engine.attention import AttentionLoop, Flight, Publish
+from afd_ray.engine.attention import AttentionLoop, Publish
+from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import PagedCache
-from afd_ray.engine.loop import Wire
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, Routed
@@ -31,8 +31,8 @@ class ColocatedLoop(AttentionLoop):
         self.ffn, self.ffn_pace = ffn, ffn_pace
         self._routed: dict[int, Routed] = {}
 
-    def _enter(self, wire: Wire) -> None:
-        super()._enter(wire)
+    def _take_back(self) -> None:
+        super()._take_back()
         self._routed = {}
 
     def _announce(self, slot: int, flight: Flight) -> None:

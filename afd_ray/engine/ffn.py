@@ -5,6 +5,7 @@ Stateless between steps. Slots are independent and nothing here waits for one of
 
 import time
 from collections import deque
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
@@ -66,12 +67,24 @@ class FFNLoop(StepLoop):
         self._turns: deque[int] = deque()
         self._conductor: Conductor | None = None
 
+    def switch(self, wire: Wire, half: FFNHalf | None = None) -> "Future[float]":
+        """Serve in another epoch from now on, with another half where one is given; what is in flight is dropped."""
+        return self.call(lambda: self._switch_to(wire, half or self.half))
+
+    def _switch_to(self, wire: Wire, half: FFNHalf) -> float:
+        self.half = half
+        return self._switch(wire)
+
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
         self._instance, self._tp_rank = wire.epoch.instance_of(wire.rank)
         self._slots = [SlotState(wire.epoch.attention) for _ in range(slots)]
         self._turns = deque(range(slots))
         self._conductor = Conductor(wire.epoch.attention, slots) if wire.rank == wire.epoch.conductor else None
+
+    def _take_back(self) -> None:
+        """The attention ranks run again what was under way: nothing here has to be kept."""
+        self._slots, self._turns, self._conductor = [], deque(), None
 
     def _run_stage(self) -> bool:
         slot = next((slot for slot in self._turns if self._slots[slot].ready), None)

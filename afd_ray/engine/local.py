@@ -3,8 +3,9 @@
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -13,7 +14,7 @@ from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
-from afd_ray.engine.loop import StepLoop, Wire
+from afd_ray.engine.loop import OnLost, StepLoop, Wire
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import loopback_group
@@ -57,7 +58,7 @@ def ring_group(
 
 
 class LocalCluster:
-    """Attention and FFN loops of one epoch; use as a context manager."""
+    """Attention and FFN loops that serve in one epoch after the other; use as a context manager."""
 
     def __init__(
         self,
@@ -71,34 +72,61 @@ class LocalCluster:
         max_running_requests: int = 256,
         wire_dtype: torch.dtype | None = None,
         meshes: Sequence[Mesh] | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
-        """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group."""
+        """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group.
+
+        `on_lost`: told, by each loop, of an epoch whose links broke; None: that is a failure.
+        """
         self.epoch, self.config = epoch, attention.config
         self._wire_dtype = wire_dtype or attention.config.dtype
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self._meshes = list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
-        sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
-        self.attention = [self._attention_loop(attention, load_ffn, sizes) for _ in range(epoch.attention)]
-        self.ffn = [FFNLoop(load_ffn(epoch.shard(rank, attention.config))) for rank in epoch.ffn_ranks]
-        self._threads = [
-            threading.Thread(target=self._run, args=(loop, rank), name=f"rank-{rank}", daemon=True)
-            for rank, loop in enumerate([*self.attention, *self.ffn])
-        ]
-
-    def _attention_loop(self, half: AttentionHalf, load_ffn: LoadFFN, sizes: tuple[int, int, int, int]) -> AttentionLoop:
-        cache, scheduler = _cache_and_scheduler(half.config, self.epoch, *sizes)
-        if self.epoch.ffn:
-            return AttentionLoop(half, cache, scheduler, self._outputs.put)
-        return ColocatedLoop(half, load_ffn(FFNShard.whole(half.config)), cache, scheduler, self._outputs.put)
+        self._half, self._load_ffn, self._on_lost = attention, load_ffn, on_lost
+        self._sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
+        self._meshes = self._meshes_of(epoch, meshes)
+        self.attention = [self._attention_loop(epoch) for _ in range(epoch.attention)]
+        self.ffn = [FFNLoop(load_ffn(epoch.shard(rank, self.config))) for rank in epoch.ffn_ranks]
+        self._threads: dict[StepLoop, threading.Thread] = {}
 
     def __enter__(self) -> "LocalCluster":
-        for thread in self._threads:
-            thread.start()
+        self._start(self._loops)
+        for loop, wire in zip(self._loops, self._wires(), strict=True):
+            loop.switch(wire)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def change(self, epoch: Epoch, meshes: Sequence[Mesh] | None = None, *, drain: bool = True) -> list[float]:
+        """Go on in another epoch; gives the attention ranks' pauses in ms.
+
+        Loops that it has no rank for end, and their requests go on at others; loops that it lacks are begun. Without `drain` what is in
+        flight is taken back, as after a loss.
+        """
+        halves = [self._load_ffn(epoch.shard(rank, self.config)) for rank in epoch.ffn_ranks]
+        attention = [*self.attention[: epoch.attention]]
+        attention += [self._attention_loop(epoch) for _ in range(len(attention), epoch.attention)]
+        ffn = [*self.ffn[: epoch.ffn]]
+        ffn += [FFNLoop(half) for half in halves[len(ffn) :]]
+        old, leaving = self._meshes, self._loops
+        moved = [
+            progress for loop in self.attention[epoch.attention :] for progress in loop.call(partial(_take_out, loop)).result()
+        ]
+        if drain:
+            for drained in [loop.drain() for loop in self.attention]:
+                drained.result()
+        self.epoch, self.attention, self.ffn, self._meshes = epoch, attention, ffn, self._meshes_of(epoch, meshes)
+        self._start([loop for loop in self._loops if loop not in self._threads])
+        wires = self._wires()
+        entered = [loop.switch(wire) for loop, wire in zip(attention, wires, strict=False)]
+        switched = [loop.switch(wire, half) for loop, wire, half in zip(ffn, wires[epoch.attention :], halves, strict=True)]
+        pauses = [pause.result() for pause in entered]
+        wait(switched)
+        self._end([loop for loop in leaving if loop not in self._loops], old)
+        for i, (request, generated) in enumerate(moved):
+            attention[i % epoch.attention].submit(request, generated)
+        return pauses
 
     def generate(self, requests: Sequence[Request], timeout_s: float = 120.0) -> dict[str, list[TokenOutput]]:
         """Every request's outputs by id, requests dealt to the attention ranks in turn; raises RuntimeError when a loop fails."""
@@ -119,14 +147,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End the loops and their threads."""
-        for loop in (*self.attention, *self.ffn):
-            loop.stop()
-        for mesh in self._meshes:
-            mesh.wake()
-        for thread in self._threads:
-            thread.join(timeout=10)
-        for mesh in self._meshes:
-            mesh.close()
+        self._end(self._loops, self._meshes)
 
     def _next(self, timeout_s: float) -> list[TokenOutput]:
         try:
@@ -137,12 +158,54 @@ class LocalCluster:
             raise RuntimeError(self.failures[0])
         return outputs
 
-    def _run(self, loop: StepLoop, rank: int) -> None:
+    @property
+    def _loops(self) -> list[StepLoop]:
+        """In the order of the group ranks."""
+        return [*self.attention, *self.ffn]
+
+    def _wires(self) -> list[Wire]:
+        return [Wire(mesh, self.epoch, rank, self._wire_dtype) for rank, mesh in enumerate(self._meshes)]
+
+    def _meshes_of(self, epoch: Epoch, meshes: Sequence[Mesh] | None) -> list[Mesh]:
+        return list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
+
+    def _attention_loop(self, epoch: Epoch) -> AttentionLoop:
+        cache, scheduler = _cache_and_scheduler(self.config, epoch, *self._sizes)
+        if epoch.ffn:
+            return AttentionLoop(self._half, cache, scheduler, self._outputs.put)
+        return ColocatedLoop(self._half, self._load_ffn(FFNShard.whole(self.config)), cache, scheduler, self._outputs.put)
+
+    def _start(self, loops: Sequence[StepLoop]) -> None:
+        for loop in loops:
+            loop.on_lost = self._on_lost
+            thread = self._threads[loop] = threading.Thread(target=self._run, args=(loop,), name="step-loop", daemon=True)
+            thread.start()
+
+    def _end(self, loops: Sequence[StepLoop], meshes: Sequence[Mesh]) -> None:
+        for loop in loops:
+            loop.stop()
+        for loop in loops:
+            thread = self._threads.pop(loop, None)
+            if thread is not None:
+                thread.join(timeout=10)
+        for mesh in meshes:
+            mesh.close()
+
+    def _run(self, loop: StepLoop) -> None:
         try:
-            loop.run(Wire(self._meshes[rank], self.epoch, rank, self._wire_dtype))
+            loop.run()
         except Exception as error:  # told to whoever waits for outputs
-            self.failures.append(f"rank {rank}: {type(error).__name__}: {error}")
+            number = loop.epoch_number
+            rank = "a loop without an epoch" if number is None else f"rank {loop.wire.rank}"
+            self.failures.append(f"{rank}: {type(error).__name__}: {error}")
             self._outputs.put([])
+
+
+def _take_out(loop: AttentionLoop) -> list[tuple[Request, tuple[int, ...]]]:
+    """On the loop's thread: its requests with the tokens they have, to go on elsewhere."""
+    progress = loop.scheduler.requests_in_progress()
+    loop.abort_all()
+    return progress
 
 
 def _cache_and_scheduler(

@@ -149,6 +149,10 @@ class StageMeter:
         if times.transfers:
             self.transfer.add(rows, 0, times.transfer / times.transfers)
 
+    def forget_ffn(self) -> None:
+        """Other FFN ranks, or another number of them: what was learned of theirs and of the way there holds no longer."""
+        self.ffn, self.transfer = CostMeter(), CostMeter()
+
     @property
     def costs(self) -> StageCosts:
         return StageCosts(self.attention.line, self.ffn.line, self.transfer.line)

@@ -3,7 +3,7 @@
 Legend of shapes: N rows, H hidden, A heads, D head_dim, K top-k.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from afd_ray.kernels import native
 from afd_ray.models.config import ModelConfig
-from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Norm, Routed
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, DenseFFN, FFNHalf, FFNLayer, Linear, Norm, Routed
 
 
 class PackedLinear(nn.Module):
@@ -78,15 +78,17 @@ class PackedAttentionLayer(AttentionLayer):
 class PackedFFNLayer(nn.Module):
     """`FFNLayer` in one call: the shared expert is one of the experts, and a dense layer is a shared expert alone."""
 
-    def __init__(self, plain: FFNLayer) -> None:
+    shared_gate_up: nn.Parameter
+    shared_down: nn.Parameter
+    gate_up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, plain: FFNLayer, weights: Mapping[str, Tensor] | None = None) -> None:
+        """`weights`: packed already, as `packed_weights` names them; of `plain` the shape alone is then looked at."""
         super().__init__()
-        shared = plain.share_expert if plain.mlp is None else plain.mlp
-        assert shared is not None
-        self.shared_gate_up = _held(native.pack_gated(shared.gate_proj.weight, shared.up_proj.weight))
-        self.shared_down = _held(native.pack_down(shared.down_proj.weight))
-        if plain.moe is not None:
-            self.gate_up = _held(native.pack_gated(plain.moe.gate_proj, plain.moe.up_proj))
-            self.down = _held(native.pack_down(plain.moe.down_proj))
+        for name, tensor in (packed_weights(plain) if weights is None else weights).items():
+            self.register_parameter(name, _held(tensor))
+        shared = _shared(plain)
         self._native = native.FFNLayer(
             **_addresses(self),
             hidden=shared.down_proj.weight.shape[0],
@@ -100,6 +102,29 @@ class PackedFFNLayer(nn.Module):
     def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], expert ids [N, K] of any integer dtype, weights [N, K]: this rank's partial sum [N, H]."""
         return native.feed_forward(self._native, hidden, ids, weights)
+
+
+PACKED_STACKS = ("gate_up", "down")
+"""Of a PackedFFNLayer: one packed matrix for each expert held."""
+
+
+def packed_weights(plain: FFNLayer) -> dict[str, Tensor]:
+    """What a PackedFFNLayer of the same shape holds; without what is not allocated in `plain`, or counts no expert."""
+    weights = {}
+    shared, moe = _shared(plain), plain.moe
+    if not shared.down_proj.weight.is_meta:
+        weights["shared_gate_up"] = native.pack_gated(shared.gate_proj.weight, shared.up_proj.weight)
+        weights["shared_down"] = native.pack_down(shared.down_proj.weight)
+    if moe is not None and len(moe.down_proj):
+        weights["gate_up"] = native.pack_gated(moe.gate_proj, moe.up_proj)
+        weights["down"] = native.pack_down(moe.down_proj)
+    return weights
+
+
+def _shared(plain: FFNLayer) -> DenseFFN:
+    shared = plain.share_expert if plain.mlp is None else plain.mlp
+    assert shared is not None
+    return shared
 
 
 def packed_attention(half: AttentionHalf) -> AttentionHalf:

@@ -24,6 +24,7 @@ __all__ = [
     "load_attention",
     "load_ffn",
     "load_model",
+    "read_ffn",
     "verify",
     "write_checkpoint",
 ]
@@ -136,6 +137,21 @@ def load_ffn(
     return half
 
 
+def read_ffn(
+    checkpoint: Checkpoint, shard: FFNShard, dtype: torch.dtype, progress: Progress | None = None, *, dense: bool
+) -> FFNHalf:
+    """As `load_ffn`; without `dense`, shared experts and dense layers stay unallocated, and nothing is read of them."""
+    if dense and shard.experts:
+        return load_ffn(checkpoint, shard, dtype, progress)
+    config = _in_dtype(checkpoint.config, dtype)
+    _check_shard(shard, config)
+    with Unallocated():
+        half = FFNHalf(config, shard)
+    reads = [read for read in plan_reads(checkpoint, half, shard) if (read.experts if read.experts is not None else dense)]
+    _fill(half, reads, dtype, progress, whole=False)
+    return half
+
+
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Step3Model:
     """Both halves in one process: the reference."""
     with Unallocated():
@@ -158,7 +174,7 @@ def _in_dtype(config: ModelConfig, dtype: torch.dtype | None) -> ModelConfig:
     return config if dtype is None else replace(config, dtype=dtype)
 
 
-def _fill(half: nn.Module, reads: list[Read], dtype: torch.dtype, progress: Progress | None) -> None:
+def _fill(half: nn.Module, reads: list[Read], dtype: torch.dtype, progress: Progress | None, whole: bool = True) -> None:
     total = sum(elements(read.shape) for read in reads)
     done = 0
     state: dict[str, Tensor] = {}
@@ -167,7 +183,7 @@ def _fill(half: nn.Module, reads: list[Read], dtype: torch.dtype, progress: Prog
         done += tensor.numel()
         if progress is not None:
             progress(done, total)
-    half.load_state_dict(state, strict=True, assign=True)
+    half.load_state_dict(state, strict=whole, assign=True)
     half.requires_grad_(False).eval()
 
 

@@ -15,7 +15,8 @@ Part = Literal["embedding", "lm_head", "norms", "attention", "router", "experts"
 ATTENTION_PARTS: tuple[Part, ...] = ("embedding", "lm_head", "norms", "attention", "router")
 FFN_PARTS: tuple[Part, ...] = ("experts", "shared", "dense")
 
-_STACKED_EXPERTS = ("moe.gate_proj", "moe.up_proj", "moe.down_proj")
+STACKED_EXPERTS = ("moe.gate_proj", "moe.up_proj", "moe.down_proj")
+"""Parameters of a layer with one matrix for each expert held."""
 _VISION = ("vision_model.", "vit_downsampler", "vit_large_projector", "model.vision_model.", "model.vit_")
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
 
@@ -24,7 +25,7 @@ def file_key(parameter: str) -> str:
     """The checkpoint's name of a parameter of AttentionHalf or FFNHalf: experts are stacked parameters here, `.weight`s there."""
     if parameter.startswith("lm_head."):
         return parameter
-    return f"model.{parameter}.weight" if parameter.endswith(_STACKED_EXPERTS) else f"model.{parameter}"
+    return f"model.{parameter}.weight" if parameter.endswith(STACKED_EXPERTS) else f"model.{parameter}"
 
 
 def text_key(key: str) -> str | None:

@@ -1,0 +1,81 @@
+"""A member's place in one epoch: its side of the epoch's collective group, opened beside the one it serves in."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from actors.collective import AFDGroup, join_group, leave_group
+from afd_ray.config import Config
+from afd_ray.engine.loop import Wire
+from afd_ray.handoff.capacity import inbound_bytes
+from afd_ray.handoff.mesh import Endpoint
+from afd_ray.handoff.rows import WIRE_DTYPES
+from afd_ray.membership.contract import contract_digest
+from afd_ray.membership.epoch import Epoch
+from afd_ray.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a member brings to every group."""
+
+    config: Config
+    model: ModelConfig
+    model_digest: int
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Open, and once connected what a step loop can serve in."""
+
+    group: AFDGroup
+    wire: Wire
+
+    @classmethod
+    async def open(cls, terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> "Place":
+        """Nothing is left behind when it fails."""
+        return await asyncio.to_thread(_open, terms, epoch, rank, group_name, spin_us)
+
+    async def connect(self, endpoints: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, str]:
+        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
+        peers = {rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}
+        await asyncio.to_thread(self.group.connect, peers, timeout_s)
+        return self.group.mesh.edge_kinds()
+
+    async def close(self) -> None:
+        """Leave the group: the peers' links to this member break."""
+        await asyncio.to_thread(_close, self.group)
+
+
+def _open(terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> Place:
+    config, model = terms.config, terms.model
+    kind = config.handoff.kind
+    if kind == "nccl":
+        raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm, tcp or gloo")
+    dtype = wire_dtype(config, model)
+    rows = config.pipeline.max_tokens_per_micro_batch
+    peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
+    contract = contract_digest(terms.model_digest, epoch, dtype)
+    host = ray.util.get_node_ip_address()
+    group = join_group(epoch.world_size, rank, group_name)
+    try:
+        group.open(secret=terms.secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=contract)
+    except BaseException:
+        leave_group(group_name)
+        raise
+    return Place(group, Wire(group.mesh, epoch, rank, dtype))
+
+
+def _close(group: AFDGroup) -> None:
+    group.mesh.close()  # before Ray's process-wide lock, which the opening of another group may hold
+    leave_group(group.group_name)
+
+
+def wire_dtype(config: Config, model: ModelConfig) -> torch.dtype:
+    """Of the hidden rows from attention to FFN."""
+    return model.dtype if config.handoff.wire_dtype == "auto" else WIRE_DTYPES[config.handoff.wire_dtype]

@@ -1,0 +1,29 @@
+"""A micro-batch on its way through the layers, as its attention rank keeps it."""
+
+from torch import Tensor
+
+from afd_ray.engine.paged_attention import AttentionPlan
+from afd_ray.engine.sequence import MicroBatch
+from afd_ray.engine.stage_costs import FlightTimes
+from afd_ray.handoff.message import Message
+
+
+class Flight:
+    """One micro-batch: the layer it is at, and what is still to come back for it."""
+
+    def __init__(
+        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
+    ) -> None:
+        self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
+        self.rows = batch.rows
+        self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
+        self.layer = 0
+        self.since = 0
+        self.awaited = 0
+        self.sent: list[Tensor | None] = []
+        """For each FFN instance the rows that went to it; None: all of them."""
+        self.chosen: list[Tensor] = []
+        """The experts [N, K] of each layer's rows."""
+        self.partials: list[Message] = []
+        self.dispatched_ns = 0
+        self.observed = FlightTimes()
