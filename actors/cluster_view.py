@@ -37,7 +37,7 @@ class ClusterView:
         self._find_controller, self._client_id = find_controller, client_id
         self._controller: Any = None
         self._secret = b""
-        self._seen: tuple[int, str] = (-1, "starting")
+        self._seen: tuple[Any, ...] = (-1, "starting")
 
     async def ask(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """A controller method's answer; ValueError and Rejected tell what it said, a controller that is gone or silent is Unavailable."""
@@ -61,7 +61,7 @@ class ClusterView:
     async def refresh(self) -> dict[str, Any]:
         """Takes the cluster's present view, and gives it."""
         view: dict[str, Any] = await self.ask("ingress_view", timeout_s=ANSWER_TIMEOUT_S)
-        self._seen = (view["epoch"], view["state"])
+        self._seen = (view["epoch"], view["state"], *([view["version"]] if "version" in view else []))
         addresses = {actor["id"]: actor["address"] for actor in view["attention"]}
         if view["state"] == "stopping":
             self.state = "stopping"
