@@ -17,7 +17,7 @@ from afd_ray.request import Request, SamplingParams, TokenOutput
 from tests.ingress_fake import write_tokenizer
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 
 
 class Actor:

@@ -12,7 +12,7 @@ from actors.token_stream import Answers, Lost, StreamLost, TokenStreamClient, To
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 
 
 class Actor:
