@@ -12,7 +12,6 @@ import ray
 
 from actors.aside import aside
 from actors.member import Member
-from actors.token_frames import Moved
 from actors.token_stream import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
@@ -161,6 +160,7 @@ class AttentionActor(Member):
 
     def _give_up(self, reason: str) -> None:
         self._refusal = reason
+        self._tokens.move_all(reason)  # another actor may be able to go on with them
         self._ready_loop().give_up(reason)
 
     def _ended(self, reason: str) -> None:
@@ -189,7 +189,7 @@ class AttentionActor(Member):
 def _give_back(loop: AttentionLoop, tokens: TokenStreamServer) -> int:
     """On the step loop's thread, so that no token follows the answer."""
     moved = loop.abort_all()
-    tokens.publish([Moved(request_id) for request_id in moved])
+    tokens.move(moved)
     return len(moved)
 
 

@@ -89,8 +89,8 @@ class TokenStreamServer:
     """Hosted in an attention actor: takes requests from ingress streams, and sends each its tokens.
 
     `submit` takes a request and the tokens that it has already; it and `abort` are called on the event loop that ran `start`, and must return
-    at once. `submit` raises ValueError (one line) for a request that can never run; anything else it raises gives the request back to its
-    ingress, to go on elsewhere. `publish` may be called from any thread. When a stream breaks, its requests are aborted.
+    at once. `submit` raises ValueError (one line) for a request that can never run, RuntimeError (one line) when this actor cannot run any: such a
+    request goes back to its ingress, to go on elsewhere. `publish` may be called from any thread. When a stream breaks, its requests are aborted.
     """
 
     def __init__(
@@ -211,9 +211,10 @@ class TokenStreamServer:
             self._forget(request_id)
             subscriber.outbox.put([Refused(request_id, str(error))])
         except Exception as error:
-            logger.exception("request %s could not be submitted", request_id)
+            if not isinstance(error, RuntimeError):
+                logger.exception("request %s could not be submitted", request_id)
             self._forget(request_id)
-            subscriber.outbox.put([Moved(request_id, f"the engine failed to take the request: {error}")])
+            subscriber.outbox.put([Moved(request_id, f"the engine did not take the request: {error}")])
 
     def _detach(self, subscriber: _Subscriber) -> None:
         self._streams.discard(subscriber)

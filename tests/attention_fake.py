@@ -8,7 +8,7 @@ from actors.token_stream import TokenStreamClient, TokenStreamServer
 from afd_ray.request import FinishReason, Request, TokenOutput
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 
 
 def token_after(request: Request, position: int) -> int:

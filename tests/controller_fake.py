@@ -21,7 +21,7 @@ class FakeController:
     def __init__(self, directory: Path, actors: dict[str, FakeAttention], state: str = "ready") -> None:
         self.directory, self.actors, self.state = str(directory), actors, state
         self.lost: list[str] = []
-        self.epoch = 1
+        self.epoch, self.version = 1, 0
         self.views = 0
         self._dead = asyncio.Event()
         self._condition = asyncio.Condition()
@@ -29,8 +29,9 @@ class FakeController:
             setattr(self, name, Method(self._until_dead(getattr(self, f"_{name}"))))
 
     async def change(self, actors: dict[str, FakeAttention], state: str = "ready", lost: list[str] | None = None) -> None:
+        """In the same epoch."""
         async with self._condition:
-            self.actors, self.state, self.lost, self.epoch = actors, state, lost or [], self.epoch + 1
+            self.actors, self.state, self.lost, self.version = actors, state, lost or [], self.version + 1
             self._condition.notify_all()
 
     def die(self) -> None:
@@ -55,12 +56,13 @@ class FakeController:
         model = {"name": "m", "directory": self.directory, "max_context": 64, "vocab_size": 300}
         attention = [{"id": name, "address": actor.address} for name, actor in self.actors.items()]
         return {
-            "state": self.state, "epoch": self.epoch, "secret": SECRET, "model": model, "attention": attention, "lost": self.lost,
+            "state": self.state, "epoch": self.epoch, "version": self.version, "secret": SECRET, "model": model,
+            "attention": attention, "lost": self.lost,
         }  # fmt: skip
 
-    async def _changed(self, epoch: int, state: str) -> tuple[int, str]:
+    async def _changed(self, epoch: int, state: str, version: int) -> tuple[int, str]:
         async with self._condition:
-            await self._condition.wait_for(lambda: (self.epoch, self.state) != (epoch, state))
+            await self._condition.wait_for(lambda: (self.epoch, self.state, self.version) != (epoch, state, version))
         return self.epoch, self.state
 
     async def _status(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from afd_ray.request import Request, SamplingParams, TokenOutput
 from tests.ingress_fake import write_tokenizer
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 
 
 class Actor:
@@ -104,8 +104,9 @@ async def test_the_queue_is_what_waits_for_its_first_token(actors: list[Actor], 
     tasks = [start(pool, f"r{index}") for index in range(4)]
     for actor in actors:
         await actor.until(requests=2)
-    with pytest.raises(Overloaded, match="queue is full: 4 requests wait"):
+    with pytest.raises(Overloaded, match="queue is full: 4 requests wait") as refused_for:
         await start(pool, "refused")
+    assert refused_for.value.retry_after_s == 1  # nothing has left the queue yet
     async with aclosing(pool.generate(Request("refused", (1,)))) as refused:
         with pytest.raises(Overloaded):
             await anext(refused)

@@ -63,21 +63,16 @@ class Cluster:
         self.view(*names)
         assert await self.pool.settle() == []
 
-    def at(self, client: Client) -> str:
+    def at(self, client: Client, *elsewhere_than: str) -> str | None:
         """Which actor has this request."""
-        ids = (client.request.id, f"{client.request.id}~")
-        (found,) = [n for n, a in self.actors.items() if any(i == ids[0] or i.startswith(ids[1]) for i in a.running)]
-        return found
+        name = client.request.id
+        found = [n for n, a in self.actors.items() if any(i == name or i.startswith(f"{name}~") for i in a.running)]
+        return next((n for n in found if n not in elsewhere_than), None)
 
     async def taken(self, client: Client, *elsewhere_than: str) -> FakeAttention:
         """The actor that has this request, as soon as one has."""
-
-        def taken() -> bool:
-            names = [n for n, a in self.actors.items() if n not in elsewhere_than and a.running]
-            return bool(names) and self.at(client) not in elsewhere_than
-
-        await eventually(taken)
-        return self.actors[self.at(client)]
+        await eventually(lambda: self.at(client, *elsewhere_than) is not None)
+        return self.actors[self.at(client, *elsewhere_than) or ""]
 
     def _count(self) -> None:
         self.moved += 1
@@ -188,6 +183,7 @@ async def test_what_a_lost_actor_still_says_reaches_nobody(cluster: Cluster) -> 
     first.step(2)
     await client.has(2)
     name = cluster.at(client)
+    assert name is not None
     (other,) = {"A0", "A1"} - {name}
     stopped = dict(first.running)
     cluster.view(other, lost=(name,))

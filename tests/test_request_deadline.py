@@ -15,7 +15,7 @@ from afd_ray.text import Tokenizer
 from tests.ingress_fake import FakeBackend, byte_ids, write_tokenizer
 
 SOON_S = 0.02
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 

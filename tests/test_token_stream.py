@@ -12,7 +12,7 @@ from actors.token_stream import Answers, Lost, StreamLost, TokenStreamClient, To
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
 SECRET = b"s" * 32
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 
 
 class Actor:
@@ -171,7 +171,7 @@ async def test_a_refused_request_harms_no_other(actor: Actor, client: TokenStrea
     actor.refusal = ValueError("prompt must fit the KV cache")
     assert await collect(client, Request("b", (1,))) == [Refused("b", "prompt must fit the KV cache")]
     actor.refusal = RuntimeError("planted")
-    assert await collect(client, Request("c", (1,))) == [Moved("c", "the engine failed to take the request: planted")]
+    assert await collect(client, Request("c", (1,))) == [Moved("c", "the engine did not take the request: planted")]
     actor.server.publish([token("a", 1, last=True)])
     assert len(await running) == 1
 
