@@ -55,6 +55,11 @@ class Checks:
         if epoch < self.epochs.get(request, 0):
             _violated(f"request {request} got a token of epoch {epoch} from {member} after one of {self.epochs[request]}")
         self.epochs[request] = epoch
+        if self._rosters[epoch].ffn:
+            self._check_one_epoch(epoch, first_s, last_s, member)
+
+    def _check_one_epoch(self, epoch: int, first_s: float, last_s: float, member: str) -> None:
+        """Of two epochs the earlier one has emitted nothing any more once the later one has."""
         for later, served_s in self._served_s.items():
             if later > epoch and first_s > served_s:
                 _violated(

@@ -38,6 +38,8 @@ class Cluster:
         """Members that the controller cannot reach, with the messages that wait for it."""
         self.slowness = 0.0
         """How likely a call is slow beyond its deadline."""
+        self.stuck = 0.0
+        """How likely a call is never answered, though the process lives."""
         self.failing: frozenset[str] = frozenset()
         """Calls that fail now and then."""
         self.scarcity = 0.0

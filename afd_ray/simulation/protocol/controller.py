@@ -34,6 +34,7 @@ OP_S: dict[str, tuple[float, float]] = {
     "load": (0.01, 0.2),
     "prepare": (0.005, 0.05),
     "connect": (0.01, 0.08),
+    "switch": (0.0, 0.2),
 }
 """How long a member takes for what takes long."""
 
@@ -115,6 +116,8 @@ class Controller:
             takes_s = low_s + (high_s - low_s) * random()
             if self.world.faulty and random() < self.cluster.slowness:
                 takes_s += 4 * DEADLINES.of(effect.op) * random()
+            if self.world.faulty and random() < self.cluster.stuck:
+                continue
             fails = self.world.faulty and effect.op in self.cluster.failing and random() < 0.15
             self.world.after(arrival_s - self.world.now + takes_s, self._call, effect, name, fails)
 

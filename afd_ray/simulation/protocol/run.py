@@ -15,6 +15,8 @@ SHAPES = tuple(
     Shape(a, t, e, None) for a, t, e in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (3, 1, 1), (1, 1, 3), (2, 2, 1), (3, 1, 2), (1, 2, 2))
 )
 
+COLOCATED = tuple(Shape(a, 1, 0, None) for a in (1, 2, 3))
+
 
 @dataclass(slots=True)
 class Report:
@@ -52,9 +54,10 @@ def trace_seed(seed: int, parts: Parts | None = None) -> list[str]:
 def _live(world: World, cluster: Cluster) -> None:
     random = world.random
     storm_s = plan_faults(world, cluster)
-    cluster.scale(random.choice(SHAPES))
+    shapes = COLOCATED if random.random() < 0.08 else SHAPES
+    cluster.scale(random.choice(shapes))
     for _ in range(random.randrange(1, 4)):
-        world.after(world.delay(0.5, storm_s), cluster.scale, random.choice(SHAPES))
+        world.after(world.delay(0.5, storm_s), cluster.scale, random.choice(shapes))
     for request in range(random.randrange(2, 6)):
         world.after(world.delay(0.0, storm_s), cluster.request, request, random.randrange(1, 24))
     while world.now < storm_s and world.step():
