@@ -16,6 +16,8 @@ def plan_faults(world: World, cluster: Cluster) -> float:
     cluster.repeats = 0.05 if random.random() < 0.3 else 0.0
     if random.random() < 0.3:
         cluster.slowness = random.choice((0.01, 0.05))
+    if random.random() < 0.2:
+        cluster.impatience = 0.5
     if random.random() < 0.15:
         cluster.stuck = 0.02
     if random.random() < 0.25:
@@ -149,7 +151,7 @@ def _someone(world: World, cluster: Cluster) -> str:
 
 def _calm(world: World, cluster: Cluster) -> None:
     """Nothing goes wrong from here on."""
-    cluster.repeats = cluster.slowness = cluster.stuck = cluster.scarcity = 0.0
+    cluster.impatience = cluster.repeats = cluster.slowness = cluster.stuck = cluster.scarcity = 0.0
     cluster.failing = frozenset()
     cluster.ambush = None
     cluster.controller.dies_in = None
