@@ -1,6 +1,6 @@
 """How a cluster gets from one epoch to the next: a state machine without I/O or clock; events in, effects out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from afd_ray.membership import staffing
@@ -69,19 +69,23 @@ class Coordinator(Changes):
         if not self._stopping or isinstance(event, Asked | Provided | Gone):
             self._handlers[type(event)](event)
         effects, self._effects = self._effects, []
-        watched = (self._roster.number if self._roster else 0, tuple(self._pool.living()))
-        if watched != self._watched:
-            self._watched = watched
-            effects.append(Watch(*watched))
-        shown = (self.state, self._roster, self.takers)
-        if shown != self._shown:
-            self._shown = shown
-            effects.append(Publish())
+        return [*self._news(), *effects]
+
+    def _news(self) -> Iterator[Effect]:
+        """What follows from the new state alone. It goes first: nothing is done before the record is kept, and nobody is given
+        requests any more who is about to be asked to give his back."""
         record = self.record
         if record != self._stored:
             self._stored = record
-            effects.insert(0, Store(record))
-        return effects
+            yield Store(record)
+        watched = (self._roster.number if self._roster else 0, tuple(self._pool.living()))
+        if watched != self._watched:
+            self._watched = watched
+            yield Watch(*watched)
+        shown = (self.state, self._roster, self.takers, self.leaving)
+        if shown != self._shown:
+            self._shown = shown
+            yield Publish()
 
     @property
     def state(self) -> State:

@@ -56,6 +56,7 @@ class Cluster:
         self.ingresses = 1
         self.ingress = Ingress(world, "ingress-1", self)
         self.asks = 0
+        self.settled_s = 0.0
 
     # --- what clients do ------------------------------------------------------------------------------------------------------
 
@@ -71,6 +72,8 @@ class Cluster:
         ask_id = f"ask-{self.asks}"
         if self.world.random.random() < self.impatience:
             self.world.after(self.world.delay(0.0, 3.0), self._withdraw, ask_id)
+        if self.controller.alive:
+            self.checks.asks[ask_id] = (self.controller.incarnation, shape)
         self.controller.on(Asked(ask_id, shape))
 
     def _withdraw(self, ask_id: str) -> None:

@@ -8,7 +8,7 @@ from afd_ray.simulation.protocol.cluster import Cluster, Parts
 from afd_ray.simulation.protocol.faults import plan_faults
 from afd_ray.simulation.protocol.world import Violation, World
 
-CALM_S = 60.0
+CALM_S = 40.0
 """After the storm: every request is over and the wanted shape serves within this."""
 MOST_EVENTS = 200_000
 LOOK_S = 0.25
@@ -31,6 +31,8 @@ class Report:
     commits: int = 0
     recoveries: int = 0
     rollbacks: int = 0
+    settled_s: float = 0.0
+    """From the end of the storm until all was right."""
     trace: list[str] = field(default_factory=list)
 
 
@@ -45,7 +47,8 @@ def run_seed(seed: int, parts: Parts | None = None, *, tracing: bool = False) ->
         violation = str(error)
         world.note(f"VIOLATION: {violation}")
     checks = cluster.checks
-    return Report(seed, violation, world.events, world.now, checks.commits, checks.recoveries, checks.rollbacks, world.trace)
+    counts = checks.commits, checks.recoveries, checks.rollbacks
+    return Report(seed, violation, world.events, world.now, *counts, cluster.settled_s, world.trace)
 
 
 def trace_seed(seed: int, parts: Parts | None = None) -> list[str]:
@@ -75,6 +78,7 @@ def _live(world: World, cluster: Cluster) -> None:
         unsettled = cluster.checks.unsettled()
     if unsettled:
         raise Violation(f"nothing has disturbed it for {CALM_S:g} s, and yet {unsettled}")
+    cluster.settled_s = world.now - storm_s
     _stop(world, cluster)
 
 
