@@ -122,6 +122,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """Whoever asked waits no longer: rolled back as long as that is possible. Nothing else is disturbed."""
+
+    ask_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Provided:
     """The fresh members of this change are up (their processes answer); `members` all of them."""
 
@@ -193,7 +201,7 @@ class Stopping:
     """The cluster is to end."""
 
 
-Event = Asked | Provided | Unprovided | Answered | Lost | Unlinked | Gone | Late | Adopted | Stopping
+Event = Asked | Withdrawn | Provided | Unprovided | Answered | Lost | Unlinked | Gone | Late | Adopted | Stopping
 
 
 # --- what is to be done, in this order ----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ class Seat:
 
     Every call names the epoch it is about. An epoch is over for a member once it was given up (`resume`, `discard`) or a later one was entered;
     a call about it raises Stale, however late it comes: also from a controller that has died since.
-    A shell in which calls overlap checks again when a slow one ends: what was opened for an epoch that is over by then must be closed.
+    A shell in which calls overlap asks again when a slow one ends (`load` once more, `standby`): what was loaded or opened for an epoch
+    that is not the coming one by then must not replace what was for a later one.
     """
 
     member: str
@@ -23,6 +24,8 @@ class Seat:
     """The epoch of the seat beside it; 0: none."""
     over: int = 0
     """No call about this epoch or an earlier one opens anything any more."""
+    coming: int = 0
+    """The newest epoch that it was to get ready for: what is still said of an earlier one comes too late."""
     draining: int = 0
     """The coming epoch that it starts no micro-batch for the sake of; 0: it runs."""
     moving_out: int = 0
@@ -40,7 +43,7 @@ class Seat:
         return self.serving > 0 and not self.draining and not self.unlinked
 
     def load(self, number: int) -> None:
-        """Whether weights for this epoch are still wanted."""
+        """Weights for this epoch are wanted: asked before they are read, and again before they are kept."""
         self._check_coming(number, "load")
 
     def prepare(self, number: int) -> int:
@@ -133,11 +136,15 @@ class Seat:
             self.moving_out = 0
 
     def _check_coming(self, number: int, call: str) -> None:
-        if number <= max(self.over, self.serving):
-            raise Stale(
-                f"{self.member}: {call} for epoch {number} comes too late, {max(self.over, self.serving)} is over or served"
-            )
+        known = max(self.over, self.serving)
+        if number <= known:
+            raise Stale(f"{self.member}: {call} for epoch {number} comes too late, {known} is over or served")
+        if number < self.coming:
+            raise Stale(f"{self.member}: {call} for epoch {number} comes too late, it gets ready for {self.coming}")
+        self.coming = number
 
     def _check_standby(self, number: int, call: str) -> None:
         if number != self.standby:
             raise Stale(f"{self.member}: {call} for epoch {number} without a seat in it, standby is {self.standby or 'none'}")
+        if number < self.coming:
+            raise Stale(f"{self.member}: {call} for epoch {number} comes too late, it gets ready for {self.coming}")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from afd_ray.membership.events import Ask, Done, Record, Roster, Underway
 from afd_ray.membership.protocol import Coordinator
+from afd_ray.membership.shape import Shape
 from afd_ray.simulation.protocol.members import Attention, token_of
 from afd_ray.simulation.protocol.world import Violation
 
@@ -23,7 +24,9 @@ class Checks:
         self.attempts: dict[int, int] = {}
         self.epochs: dict[int, int] = {}
         """Epoch of each request's last token."""
-        self.commits = self.rollbacks = self.recoveries = self.kept = 0
+        self.asks: dict[str, tuple[int, Shape]] = {}
+        """Resizes that were asked for and not answered yet: of which incarnation of the controller."""
+        self.commits = self.rollbacks = self.recoveries = 0
         self._first_s: dict[int, float] = {}
         self._served_s: dict[int, float] = {}
         """For each epoch when all FFN members had served a row whose token was accepted, for the first time."""
@@ -55,6 +58,11 @@ class Checks:
         if epoch < self.epochs.get(request, 0):
             _violated(f"request {request} got a token of epoch {epoch} from {member} after one of {self.epochs[request]}")
         self.epochs[request] = epoch
+        if self._rosters[epoch].ffn:
+            self._check_one_epoch(epoch, first_s, last_s, member)
+
+    def _check_one_epoch(self, epoch: int, first_s: float, last_s: float, member: str) -> None:
+        """Of two epochs the earlier one has emitted nothing any more once the later one has."""
         for later, served_s in self._served_s.items():
             if later > epoch and first_s > served_s:
                 _violated(
@@ -80,7 +88,9 @@ class Checks:
     def drained(self, member: str, number: int) -> None:
         self._drained.setdefault(number, set()).add(member)
 
-    def switched(self, member: str, number: int) -> None:
+    def switched(self, member: str, number: int, loaded: int) -> None:
+        if loaded != number:
+            _violated(f"{member} enters epoch {number} with the weights for {loaded}")
         self._switched.setdefault(number, set()).add(member)
         if number > self._committed:
             _violated(f"{member} entered epoch {number}, which was never committed")
@@ -136,8 +146,12 @@ class Checks:
             _violated(f"{ask.op} is asked of a released member: {ask.members}")
 
     def done(self, done: Done, coordinator: Coordinator) -> None:
+        asked = self.asks.pop(done.ask_id, None)
+        if asked is None:
+            _violated(f"{done} answers what was not asked, or was answered before")
+        elif done.outcome == "committed" and coordinator.wanted != asked[1]:
+            _violated(f"{done}, but {coordinator.wanted} is wanted")
         if done.outcome != "rolled_back":
-            self.kept += done.outcome == "committed"
             return
         self.rollbacks += 1
         roster = coordinator.roster
@@ -157,6 +171,8 @@ class Checks:
         coordinator = controller.coordinator
         if not controller.alive or coordinator.state != "ready" or coordinator.record.dying:
             return f"the coordinator is {coordinator.state}, {coordinator.record}"
+        if any(incarnation == controller.incarnation for incarnation, _ in self.asks.values()):
+            return f"{self.asks} were never answered"
         if self.open:
             return f"requests {sorted(self.open)} are not over"
         roster = coordinator.roster

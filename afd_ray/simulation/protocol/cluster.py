@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afd_ray.membership.attempts import Journal
-from afd_ray.membership.events import Asked, Record
+from afd_ray.membership.events import Asked, Record, Withdrawn
 from afd_ray.membership.protocol import Coordinator
 from afd_ray.membership.seat import Seat
 from afd_ray.membership.shape import Shape
@@ -38,8 +38,12 @@ class Cluster:
         """Members that the controller cannot reach, with the messages that wait for it."""
         self.slowness = 0.0
         """How likely a call is slow beyond its deadline."""
+        self.stuck = 0.0
+        """How likely a call is never answered, though the process lives."""
         self.failing: frozenset[str] = frozenset()
         """Calls that fail now and then."""
+        self.impatience = 0.0
+        """How likely somebody who asked does not wait for the answer."""
         self.scarcity = 0.0
         """How likely there is no room for new members."""
         self.repeats = 0.0
@@ -52,6 +56,7 @@ class Cluster:
         self.ingresses = 1
         self.ingress = Ingress(world, "ingress-1", self)
         self.asks = 0
+        self.settled_s = 0.0
 
     # --- what clients do ------------------------------------------------------------------------------------------------------
 
@@ -64,7 +69,15 @@ class Cluster:
 
     def scale(self, shape: Shape) -> None:
         self.asks += 1
-        self.controller.on(Asked(f"ask-{self.asks}", shape))
+        ask_id = f"ask-{self.asks}"
+        if self.world.random.random() < self.impatience:
+            self.world.after(self.world.delay(0.0, 3.0), self._withdraw, ask_id)
+        if self.controller.alive:
+            self.checks.asks[ask_id] = (self.controller.incarnation, shape)
+        self.controller.on(Asked(ask_id, shape))
+
+    def _withdraw(self, ask_id: str) -> None:
+        self.controller.on(Withdrawn(ask_id, "it has taken too long"))
 
     # --- processes ------------------------------------------------------------------------------------------------------------
 

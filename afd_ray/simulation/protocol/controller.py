@@ -34,6 +34,7 @@ OP_S: dict[str, tuple[float, float]] = {
     "load": (0.01, 0.2),
     "prepare": (0.005, 0.05),
     "connect": (0.01, 0.08),
+    "switch": (0.0, 0.2),
 }
 """How long a member takes for what takes long."""
 
@@ -115,16 +116,18 @@ class Controller:
             takes_s = low_s + (high_s - low_s) * random()
             if self.world.faulty and random() < self.cluster.slowness:
                 takes_s += 4 * DEADLINES.of(effect.op) * random()
+            if self.world.faulty and random() < self.cluster.stuck:
+                continue
             fails = self.world.faulty and effect.op in self.cluster.failing and random() < 0.15
-            self.world.after(arrival_s - self.world.now + takes_s, self._call, effect, name, fails)
+            self.world.after(arrival_s - self.world.now, self._call, effect, name, takes_s, fails)
 
-    def _call(self, effect: Ask, name: str, fails: bool) -> None:
+    def _call(self, effect: Ask, name: str, takes_s: float, fails: bool) -> None:
         """At the member; where its control connection is cut the call comes through when that is healed."""
         member = self.cluster.members.get(name)
         if member is None or not member.alive:
             return
         if name in self.cluster.deaf:
-            self.cluster.deaf[name].append((self._call, (effect, name, fails)))
+            self.cluster.deaf[name].append((self._call, (effect, name, takes_s, fails)))
             return
 
         def reply(error: str | None, peer: str | None) -> None:
@@ -133,7 +136,7 @@ class Controller:
         if fails:
             member.run(reply, f"{effect.op} fails here", None)
         else:
-            member.run(member.asked, effect.op, effect.number, effect.roster, reply)
+            member.run(member.called, effect.op, effect.number, effect.roster, takes_s, reply)
 
     def _answer(self, event: Answered | Unlinked) -> None:
         if event.member in self.cluster.deaf:

@@ -16,13 +16,17 @@ def plan_faults(world: World, cluster: Cluster) -> float:
     cluster.repeats = 0.05 if random.random() < 0.3 else 0.0
     if random.random() < 0.3:
         cluster.slowness = random.choice((0.01, 0.05))
+    if random.random() < 0.2:
+        cluster.impatience = 0.5
+    if random.random() < 0.15:
+        cluster.stuck = 0.02
     if random.random() < 0.25:
         cluster.failing = frozenset(random.sample(("load", "prepare", "connect", "drain", "move_out", "switch", "resume"), 2))
     if random.random() < 0.25:
         cluster.scarcity = random.choice((0.3, 0.8))
     for _ in range(random.randrange(0, 6)):
         world.after(world.delay(begins_s, storm_s), random.choice(FAULTS), world, cluster)
-    if random.random() < 0.5:
+    if random.random() < 0.6:
         ambush(world, cluster, random.choice(FAULTS))
     world.after(storm_s, _calm, world, cluster)
     return storm_s
@@ -79,8 +83,12 @@ def pause_many(world: World, cluster: Cluster) -> None:
 
 
 def cut(world: World, cluster: Cluster) -> None:
-    one = world.random.choice((_someone(world, cluster), cluster.ingress.name))
-    other = _someone(world, cluster)
+    change = cluster.controller.coordinator.change
+    one, other = _someone(world, cluster), _someone(world, cluster)
+    if change is not None and change.roster.ffn:
+        one, other = world.random.choice(change.roster.attention), world.random.choice(change.roster.ffn)
+    if world.random.random() < 0.2:
+        one = cluster.ingress.name
     if one and other and one != other:
         cluster.cut(one, other)
         world.after(world.delay(0.05, 3.0), cluster.heal, one, other)
@@ -95,10 +103,11 @@ def deafen(world: World, cluster: Cluster) -> None:
 
 def deafen_many(world: World, cluster: Cluster) -> None:
     """The controller loses sight of most members, which go on without it."""
+    role, heals_s = world.random.choice(("ffn", "")), world.delay(0.4, 4.0)
     for name in _living(cluster):
-        if world.random.random() < 0.7:
+        if name.startswith(role) and (role or world.random.random() < 0.7):
             cluster.deafen(name)
-            world.after(world.delay(0.4, 3.0), cluster.undeafen, name)
+            world.after(heals_s, cluster.undeafen, name)
 
 
 def kill_controller(world: World, cluster: Cluster) -> None:
@@ -142,7 +151,7 @@ def _someone(world: World, cluster: Cluster) -> str:
 
 def _calm(world: World, cluster: Cluster) -> None:
     """Nothing goes wrong from here on."""
-    cluster.repeats = cluster.slowness = cluster.scarcity = 0.0
+    cluster.impatience = cluster.repeats = cluster.slowness = cluster.stuck = cluster.scarcity = 0.0
     cluster.failing = frozenset()
     cluster.ambush = None
     cluster.controller.dies_in = None

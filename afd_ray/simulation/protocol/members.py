@@ -28,7 +28,7 @@ class Held(NamedTuple):
 class Member(Process):
     """What both roles do: control calls about seats."""
 
-    __slots__ = ("cluster", "edges", "in_step", "rosters", "seat", "watchers")
+    __slots__ = ("cluster", "edges", "loaded", "rosters", "seat", "watchers")
 
     def __init__(self, world: World, name: str, cluster: "Cluster") -> None:
         super().__init__(world, name)
@@ -37,25 +37,39 @@ class Member(Process):
         self.edges: dict[int, dict[str, int]] = {}
         """For each open seat the connection to each peer."""
         self.rosters: dict[int, Roster] = {}
+        self.loaded = 0
+        """The epoch whose weights stand by, or are served."""
         self.watchers: dict[int, Callable[[str, str | None], None]] = {}
         """Who is to be told when the seat of this epoch fails."""
 
     # --- control calls --------------------------------------------------------------------------------------------------------
 
-    def asked(self, op: Op, number: int, roster: Roster, reply: Reply) -> None:
-        """The call has come in and its time is up: do it."""
+    def called(self, op: Op, number: int, roster: Roster, takes_s: float, reply: Reply) -> None:
+        """A call has come in, and is done some time later."""
         try:
             self.rosters[number] = roster
+            if op == "load":
+                self.seat.load(number)
+            self.after(takes_s, self._do, op, number, reply)
+        except Stale as error:
+            reply(str(error), None)
+
+    def _do(self, op: Op, number: int, reply: Reply) -> None:
+        try:
             getattr(self, op)(number, reply)
         except Stale as error:
             reply(str(error), None)
 
     def load(self, number: int, reply: Reply) -> None:
         self.seat.load(number)
+        self.loaded = number
         reply(None, None)
 
     def prepare(self, number: int, reply: Reply) -> None:
         self.close(self.seat.prepare(number))
+        if self.loaded != number:
+            reply(f"epoch {self.loaded} is loaded", None)
+            return
         self.edges[number] = {}
         reply(None, None)
 
@@ -74,7 +88,7 @@ class Member(Process):
 
     def switch(self, number: int, reply: Reply) -> None:
         if self.seat.switch(number):
-            self.cluster.checks.switched(self.name, number)
+            self.cluster.checks.switched(self.name, number, self.loaded)
             self.entered(number)
         reply(None, None)
 
