@@ -134,8 +134,7 @@ class AttentionActor(Member):
             self._tokens.move([request.id])
             return
         if self._failure is not None or self._refusal is not None:
-            self._tokens.move([request.id], f"the attention actor has failed: {self._failure or self._refusal}")
-            return
+            raise RuntimeError(f"the attention actor has failed: {self._failure or self._refusal}")
         submitted = self._ready_loop().submit(request, generated)
         submitted.add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 

@@ -38,7 +38,7 @@ class ClusterView:
         self._find_controller, self._client_id = find_controller, client_id
         self._controller: Any = None
         self._secret = b""
-        self._seen: tuple[int, str, int] = (-1, "starting", -1)
+        self._seen: tuple[Any, ...] = (-1, "starting")
 
     async def ask(self, method: str, *args: Any, timeout_s: float | None = None, named: Mapping[str, Any] = NOTHING) -> Any:
         """A controller method's answer, called with `args` and `named`; ValueError and Rejected tell what it said, a controller that is gone or silent is Unavailable."""
@@ -62,7 +62,7 @@ class ClusterView:
     async def refresh(self) -> dict[str, Any]:
         """Takes the cluster's present view, and gives it."""
         view: dict[str, Any] = await self.ask("ingress_view", timeout_s=ANSWER_TIMEOUT_S)
-        self._seen = (view["epoch"], view["state"], view["view"])
+        self._seen = (view["epoch"], view["state"], *([view["version"]] if "version" in view else []))
         addresses = {actor["id"]: actor["address"] for actor in view["attention"]}
         if view["state"] == "stopping":
             self.state = "stopping"

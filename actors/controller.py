@@ -141,7 +141,7 @@ class Controller:
         return {
             "state": coordinator.state,
             "epoch": self._epoch_number,
-            "view": self._transition.views,
+            "version": self._transition.views,
             "secret": self._crew.secret,
             "lost": [hand.name for hand in self._transition.departed],
             "model": {
@@ -158,13 +158,13 @@ class Controller:
         }
 
     @ray.method
-    async def changed(self, epoch: int, state: str, view: int | None = None) -> tuple[int, str]:
-        """Return (epoch, state) as soon as they, or who takes requests (`view`), differ from these."""
+    async def changed(self, epoch: int, state: str, version: int | None = None) -> tuple[int, str]:
+        """Return (epoch, state) as soon as they, or who takes requests (`version` of the view), differ from these."""
         transition = self._transition
 
         def differs() -> bool:
             now = (self._epoch_number, transition.coordinator.state)
-            return now != (epoch, state) or (view is not None and view != transition.views)
+            return now != (epoch, state) or (version is not None and version != transition.views)
 
         async with transition.changed:
             await transition.changed.wait_for(differs)

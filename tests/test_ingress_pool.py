@@ -181,16 +181,9 @@ class Controller:
         self.views += 1
         model = {"name": "m", "directory": self.directory, "max_context": 64, "vocab_size": 300}
         attention = [{"id": f"A{index}", "address": actor.address} for index, actor in enumerate(self.actors)]
-        return {
-            "state": "ready",
-            "epoch": self.epoch,
-            "view": self.epoch,
-            "secret": SECRET,
-            "model": model,
-            "attention": attention,
-        }
+        return {"state": "ready", "epoch": self.epoch, "secret": SECRET, "model": model, "attention": attention}
 
-    async def _changed(self, epoch: int, state: str, view: int) -> tuple[int, str]:
+    async def _changed(self, epoch: int, state: str) -> tuple[int, str]:
         async with self.condition:
             await self.condition.wait_for(lambda: (self.epoch, "ready") != (epoch, state))
         return self.epoch, "ready"
