@@ -38,7 +38,7 @@ COVER: list[tuple[Shape, int]] = [
     ((3, 1, 1), 2),
 ]
 # With links and dispatch other than the default's, and copies of experts, for which there must be two instances.
-OTHER_COVER: list[tuple[Shape, int]] = [((2, 2, 2), 2), ((3, 1, 2), 3)]
+OTHER_COVER: list[tuple[Shape, int]] = [((2, 2, 2), 2)]
 FEW = 16
 """Of the prompts, for what is slow."""
 OTHER_SHAPES = [shape for shape in SHAPES if shape[2] > 1]
@@ -129,6 +129,7 @@ def test_token_for_token_equal_to_the_reference_over_other_links_and_dispatch(
     check_equal(other_cluster, shape, count, prompts[:FEW], expected)
 
 
+@pytest.mark.parametrize("other_cluster", OTHERS[:1], ids=str, indirect=True)
 def test_rebalancing_places_experts_by_how_often_they_were_chosen(
     other_cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

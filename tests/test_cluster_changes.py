@@ -216,12 +216,13 @@ def test_the_controller_dies_and_its_successor_takes_over(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     before = reset(cluster, 1, 2)
+    ffn_pids = [actor["pid"] for actor in living(before)["ffn"]]
     with load(cluster, prompts, expected) as running:
         ray.kill(cluster.controller, no_restart=False)
         running.await_rounds(1)
         after = cluster.status()
         assert (after["epoch"], after["state"]) == (before["epoch"], "ready")
-        assert [actor["pid"] for actor in after["ffn"]] == [actor["pid"] for actor in before["ffn"]]
+        assert [[actor["pid"] for actor in living(seen)["ffn"]] for seen in (before, after)] == 2 * [ffn_pids]
         assert cluster.scale(attention=2)["outcome"] == "committed"
 
 

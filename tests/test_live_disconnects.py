@@ -16,7 +16,6 @@ from tests.live_server import DEADLINE_S, LiveServer, until
 
 pytestmark = pytest.mark.ray
 
-COUNT = 1000
 CONCURRENCY = 64
 LEAVING = 0.1
 MAX_TOKENS = 24
@@ -124,13 +123,14 @@ def nothing_left(live: LiveServer, tasks: float, files: dict[int, int]) -> Calla
     return holds
 
 
-def test_a_thousand_clients_leave_nothing_behind(live: LiveServer) -> None:
+@pytest.mark.parametrize("count", [400, pytest.param(1000, marks=pytest.mark.full)])
+def test_clients_that_go_away_leave_nothing_behind(live: LiveServer, count: int) -> None:
     rng = random.Random(2)
     asyncio.run(make_all(visits(64, rng), live.url))  # what is set up once is set up now
     until(live.idle)
     until(lambda: live.metric("afd_http_requests_in_flight") == 1)
     tasks, files = live.metric("afd_ingress_tasks"), open_files(live)
-    made = visits(COUNT, rng)
+    made = visits(count, rng)
     ends = asyncio.run(make_all(made, live.url))
     assert ends == Counter(visit.leaves or "answered" for visit in made)
     assert len(ends) == 4
