@@ -210,7 +210,8 @@ class Coordinator(Changes):
             self._failed(change, [event.member], reason)
             return
         if event.error is not None:
-            change.blame[event.member] = (event.peer or event.member, reason)
+            peer = event.peer if event.peer in change.roster.members else None
+            change.blame[event.member] = (peer or event.member, reason)
         self._await_no_longer(change, [event.member])
 
     def _on_lost(self, event: Lost) -> None:

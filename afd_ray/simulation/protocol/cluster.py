@@ -14,7 +14,7 @@ from afd_ray.simulation.protocol.checks import Checks
 from afd_ray.simulation.protocol.controller import Controller
 from afd_ray.simulation.protocol.ingress import Ingress
 from afd_ray.simulation.protocol.members import FFN, Attention, Member
-from afd_ray.simulation.protocol.world import DETECT_S, World
+from afd_ray.simulation.protocol.world import DETECT_S, HOLD_S, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,10 @@ class Cluster:
         if self.controller.alive:
             self.world.note(f"controller {self.controller.incarnation} is dead")
             self.controller.alive = False
-            self.world.after(self.world.delay(0.1, 1.0), self._restart_controller)
+            away_s = self.world.delay(0.1, 1.0)
+            if self.world.faulty and self.world.random.random() < 0.25:
+                away_s += self.world.delay(0.0, 2 * HOLD_S)  # long enough for drained members to go on by themselves
+            self.world.after(away_s, self._restart_controller)
 
     def _restart_controller(self) -> None:
         self.controller = Controller(self, self.controller.incarnation + 1)

@@ -34,7 +34,7 @@ OP_S: dict[str, tuple[float, float]] = {
     "load": (0.01, 0.2),
     "prepare": (0.005, 0.05),
     "connect": (0.01, 0.08),
-    "switch": (0.0, 0.2),
+    "switch": (0.0, 0.4),
 }
 """How long a member takes for what takes long."""
 

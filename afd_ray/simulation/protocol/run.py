@@ -84,11 +84,12 @@ def _live(world: World, cluster: Cluster) -> None:
 
 def _ask_again(cluster: Cluster, shape: Shape) -> None:
     """The first epoch has not formed, or a controller's death undid it: whoever starts a cluster tries again."""
-    coordinator = cluster.controller.coordinator
-    if coordinator.roster is None:
-        if coordinator.change is None and cluster.controller.alive:
-            cluster.scale(shape)
-        cluster.world.after(2.0, _ask_again, cluster, shape)
+    controller, coordinator = cluster.controller, cluster.controller.coordinator
+    if controller.alive and coordinator.roster is not None:
+        return
+    if controller.alive and coordinator.change is None:
+        cluster.scale(shape)
+    cluster.world.after(2.0, _ask_again, cluster, shape)
 
 
 def _stop(world: World, cluster: Cluster) -> None:
