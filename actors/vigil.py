@@ -35,21 +35,20 @@ class Vigil:
             self._ends[key] = asyncio.create_task(self._end(number, self._crew[key[1]]))
 
     async def _beat(self, hand: Hand) -> None:
-        """A beat every half of the time allowed, each given the other half: silence is noticed within the whole."""
-        half_s = self._timeout_s / 2
+        """A beat every third of the time allowed, each given the other two: silence is noticed within the whole."""
+        period_s, patience_s = self._timeout_s / 3, self._timeout_s * 2 / 3
         while True:
             started_s = time.monotonic()
             try:
-                await asyncio.wait_for(_answer(hand.handle.beat.remote()), half_s)
+                await asyncio.wait_for(_answer(hand.handle.beat.remote()), patience_s)
             except TimeoutError:
-                late_s = time.monotonic() - started_s
-                if late_s < 2 * half_s:  # this loop was not stalled itself
+                if time.monotonic() - started_s < patience_s + period_s:  # this loop was not stalled itself
                     self._tell(Lost(hand.name, f"it has not answered for {self._timeout_s:g} s"))
                     return
             except ray.exceptions.RayError as error:
                 self._tell(Lost(hand.name, first_line(error)))
                 return
-            await asyncio.sleep(max(0.0, started_s + half_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, started_s + period_s - time.monotonic()))
 
     async def _end(self, number: int, hand: Hand) -> None:
         try:

@@ -50,7 +50,8 @@ class LiveServer:
 @contextmanager
 def live_server() -> Iterator[LiveServer]:
     """Checks at the end what the command line promises: one line on stdout, exit code 0, nothing left."""
-    started = Server([], {**os.environ, "OMP_NUM_THREADS": "1"})
+    patient = ["--set", "failure.detect_timeout_s=10"]  # a machine that runs tests is busy
+    started = Server(patient, {**os.environ, "OMP_NUM_THREADS": "1"})
     started.await_ready()
     server = LiveServer(started)
     try:

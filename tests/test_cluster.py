@@ -53,6 +53,7 @@ def config_for(directory: Path, **changes: dict[str, object]) -> Config:
         "attention": {"replicas": 2},
         "ffn": {"tensor_parallel": 2, "expert_parallel": 2},
         "pipeline": {"max_tokens_per_micro_batch": 96},
+        "failure": {"detect_timeout_s": 10.0},
     }
     return parse_config(raw | changes)
 

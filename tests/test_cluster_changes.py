@@ -52,7 +52,7 @@ LONG_WAY: Changes = 2 * [
 
 @pytest.fixture(scope="module")
 def cluster(tiny_directory: Path, two_nodes: None) -> Iterator[Cluster]:
-    raw = {"model": {"path": str(tiny_directory)}, "attention": {"replicas": 1}, "ffn": {"redundant_experts": 0}}
+    raw = {"model": {"path": str(tiny_directory)}, "attention": {"replicas": 1}, "failure": {"detect_timeout_s": 3.0}}
     with Cluster.start(parse_config(raw), name=NAME) as cluster:
         yield cluster
 
