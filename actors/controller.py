@@ -37,7 +37,7 @@ class Controller:
     def __init__(self, config: Config, name: str = NAME) -> None:
         self._config, self._name = config, name
         self._checkpoint = Checkpoint.open(model_directory(config.model))
-        self._left = ledger.read(name)
+        self._left = _left(config, name)
         secret = self._left.secret if self._left else secrets.token_bytes(32)
         uid = self._left.uid if self._left else secrets.token_hex(4)
         self._crew = Crew(config, secret, uid, NAMESPACE, name)
@@ -272,6 +272,18 @@ class Controller:
         transition.close()
         self._crew.release(list(self._crew.hands))
         ledger.erase(self._name)
+
+
+def _left(config: Config, name: str) -> ledger.Entry | None:
+    """What this controller is to take over: only that of its own earlier life. What another of its name left behind is ended."""
+    left = ledger.read(name)
+    if left is None or ray.get_runtime_context().was_current_actor_reconstructed:
+        return left
+    crew = Crew(config, left.secret, left.uid, NAMESPACE, name)
+    crew.adopt(left.actors)
+    crew.release(list(crew.hands))
+    ledger.erase(name)
+    return None
 
 
 def scaled(shape: Shape, attention: int | None, ffn: int | None, tensor_parallel: int | None) -> Shape:
