@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from afd_ray.membership.experts import ExpertMap, contiguous_map, initial_map, place_experts
+from afd_ray.membership.experts import ExpertMap, contiguous_map, initial_map, place_experts, spread_experts
 
 
 def loads_of(seed: int, experts: int) -> list[float]:
@@ -64,3 +64,9 @@ def test_more_copies_than_instances_can_hold_are_refused() -> None:
         ValueError, match=r"ffn\.redundant_experts must be at most 8, .* \(8 experts, ffn\.expert_parallel 2\), got 9"
     ):
         place_experts([1.0] * 8, 2, 9)
+
+
+def test_what_a_lost_instance_held_is_spread_and_nothing_else_moves() -> None:
+    assert spread_experts([(0, 1), (4, 5)], experts=6) == ((0, 1, 2), (3, 4, 5))
+    assert spread_experts([(0, 1, 2), (2, 3, 0)], experts=4) == ((0, 1, 2), (0, 2, 3)), "copies of all are left"
+    assert spread_experts([(), (0, 3)], experts=4) == ((1, 2), (0, 3))
