@@ -53,7 +53,7 @@ class AttentionActor(Member):
                 self._loop = await aside(self._build)
                 self._start_thread(self._loop)
                 self._port = await self._tokens.start()
-        return self._identity() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
+        return await self._introduce() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
 
     @ray.method
     async def move_out(self, number: int, deadline_s: float) -> int:

@@ -50,7 +50,7 @@ class FFNActor(Member):
             if number and number <= self._seat.over:
                 raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
             self._keep(number, half)
-        return self._identity() | {"moved_experts": moved}
+        return await self._introduce() | {"moved_experts": moved}
 
     @ray.method
     async def status(self) -> dict[str, Any]:

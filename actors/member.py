@@ -18,6 +18,7 @@ from actors.aside import aside
 from actors.observed import Observed
 from actors.orphan import Orphan
 from actors.place import Place, Terms
+from actors.pulse import PulseServer
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.membership.epoch import Epoch
@@ -43,6 +44,7 @@ class Member(Observed):
         super().__init__()
         self._name, self._config, self._secret = name, config, secret
         self._orphan = Orphan(controller)
+        self._pulse = PulseServer(secret, self._orphan.heard)
         self._seat = Seat(name)
         self._places: dict[int, Place] = {}
         self._ends: dict[int, asyncio.Future[str]] = {}
@@ -165,6 +167,7 @@ class Member(Observed):
         self._overdue.call_off()
         self._patience.call_off()
         self._orphan.close()
+        self._pulse.close()
         if thread is not None:
             self._ready_loop().stop()
             await aside(thread.join)
@@ -190,6 +193,11 @@ class Member(Observed):
         return self._seat.serving
 
     # --- behind it ----------------------------------------------------------------------------------------------------------
+
+    async def _introduce(self) -> dict[str, Any]:
+        """`_identity`, and where its pulse is felt."""
+        host = ray.util.get_node_ip_address()
+        return self._identity() | {"host": host, "pulse": await self._pulse.start(host)}
 
     def _identity(self) -> dict[str, Any]:
         """Where this actor runs, and which checkpoint it has read."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 import ray
 
 from actors.crew import Crew
+from actors.pulse import Pulse
 from actors.roster import Hand, first_line
 from afd_ray.membership.events import Event, Lost, Unlinked
 
@@ -37,18 +38,35 @@ class Vigil:
     async def _beat(self, hand: Hand) -> None:
         """A beat every third of the time allowed, each given the other two: silence is noticed within the whole."""
         period_s, patience_s = self._timeout_s / 3, self._timeout_s * 2 / 3
-        while True:
-            started_s = time.monotonic()
-            try:
-                await asyncio.wait_for(_answer(hand.handle.beat.remote()), patience_s)
-            except TimeoutError:
-                if time.monotonic() - started_s < patience_s + period_s:  # this loop was not stalled itself
-                    self._tell(Lost(hand.name, f"it has not answered for {self._timeout_s:g} s"))
+        pulse: Pulse | None = None
+        try:
+            while True:
+                started_s = time.monotonic()
+                try:
+                    async with asyncio.timeout(patience_s):
+                        pulse = await self._felt(hand, pulse)
+                except TimeoutError:
+                    if time.monotonic() - started_s < patience_s + period_s:  # this loop was not stalled itself
+                        self._tell(Lost(hand.name, f"it has not answered for {self._timeout_s:g} s"))
+                        return
+                except ray.exceptions.RayError as error:
+                    self._tell(Lost(hand.name, first_line(error)))
                     return
-            except ray.exceptions.RayError as error:
-                self._tell(Lost(hand.name, first_line(error)))
-                return
-            await asyncio.sleep(max(0.0, started_s + period_s - time.monotonic()))
+                await asyncio.sleep(max(0.0, started_s + period_s - time.monotonic()))
+        finally:
+            if pulse is not None:
+                pulse.close()
+
+    async def _felt(self, hand: Hand, pulse: Pulse | None) -> Pulse | None:
+        """One beat; gives the connection for the next. Ray is asked instead where there is none: it knows who is dead."""
+        try:
+            if pulse is None:
+                pulse = await Pulse.open(hand.identity["host"], hand.identity["pulse"], self._crew.secret)
+            await pulse.beat()
+        except (KeyError, OSError):
+            await _answer(hand.handle.beat.remote())
+            return None
+        return pulse
 
     async def _end(self, number: int, hand: Hand) -> None:
         try:

@@ -123,6 +123,7 @@ def test_token_for_token_equal_to_the_reference(
     check_equal(cluster, shape, count, prompts, expected)
 
 
+@pytest.mark.parametrize("other_cluster", [OTHERS[0], pytest.param(OTHERS[1], marks=pytest.mark.full)], ids=str, indirect=True)
 @pytest.mark.parametrize(("shape", "count"), OTHER_COVER, ids=str)
 def test_token_for_token_equal_to_the_reference_over_other_links_and_dispatch(
     other_cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], shape: Shape, count: int
