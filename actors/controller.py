@@ -143,7 +143,7 @@ class Controller:
             "epoch": self._epoch_number,
             "version": self._transition.views,
             "secret": self._crew.secret,
-            "lost": [hand.name for hand in self._transition.departed],
+            "lost": self._transition.lost,
             "model": {
                 "name": self._config.model.served_name,
                 "directory": str(self._checkpoint.directory),
@@ -243,12 +243,7 @@ class Controller:
 
     async def _resize(self, shape: Shape, *, anew: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
         """Raises RuntimeError when it is refused."""
-        hurry = asyncio.get_running_loop().call_later(timeout_s, self._transition.hurry) if timeout_s is not None else None
-        try:
-            answer = await self._transition.ask(shape, anew=anew)
-        finally:
-            if hurry is not None:
-                hurry.cancel()
+        answer = await self._transition.ask(shape, anew=anew, timeout_s=timeout_s)
         if answer["outcome"] == "refused":
             raise RuntimeError(answer["reason"])
         return answer

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from afd_ray.membership.events import (
     Store,
     Unprovided,
     Watch,
+    Withdrawn,
 )
 from afd_ray.membership.protocol import Coordinator
 from afd_ray.membership.shape import Shape
@@ -84,6 +86,7 @@ class Transition:
         self._vigil = Vigil(crew, config.failure.detect_timeout_s, self.tell)
         self._asked: dict[str, asyncio.Future[Done]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._told: deque[Event] = deque()
         self._epochs: dict[int, Epoch] = {}
         self._endpoints: dict[int, dict[int, dict[str, Any]]] = {}
         self._providing: dict[int, asyncio.Task[None]] = {}
@@ -108,6 +111,14 @@ class Transition:
         self._departed = [(at_s, hand) for at_s, hand in self._departed if time.monotonic() - at_s < REMEMBERED_S]
         return [hand for _, hand in self._departed]
 
+    @property
+    def lost(self) -> list[str]:
+        """Attention actors whose requests have to go on elsewhere now: dead, or not answering."""
+        coordinator = self.coordinator
+        serving = self.roster.attention if self.roster else ()
+        silent = [name for name in serving if name not in coordinator.takers and name not in coordinator.leaving]
+        return [*(hand.name for hand in self.departed), *silent]
+
     def state_of(self, hand: Hand) -> str:
         """As the status shows it."""
         coordinator = self.coordinator
@@ -128,17 +139,31 @@ class Transition:
         if isinstance(event, Lost) and event.member in self.crew and not self.crew[event.member].reason:
             logger.error("%s is lost: %s", event.member, event.reason)
             self.crew[event.member].reason = event.reason
-        for effect in self.coordinator.on(event):
-            self._do(effect)
+        self._told.append(event)
+        if len(self._told) > 1:
+            return  # what an effect leads to at once comes after all effects of the event before
+        while self._told:
+            try:
+                for effect in self.coordinator.on(self._told[0]):
+                    self._do(effect)
+            finally:
+                self._told.popleft()
 
-    async def ask(self, shape: Shape, *, anew: bool = False) -> dict[str, Any]:
-        """Get to this shape; gives how that ended, as `last_resize` in the status. Raises ValueError for a shape that cannot be."""
+    async def ask(self, shape: Shape, *, anew: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
+        """Get to this shape, or give it up after `timeout_s`; gives how that ended, as `last_resize` in the status.
+
+        Raises ValueError for a shape that cannot be.
+        """
         epoch_of(self._config, self._model, shape, 1, self.loads).check(self._model)
         ask_id, before, started_s = os.urandom(8).hex(), self.roster, time.monotonic()
         self._asked[ask_id] = asyncio.get_running_loop().create_future()
         self._pauses_ms = []
         self.tell(Asked(ask_id, shape, anew))
+        late = Withdrawn(ask_id, f"not over in {timeout_s:g} s") if timeout_s is not None else None
+        alarm = asyncio.get_running_loop().call_later(timeout_s or 0.0, self.tell, late) if late else None
         done = await self._asked[ask_id]
+        if alarm is not None:
+            alarm.cancel()
         del self._asked[ask_id]
         answer = {
             "from": _counts(before.shape) if before else None,
@@ -151,12 +176,6 @@ class Transition:
         if done.outcome != "refused":
             self.last_resize = answer
         return answer
-
-    def hurry(self) -> None:
-        """Whoever asked has no more time: what is in progress is late."""
-        change = self.coordinator.change
-        if change is not None and not change.committed:
-            self.tell(Late(change.number, change.phase))
 
     def close(self) -> None:
         """Watch nobody any more."""
@@ -204,6 +223,7 @@ class Transition:
         except (ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             self.tell(Unprovided(wanted.number, first_line(error)))
         else:
+            self._store(self.coordinator.record)  # with the actors that there are now
             self.tell(Provided(wanted.number, names))
         finally:
             self._providing.pop(wanted.number, None)
