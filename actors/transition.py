@@ -90,7 +90,8 @@ class Transition:
         self._epochs: dict[int, Epoch] = {}
         self._endpoints: dict[int, dict[int, dict[str, Any]]] = {}
         self._providing: dict[int, asyncio.Task[None]] = {}
-        self._pauses_ms: list[float] = []
+        self._pauses_ms: dict[int, list[float]] = {}
+        """Of the attention actors, by the epoch that they entered; the last one alone."""
         self._departed: list[tuple[float, Hand]] = []
         self.views = 0
         """How often what ingress and status show has changed."""
@@ -157,7 +158,6 @@ class Transition:
         epoch_of(self._config, self._model, shape, 1, self.loads).check(self._model)
         ask_id, before, started_s = os.urandom(8).hex(), self.roster, time.monotonic()
         self._asked[ask_id] = asyncio.get_running_loop().create_future()
-        self._pauses_ms = []
         self.tell(Asked(ask_id, shape, anew))
         late = Withdrawn(ask_id, f"not over in {timeout_s:g} s") if timeout_s is not None else None
         alarm = asyncio.get_running_loop().call_later(timeout_s or 0.0, self.tell, late) if late else None
@@ -165,12 +165,13 @@ class Transition:
         if alarm is not None:
             alarm.cancel()
         del self._asked[ask_id]
+        entered = self.roster.number if self.roster and self.roster != before else 0
         answer = {
             "from": _counts(before.shape) if before else None,
             "to": _counts(shape),
             "outcome": done.outcome,
             "reason": done.reason or None,
-            "pause_ms": max(self._pauses_ms, default=None) if done.outcome == "committed" else None,
+            "pause_ms": max(self._pauses_ms.get(entered, ()), default=None) if done.outcome == "committed" else None,
             "total_s": round(time.monotonic() - started_s, 3),
         }
         if done.outcome != "refused":
@@ -248,7 +249,7 @@ class Transition:
     def _ask(self, ask: Ask) -> None:
         logger.info("epoch %d: %s of %s", ask.number, ask.op, ", ".join(ask.members))
         if ask.op == "prepare":
-            self._endpoints = {ask.number: {}}
+            self._endpoints, self._pauses_ms = {ask.number: {}}, {ask.number: []}
         for member in ask.members:
             if member in self.crew:
                 self._begin(self._call(ask, self.crew[member]))
@@ -292,7 +293,7 @@ class Transition:
         elif ask.op == "prepare":
             self._endpoints.setdefault(ask.number, {})[ask.roster.members.index(hand.name)] = answer
         elif ask.op == "switch" and hand.role == "attention":
-            self._pauses_ms.append(round(float(answer), 1))
+            self._pauses_ms.setdefault(ask.number, []).append(round(float(answer), 1))
 
 
 def _counts(shape: Shape) -> dict[str, int]:
