@@ -62,7 +62,9 @@ class PackedAttentionLayer(AttentionLayer):
             eps=plain.input_layernorm.eps,
             normalise=plain.normalise,
         )
-        self.share_expert = None if plain.share_expert is None else PackedDenseFFN(plain.share_expert)
+        shared = plain.share_expert
+        assert shared is None or isinstance(shared, DenseFFN)
+        self.share_expert = None if shared is None else PackedDenseFFN(shared)
 
     def before(self, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """residual [N, H] to q, k, v ready for attention."""
