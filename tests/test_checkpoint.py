@@ -201,6 +201,41 @@ def test_a_broken_directory_is_named(tmp_path: Path, directory: Path) -> None:
         Checkpoint.open(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"moe_top_k": 9}, "moe_top_k must be an integer from 1 to 8 (moe_num_experts), got 9"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 4096, got 1000000000"),
+        ({"head_dim": 15}, "head_dim must be even (RoPE turns pairs of values), got 15"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+        ({"rope_theta": -1}, "rope_theta must be a number above 0, got -1"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number above 0, got nan"),
+        ({"rope_theta": None}, "rope_theta must be a number above 0, got null"),
+        ({"rope_theta": [1]}, "rope_theta must be a number above 0, got [1]"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 0, got 1000"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number above 0, got -1"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number above 0, got null"),
+        ({"max_position_embedding": -5}, "max_position_embedding must be an integer from 1 to 16777216, got -5"),
+        ({"max_position_embedding": [1]}, "max_position_embedding must be an integer from 1 to 16777216, got [1]"),
+        ({"eos_token_id": 512}, "eos_token_id must be an integer from 0 to 511 (vocab_size), got 512"),
+        ({"eos_token_id": [3, "x"]}, "eos_token_id must be an integer from 0 to 511 (vocab_size), got 'x'"),
+        ({"bos_token_id": "x"}, "bos_token_id must be an integer from 0 to 511 (vocab_size), got 'x'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
+        ({"norm_expert_weight": "false"}, "norm_expert_weight must be true or false, got 'false'"),
+        ({"text_config": 5}, "text_config must be an object, got 5"),
+        ({"torch_dtype": []}, "torch_dtype must be one of float32, bfloat16, got []"),
+        ({"moe_layers_enum": [1, None]}, "moe_layers_enum must be a comma-separated string of integers, got [1, None]"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_one_line(directory: Path, change: dict[str, object], expected: str) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(CONFIG.to_dict() | change))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(directory)
+    assert str(caught.value).startswith(f"{file}: {expected}")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_step3_vl_checkpoint_serves_its_text_part(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     plain = load_model(Checkpoint.open(directory)).generate_greedy([5, 6], 8)

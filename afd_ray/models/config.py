@@ -1,14 +1,20 @@
 """The shape of a model, read from a Hugging Face `config.json`."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afd_ray.config_reading import shown
+
 SUPPORTED_MODEL_TYPES = ("step3_text", "step3_vl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_LAYERS = 4096
+MAX_SIZE = 1 << 24
+"""Of any other count or width: what is above is a mistake, and would be told of only by running out of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +54,31 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """From the parsed `config.json`; raises ValueError naming the key that is missing or unsupported."""
+        """From the parsed `config.json`; raises ValueError naming the key, its value and what is allowed."""
         text = _text_part(raw)
         _refuse_unsupported(text)
-        layers = _integer(text, "num_hidden_layers")
-        eos = text.get("eos_token_id", raw.get("eos_token_id"))
+        layers = _integer(text, "num_hidden_layers", MAX_LAYERS)
+        experts, vocab_size = _integer(text, "moe_num_experts"), _integer(text, "vocab_size")
         return cls(
             num_hidden_layers=layers,
             hidden_size=_integer(text, "hidden_size"),
             num_attention_heads=_integer(text, "num_attention_heads"),
-            head_dim=_integer(text, "head_dim"),
+            head_dim=_head_dim(text),
             share_q_dim=_integer(text, "share_q_dim"),
             moe_layers=_moe_layers(text.get("moe_layers_enum"), layers),
-            moe_num_experts=_integer(text, "moe_num_experts"),
-            moe_top_k=_integer(text, "moe_top_k"),
+            moe_num_experts=experts,
+            moe_top_k=_integer(text, "moe_top_k", experts, " (moe_num_experts)"),
             moe_intermediate_size=_integer(text, "moe_intermediate_size"),
             share_expert_dim=_integer(text, "share_expert_dim"),
             intermediate_size=_integer(text, "intermediate_size"),
-            vocab_size=_integer(text, "vocab_size"),
-            max_position_embedding=int(text.get("max_position_embedding") or text.get("max_seq_len") or 65536),
-            rope_theta=float(text.get("rope_theta", 500000.0)),
-            rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
-            norm_expert_weight=bool(text.get("norm_expert_weight", False)),
-            dtype=_dtype(text.get("torch_dtype") or text.get("dtype") or raw.get("torch_dtype") or raw.get("dtype")),
-            bos_token_id=text.get("bos_token_id", raw.get("bos_token_id")),
-            eos_token_ids=_id_tuple(eos),
+            vocab_size=vocab_size,
+            max_position_embedding=_max_position(text),
+            rope_theta=_above_zero(text, "rope_theta", 500000.0),
+            rms_norm_eps=_above_zero(text, "rms_norm_eps", 1e-5),
+            norm_expert_weight=_truth(text, "norm_expert_weight"),
+            dtype=_dtype(_first(("torch_dtype", "dtype"), text, raw)),
+            bos_token_id=_token_id("bos_token_id", _first(("bos_token_id",), text, raw), vocab_size),
+            eos_token_ids=_token_ids("eos_token_id", _first(("eos_token_id",), text, raw), vocab_size),
         )
 
     @classmethod
@@ -83,7 +89,7 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{directory}: no config.json there") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: must hold a JSON object")
@@ -126,11 +132,13 @@ class ModelConfig:
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"model_type must be one of {', '.join(SUPPORTED_MODEL_TYPES)}, got {model_type!r}")
+        raise ValueError(f"model_type must be one of {', '.join(SUPPORTED_MODEL_TYPES)}, got {shown(model_type)}")
+    text = raw.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"text_config must be an object, got {shown(text)}")
     if model_type == "step3_text":
         return raw
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
+    if text is None:
         raise ValueError("text_config is missing from a step3_vl configuration")
     return text
 
@@ -143,15 +151,55 @@ def _refuse_unsupported(text: dict[str, Any]) -> None:
         raise ValueError(f"rope_scaling must be null, got {text['rope_scaling']}")
     if text.get("tie_word_embeddings"):
         raise ValueError("tie_word_embeddings must be false: Step-3 has a head of its own")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act must be silu, got {shown(text['hidden_act'])}")
     if text.get("quantization_config"):
         raise ValueError("quantization_config is not supported yet: use a float32 or bfloat16 checkpoint")
 
 
-def _integer(text: dict[str, Any], key: str) -> int:
+def _integer(text: dict[str, Any], key: str, highest: int = MAX_SIZE, whose: str = "") -> int:
+    """`whose` says what sets the highest value."""
     value = text.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    if not _is_integer(value) or not 1 <= value <= highest:
+        raise ValueError(f"{key} must be an integer from 1 to {highest}{whose}, got {shown(value)}")
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _head_dim(text: dict[str, Any]) -> int:
+    width = _integer(text, "head_dim")
+    if width % 2:
+        raise ValueError(f"head_dim must be even (RoPE turns pairs of values), got {width}")
+    return width
+
+
+def _max_position(text: dict[str, Any]) -> int:
+    for key in ("max_position_embedding", "max_seq_len"):
+        if text.get(key) is not None:
+            return _integer(text, key)
+    return 65536
+
+
+def _above_zero(text: dict[str, Any], key: str, default: float) -> float:
+    value = text.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{key} must be a number above 0, got {shown(value)}")
+    return float(value)
+
+
+def _truth(text: dict[str, Any], key: str) -> bool:
+    value = text.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {shown(value)}")
     return value
+
+
+def _first(keys: tuple[str, ...], *sources: dict[str, Any]) -> object:
+    """The first value that is there and not null."""
+    return next((source[key] for source in sources for key in keys if source.get(key) is not None), None)
 
 
 def _moe_layers(enum: object, layers: int) -> frozenset[int]:
@@ -159,13 +207,13 @@ def _moe_layers(enum: object, layers: int) -> frozenset[int]:
         return frozenset(range(1, layers))
     items = enum.split(",") if isinstance(enum, str) else enum
     if not isinstance(items, list | tuple):
-        raise ValueError(f"moe_layers_enum must be a comma-separated string, got {enum!r}")
+        raise ValueError(f"moe_layers_enum must be a comma-separated string, got {shown(enum)}")
     try:
-        indices = frozenset(int(item) for item in items if str(item).strip())
+        indices = frozenset(int(str(item)) for item in items if str(item).strip())
     except ValueError:
-        raise ValueError(f"moe_layers_enum must be a comma-separated string of integers, got {enum!r}") from None
+        raise ValueError(f"moe_layers_enum must be a comma-separated string of integers, got {shown(enum)}") from None
     if any(not 0 <= index < layers for index in indices):
-        raise ValueError(f"moe_layers_enum names a layer outside 0..{layers - 1}: {enum!r}")
+        raise ValueError(f"moe_layers_enum names a layer outside 0..{layers - 1}: {shown(enum)}")
     return indices
 
 
@@ -174,11 +222,21 @@ def _dtype(name: object) -> torch.dtype:
         return torch.bfloat16
     dtype = DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:
-        raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return dtype
 
 
-def _id_tuple(value: object) -> tuple[int, ...]:
+def _token_id(key: str, value: object, vocab_size: int) -> int | None:
     if value is None:
-        return ()
-    return tuple(int(item) for item in value) if isinstance(value, list) else (int(str(value)),)
+        return None
+    (token,) = _token_ids(key, [value], vocab_size)
+    return token
+
+
+def _token_ids(key: str, value: object, vocab_size: int) -> tuple[int, ...]:
+    """One id or a list of them."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not _is_integer(token) or not 0 <= token < vocab_size:
+            raise ValueError(f"{key} must be an integer from 0 to {vocab_size - 1} (vocab_size), got {shown(token)}")
+    return tuple(ids)
