@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE
 
-from afd_ray.text import IncrementalDetokenizer, Tokenizer
+from afd_ray.text import IncrementalDetokenizer, Tokenizer, TokenizerError
 from afd_ray.text.chat_template import ChatTemplate
 from tests.ingress_fake import byte_ids, write_tokenizer
 
@@ -30,10 +30,24 @@ def test_a_directory_without_tokenizer_gives_none(tmp_path: Path) -> None:
     assert Tokenizer.from_directory(tmp_path) is None
 
 
-def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("tokenizer.json", "{", "not a tokenizer"),
+        ("tokenizer.json", "[]", "not a tokenizer"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", '{"bos_token": {"a": 1}}', "special tokens or chat template cannot be read"),
+        ("tokenizer_config.json", '{"chat_template": [1]}', "special tokens or chat template cannot be read"),
+        ("chat_template.jinja", "{% if %}", "special tokens or chat template cannot be read"),
+    ],
+)
+def test_a_broken_tokenizer_file_is_named(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError) as caught:
         Tokenizer.from_directory(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}: {expected}")
+    assert "\n" not in str(caught.value)
 
 
 def test_text_round_trips(tokenizer: Tokenizer) -> None:

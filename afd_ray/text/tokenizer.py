@@ -15,6 +15,10 @@ _SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+class TokenizerError(RuntimeError):
+    """One line: the file, and what is wrong with it."""
+
+
 class Tokenizer:
     """Encodes prompts, renders chats, and tells the bytes that each token stands for."""
 
@@ -28,14 +32,14 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer | None":
-        """None when the directory has no tokenizer.json; ValueError (one line) when a tokenizer file is broken."""
+        """None when the directory has no tokenizer.json; TokenizerError when a tokenizer file is broken."""
         path = directory / "tokenizer.json"
         if not path.is_file():
             return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+            raise TokenizerError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, _load_chat_template(directory))
@@ -113,14 +117,20 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _load_chat_template(directory: Path) -> ChatTemplate | None:
-    config = _read_config(directory / "tokenizer_config.json")
-    special = {key: _token_text(config[key]) for key in _SPECIAL_TOKEN_KEYS if config.get(key)}
+    path = directory / "tokenizer_config.json"
+    config = _read_config(path)
     own_file = directory / "chat_template.jinja"
-    source = own_file.read_text(encoding="utf-8") if own_file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default")
-    return ChatTemplate(source, special) if source else None
+    try:
+        special = {key: _token_text(config[key]) for key in _SPECIAL_TOKEN_KEYS if config.get(key)}
+        source = config.get("chat_template")
+        if own_file.is_file():
+            path, source = own_file, own_file.read_text(encoding="utf-8")
+        if isinstance(source, list):
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        return ChatTemplate(source, special) if source else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path}: special tokens or chat template cannot be read ({error})") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -128,10 +138,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise TokenizerError(f"{path}: must hold a JSON object")
     return config
 
 
