@@ -58,8 +58,13 @@ class Pace(Section):
 class KVCache(Section):
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens."""
-    num_blocks: Literal["auto"] | PositiveInt = "auto"
+    num_blocks: Literal["auto"] | Annotated[int, Field(ge=1, le=1 << 24)] = "auto"
     dtype: Dtype = "auto"
+
+    @property
+    def tokens(self) -> int | None:
+        """What one attention actor holds; None: not known before it looks at its memory."""
+        return None if self.num_blocks == "auto" else self.num_blocks * self.block_size
 
 
 class Attention(Section):
@@ -159,6 +164,11 @@ class Config(Section):
     autoscaling: Autoscaling = Autoscaling()
     server: Server = Server()
 
+    def context_limit(self, model_limit: int) -> int:
+        """Tokens of prompt and answer that a request may have at most; `model_limit`: what the model allows."""
+        limits = (model_limit, self.model.max_context, self.attention.kv_cache.tokens)
+        return min(limit for limit in limits if limit is not None)
+
 
 def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, or a bundled one by name ("demo"; None: the defaults), with `key.path=value` overrides.
@@ -166,6 +176,8 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     Raises ConfigError in one line.
     """
     raw, origin = read_source(source)
+    if isinstance(raw, dict):
+        refuse_unknown_keys(Config, raw, origin)
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, origin)

@@ -1,6 +1,7 @@
 """Configuration text into plain values, and what is wrong with them into one line."""
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from importlib import resources
@@ -26,6 +27,8 @@ def bundled_names() -> list[str]:
 def read_source(source: str | Path | None) -> tuple[Any, str]:
     if source is None:
         return {}, "configuration"
+    if not str(source):
+        raise ConfigError(f"CONFIG: must be a YAML file or a bundled name ({', '.join(bundled_names())}), got ''")
     path = Path(source)
     if path.is_file():
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -58,6 +61,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 takes a number such as 1e-9, without a point, for text.
+_UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), list("-+0123456789"))
+
+
 def _parse_yaml(content: bytes, origin: str) -> Any:
     try:
         raw = yaml.load(content.decode("utf-8"), _UniqueKeyLoader)
@@ -73,6 +80,10 @@ def _parse_yaml(content: bytes, origin: str) -> Any:
 
 
 def apply_override(raw: Any, override: str) -> None:
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--set: {override!r} must be valid UTF-8") from None
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -88,9 +99,12 @@ def apply_override(raw: Any, override: str) -> None:
     raw[parts[-1]] = _parse_yaml(text.encode(), f"--set {key}") if text.strip() else ""
 
 
-def refuse_unknown_keys(schema: type[BaseModel], raw: dict[Any, Any]) -> None:
-    """Raises ConfigError for the first key that `schema` lacks, with the nearest that it has."""
-    _refuse_unknown_keys(schema, schema, raw, ())
+def refuse_unknown_keys(schema: type[BaseModel], raw: dict[Any, Any], origin: str = "") -> None:
+    """Raises ConfigError for the first key that `schema` lacks, with the nearest that it has; `origin`: the file it stands in."""
+    try:
+        _refuse_unknown_keys(schema, schema, raw, ())
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}" if origin else str(error)) from None
 
 
 def _refuse_unknown_keys(schema: type[BaseModel], section: type[BaseModel], raw: dict[Any, Any], path: tuple[str, ...]) -> None:
@@ -178,8 +192,9 @@ def _allowed(detail: Any) -> str:
     kind = detail["type"]
     context = detail.get("ctx", {})
     if kind in _BOUNDS:
-        words, bound = _BOUNDS[kind]
-        return f"{words} {context[bound]:g}"
+        words, name = _BOUNDS[kind]
+        bound = context[name]
+        return f"{words} {bound}" if isinstance(bound, int) else f"{words} {bound:g}"
     if kind == "literal_error":
         return str(context["expected"]).replace("'", "")
     return _KINDS.get(kind, str(detail["msg"]))

@@ -114,6 +114,11 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: bytes, ex
         ("server=3", "server: must be a section"),
         ("server.port=[", "--set server.port"),
         ("server.prot=1", "server.prot: unknown key, did you mean server.port?"),
+        ("model.name=\udcff", "--set: 'model.name=\\udcff' must be valid UTF-8"),
+        (
+            "attention.kv_cache.num_blocks=99999999999",
+            "attention.kv_cache.num_blocks: must be auto or at most 16777216, got 99999999999",
+        ),
     ],
 )
 def test_a_bad_override_is_one_line(override: str, expected: str) -> None:
@@ -121,6 +126,24 @@ def test_a_bad_override_is_one_line(override: str, expected: str) -> None:
         load_config(None, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("atention: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["server.port=1"])
+    assert str(caught.value) == f"{path}: atention: unknown key, did you mean attention?"
+
+
+def test_a_number_may_have_an_exponent_and_no_point() -> None:
+    assert load_config(None, ["handoff.start_timeout_s=1e-9"]).handoff.start_timeout_s == 1e-9
+    assert load_config(None, ["model.name=e5"]).model.name == "e5"
+
+
+def test_an_empty_name_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"CONFIG: must be a YAML file or a bundled name \(.*demo.*\), got ''"):
+        load_config("")
 
 
 def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> None:
