@@ -112,7 +112,10 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"content": "hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content"),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages.0.role"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages"),  # the template refuses it
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, "top_logprobs"),
     ({"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": [{"role": "user", "content": "hi"}], "logprobs": 1}, "logprobs"),
@@ -225,20 +228,39 @@ async def test_not_ready(client: httpx.AsyncClient, backend: FakeBackend) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "body", "said"),
     [
-        ("/admin/scale", b"{}"),
-        ("/admin/scale", b'{"attention": "2"}'),
-        ("/admin/scale", b'{"attention": 0}'),
-        ("/admin/scale", b'{"ffn": true}'),
-        ("/admin/trace", b'{"steps": -1}'),
-        ("/admin/trace", b"nope"),
+        ("/admin/scale", b"{}", "body must give attention"),
+        ("/admin/scale", b'{"attention": "2"}', 'attention must be an integer from 1 to 4096, got "2"'),
+        ("/admin/scale", b'{"attention": 0}', "from 1 to 4096, got 0"),
+        ("/admin/scale", b'{"attention": 4097}', "from 1 to 4096, got 4097"),
+        ("/admin/scale", b'{"ffn": true}', "from 1 to 4096, got true"),
+        ("/admin/scale", b'{"timeout": -1, "attention": 1}', "timeout: unknown key, did you mean timeout_s?"),
+        ("/admin/scale", b'{"attention": 1, "timeout_s": 86401}', "timeout_s must be an integer from 1 to 86400"),
+        ("/admin/rebalance", b'{"now": 1}', "now: unknown key, the body takes none"),
+        ("/admin/trace", b'{"steps": -1}', "from 1 to 10000"),
+        ("/admin/trace", b'{"setps": 1}', "setps: unknown key, did you mean steps?"),
+        ("/admin/trace", b"nope", "valid JSON"),
     ],
 )
-async def test_bad_admin_bodies(client: httpx.AsyncClient, path: str, body: bytes) -> None:
+async def test_bad_admin_bodies(client: httpx.AsyncClient, path: str, body: bytes, said: str) -> None:
     response = await client.post(path, content=body)
     assert response.status_code == 400
-    error_of(response)
+    assert said in error_of(response)["message"]
+
+
+async def test_a_resize_that_did_not_happen_is_no_success(
+    client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize = {"from": {"attention": 1}, "to": {"attention": 1000}, "outcome": "rolled_back", "reason": "no room"}
+
+    async def scale(wanted: dict[str, Any]) -> dict[str, Any]:
+        return resize
+
+    monkeypatch.setattr(backend, "scale", scale)
+    response = await client.post("/admin/scale", json={"attention": 1000})
+    assert (response.status_code, error_of(response)["code"]) == (409, "rolled_back")
+    assert {key: value for key, value in response.json().items() if key != "error"} == resize
 
 
 async def test_keys(backend: FakeBackend, tmp_path: Path) -> None:

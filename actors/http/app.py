@@ -1,6 +1,8 @@
 """The routes, put together into one FastAPI application."""
 
 import asyncio
+import difflib
+import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,6 +23,12 @@ from actors.http.shapes import ChatShape, CompletionShape, Shape
 from actors.http.wire import BodyTooLarge, ClientGone, json_response, read_body
 
 MAX_TRACE_STEPS = 10_000
+MAX_RANKS = 4096
+"""Of a role, as in the configuration."""
+MAX_TIMEOUT_S = 86_400
+
+
+SCALED = ("attention", "ffn", "ffn_tensor_parallel")
 
 
 async def _no_peers() -> dict[str, Snapshot]:
@@ -120,19 +128,23 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     async def scale(request: Request) -> Response:
         options.admin_keys.check(request)
         body = parse_json(await _body(request, options))
-        wanted = {name: _count(body, name) for name in ("attention", "ffn", "ffn_tensor_parallel")}
+        _refuse_unknown_keys(body, (*SCALED, "timeout_s"))
+        wanted = {name: _count(body, name, MAX_RANKS) for name in SCALED}
         if not any(wanted.values()):
             raise bad_request("body must give attention, ffn or ffn_tensor_parallel")
-        wanted["timeout_s"] = _count(body, "timeout_s")
-        return json_response(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
+        wanted["timeout_s"] = _count(body, "timeout_s", MAX_TIMEOUT_S)
+        return _resized(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
 
     async def rebalance(request: Request) -> Response:
         options.admin_keys.check(request)
+        _refuse_unknown_keys(parse_json(await _body(request, options) or b"{}"), ())
         return json_response(await _asked(backend.rebalance()))
 
     async def trace(request: Request) -> Response:
         options.admin_keys.check(request)
-        steps = _count(parse_json(await _body(request, options) or b"{}"), "steps", MAX_TRACE_STEPS)
+        body = parse_json(await _body(request, options) or b"{}")
+        _refuse_unknown_keys(body, ("steps",))
+        steps = _count(body, "steps", MAX_TRACE_STEPS)
         return json_response(await _asked(backend.trace(steps or 64)))
 
     app.add_route("/admin/status", status, methods=["GET"])
@@ -155,12 +167,30 @@ async def _asked(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         raise as_refusal(error) from None
 
 
-def _count(body: dict[str, Any], name: str, highest: int = 100_000) -> int | None:
+def _resized(answer: dict[str, Any]) -> Response:
+    """What became of a resize: 409 where it did not happen, with an error object beside the answer's own keys."""
+    if answer["outcome"] == "committed":
+        return json_response(answer)
+    failure = ApiError(409, f"{answer['outcome']}: {answer.get('reason')}", code=answer["outcome"])
+    return json_response(answer | failure.body(), status=failure.status)
+
+
+def _refuse_unknown_keys(body: dict[str, Any], known: tuple[str, ...]) -> None:
+    """An admin call that is half understood must not change the cluster."""
+    unknown = next((key for key in body if key not in known), None)
+    if unknown is None:
+        return
+    close = difflib.get_close_matches(unknown, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the keys there are {', '.join(known)}" if known else "the body takes none"
+    raise bad_request(f"{unknown[:60]}: unknown key, {hint}", param=unknown[:60])
+
+
+def _count(body: dict[str, Any], name: str, highest: int) -> int | None:
     value = body.get(name)
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= highest:
-        raise bad_request(f"{name} must be an integer from 1 to {highest}, got {str(value)[:30]}", param=name)
+        raise bad_request(f"{name} must be an integer from 1 to {highest}, got {json.dumps(value)[:30]}", param=name)
     return value
 
 

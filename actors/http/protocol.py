@@ -11,6 +11,7 @@ from afd_ray.request import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 1024
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _QUOTED_CHARACTERS = 60
 
 
@@ -118,6 +119,13 @@ class Message(BaseModel):
     content: str | list[ContentPart] | None = None
 
     def for_template(self, index: int) -> dict[str, Any]:
+        """Raises ApiError for a role that there is not, and for content that is missing or no text."""
+        if self.role not in ROLES:
+            name = f"messages.{index}.role"
+            raise bad_request(f"{name} must be one of {', '.join(ROLES)}, got '{_quote(self.role)}'", param=name)
+        if self.content is None and self.role != "assistant":
+            name = f"messages.{index}.content"
+            raise bad_request(f"{name} must be given with the role {self.role}", param=name)
         return {**(self.model_extra or {}), "role": self.role, "content": self._text(index)}
 
     def _text(self, index: int) -> str:
