@@ -44,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/admin/scale":
+            self.answer(409, {"outcome": "rolled_back", "reason": "no room", "error": {"message": "rolled_back: no room"}})
+            return
         self.answer(200, {"traceEvents": [{"name": "attention"}] * body["steps"]} if self.path == "/admin/trace" else {})
 
     def answer(self, code: int, value: object) -> None:
@@ -130,6 +133,10 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         (["generate"], 2, "--prompt"),
         (["generate", "--prompt", "x", "--temperature", "nan"], 2, "temperature must be from 0 to 100, got nan"),
         (["status", "--url", "localhost"], 2, "must begin with http://"),
+        (["status", "--url", "http://127.0.0.1:99999"], 2, "must be http://HOST:PORT with a port from 1 to 65535"),
+        (["status", "--url", "http://"], 2, "must be http://HOST:PORT"),
+        (["serve", ""], 2, "CONFIG: must be a YAML file or a bundled name"),
+        (["generate", "--prompt", "\udcff"], 2, "--prompt: must be valid UTF-8"),
         (["status", "--url", "http://127.0.0.1:1"], 1, "no server at http://127.0.0.1:1 (Connection refused)"),
         (["trace", "-o", "/nowhere/t.json"], 2, "-o: /nowhere is no directory"),
         (["trace", "-o", "/tmp/t.json", "--steps", "0"], 2, "must be an integer from 1 to 10000, got '0'"),
@@ -207,12 +214,49 @@ def test_watch_shows_the_status_until_interrupted(
     assert [json.loads(line) for line in out.splitlines()] == [STATUS] * 3 if form else "demo: ready, epoch 3" in out
 
 
+def test_a_resize_that_did_not_happen_says_why(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, 1, "scale", "--url", url, "--attention", "9") == "afd-ray: rolled_back: no room\n"
+    assert main(["scale", "--url", url, "--attention", "9", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"outcome": "rolled_back", "reason": "no room"}
+
+
 def test_a_wrong_key_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, 1, "status", "--url", url, "--api-key", "x") == f"afd-ray: {url}/admin/status: 401, wrong admin key\n"
 
 
 def test_a_status_with_little_in_it_still_renders() -> None:
     assert render({"state": "starting"})
+
+
+def shown(status: dict[str, Any], width: int) -> str:
+    from rich.console import Console, Group
+
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(Group(*render(status)))
+    return stream.getvalue()
+
+
+def test_the_lost_are_told_below_the_table_and_not_counted() -> None:
+    reason = "it has not answered for 1 s [silent]"
+    dead = {"id": "a-2", "rank": None, "state": "dead", "reason": reason}
+    text = shown(STATUS | {"attention": [*STATUS["attention"], dead]}, 80)  # type: ignore[misc]
+    assert "attention (1)" in text
+    assert f"a-2 is lost: {reason}" in text.splitlines()[-3].rstrip()
+
+
+def test_no_figure_is_torn_apart() -> None:
+    stages = {"attention": 1234.5, "ffn": 2345.6, "a2f": 345.7, "f2a": 45.8, "attention_wait": 1999.9, "ffn_wait": 1888.8}
+    lines = shown(STATUS | {"stages_us": stages}, 40).splitlines()
+    assert all(any(f"{stage} {us}" in line for line in lines) for stage, us in stages.items())
+
+
+def test_the_last_resize_reads_as_a_sentence() -> None:
+    counts = {"from": {"attention": 4, "ffn": 1}, "to": {"attention": 2, "ffn": 1}}
+    resize = counts | {"outcome": "rolled_back", "reason": "no room", "pause_ms": None, "total_s": 1.25}
+    last = shown(STATUS | {"last_resize": resize}, 120).splitlines()[-1]
+    assert (
+        " ".join(last.split()) == "last resize: 4 attention and 1 ffn to 2 attention and 1 ffn, rolled_back, no room, total_s 1.2"
+    )
 
 
 def test_spans() -> None:
@@ -264,9 +308,24 @@ def test_checkpoint_verify_lists_faults(tiny: Path, capsys: pytest.CaptureFixtur
     assert [("config.json" in f or "truncated" in f) for f in findings] == [True, True]
 
 
+def test_checkpoint_verify_reads_the_tokenizer_too(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "tokenizer.json").write_text("[]")
+    assert main(["checkpoint", "verify", str(tiny)]) == 1
+    (finding,) = capsys.readouterr().out.splitlines()
+    assert finding.startswith(f"{tiny / 'tokenizer.json'}: not a tokenizer")
+
+
+def test_checkpoint_commands_know_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", "demo"]) == 0
+    assert main(["checkpoint", "inspect", "demo", "--json"]) == 0
+    assert "sound" in capsys.readouterr().out
+
+
 def test_the_full_size_preset_only_counts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["checkpoint", "init", "step3", str(tmp_path / "x"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"]["attention_per_layer"] == 169_345_024
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["parameters"]["attention_per_layer"] == 169_345_024
+    assert "nothing was written" in captured.err
     assert list(tmp_path.iterdir()) == []
 
 

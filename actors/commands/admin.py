@@ -11,7 +11,11 @@ from actors.commands.joining import use_token
 
 
 class ServerError(RuntimeError):
-    """One line: the server is not there, or refuses."""
+    """One line: the server is not there, or refuses. `answer`: the JSON object that came with the refusal."""
+
+    def __init__(self, message: str, answer: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer or {}
 
 
 def ask(args: argparse.Namespace, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -38,7 +42,8 @@ def ask_url(url: str, path: str, body: dict[str, Any] | None, api_key: str | Non
         with opener.open(request, timeout=timeout_s) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
-        raise ServerError(f"{url}{path}: {error.code}, {_reason(error.read(), error.reason)}") from None
+        refusal = _object(error.read())
+        raise ServerError(f"{url}{path}: {error.code}, {_reason(refusal, error.reason)}", refusal) from None
     except (TimeoutError, urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(f"no server at {url} ({getattr(reason, 'strerror', None) or reason})") from None
@@ -49,9 +54,18 @@ def ask_url(url: str, path: str, body: dict[str, Any] | None, api_key: str | Non
     return answer
 
 
-def _reason(content: bytes, otherwise: str) -> str:
+def _object(content: bytes) -> dict[str, Any]:
+    """Empty for what is not a JSON object."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _reason(refusal: dict[str, Any], otherwise: str) -> str:
     """The message of an OpenAI error object."""
     try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+        return str(refusal["error"]["message"])
+    except (KeyError, TypeError):
         return str(otherwise)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -34,7 +35,23 @@ def url(text: str) -> str:
     """An argparse type: http://HOST:PORT."""
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"must begin with http:// or https://, got {text!r}")
+    try:
+        parts = urlsplit(text)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise argparse.ArgumentTypeError(f"must be http://HOST:PORT with a port from 1 to 65535, got {text!r}")
     return text.rstrip("/")
+
+
+def unicode_text(text: str) -> str:
+    """An argparse type: text of valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be valid UTF-8, got {text!r}") from None
+    return text
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

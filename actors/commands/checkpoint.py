@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from actors.commands.progress import ProgressLine
 
 if TYPE_CHECKING:
     from afd_ray.models.config import ModelConfig
+
+DIRECTORY_HELP = "a directory in Hugging Face layout, or demo, the bundled model"
 
 
 def add_parser(commands: Any) -> None:
@@ -26,11 +29,11 @@ def add_parser(commands: Any) -> None:
     add_json(init)
     init.set_defaults(run=run_init)
     inspect = actions.add_parser("inspect", help="shape, parameters, and bytes of each role")
-    inspect.add_argument("directory", metavar="DIR")
+    inspect.add_argument("directory", metavar="DIR", help=DIRECTORY_HELP)
     add_json(inspect)
     inspect.set_defaults(run=run_inspect)
     verify = actions.add_parser("verify", help="every fault, one line each; exit 1 if there is one")
-    verify.add_argument("directory", metavar="DIR")
+    verify.add_argument("directory", metavar="DIR", help=DIRECTORY_HELP)
     add_json(verify)
     verify.set_defaults(run=run_verify)
 
@@ -44,7 +47,9 @@ def run_init(args: argparse.Namespace) -> int:
         raise ValueError(f"PRESET: must be one of {', '.join(PRESETS)}, got {args.preset!r}")
     config = PRESETS[args.preset]
     config = replace(config, dtype=DTYPES[args.dtype]) if args.dtype else config
-    if args.preset not in DRY_RUN_ONLY:
+    if args.preset in DRY_RUN_ONLY:
+        print(f"{args.preset} is too large to write here: nothing was written", file=sys.stderr)
+    else:
         directory = _empty_directory(args.directory)
         progress = ProgressLine(f"writing {directory}:")
         write_checkpoint(directory, config, random_tensors(config, args.seed, progress))
@@ -79,7 +84,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from afd_ray.models.checkpoint import Checkpoint, file_findings, verify
 
     directory = existing_directory(args.directory)
-    findings = file_findings(directory)
+    findings = [*file_findings(directory), *tokenizer_findings(directory)]
     tensors = 0
     if not findings:
         checkpoint = Checkpoint.open(directory)
@@ -93,10 +98,23 @@ def run_verify(args: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
+def tokenizer_findings(directory: Path) -> list[str]:
+    """What is wrong with the tokenizer's files; nothing where there are none."""
+    from afd_ray.text import Tokenizer, TokenizerError
+
+    try:
+        Tokenizer.from_directory(directory)
+    except TokenizerError as error:
+        return [str(error)]
+    return []
+
+
 def existing_directory(name: str) -> Path:
-    directory = Path(name)
+    from afd_ray.config import BUNDLED_MODEL, Model, model_directory
+
+    directory = model_directory(Model()) if name == BUNDLED_MODEL else Path(name)
     if not directory.is_dir():
-        raise FileNotFoundError(f"DIR: {name} is no directory")
+        raise FileNotFoundError(f"DIR: {name} is no directory, give one in Hugging Face layout or {BUNDLED_MODEL}")
     return directory
 
 

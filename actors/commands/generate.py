@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-from actors.commands.arguments import add_config, add_json, host_and_port, integer
+from actors.commands.arguments import add_config, add_json, host_and_port, integer, unicode_text
 from actors.commands.joining import use_token
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="start a cluster, continue one prompt, stop")
     add_config(parser)
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", type=unicode_text, required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=integer(1), default=128, metavar="N", help="new tokens at most (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")

@@ -35,7 +35,12 @@ def run(args: argparse.Namespace) -> int:
     body: dict[str, Any] = {name: count for name, count in wanted.items() if count is not None}
     if not body:
         raise ValueError("scale needs --attention, --ffn or --ffn-tensor-parallel")
-    answer = ask(args, "/admin/scale", body | {"timeout_s": args.timeout}, args.timeout + ANSWER_MARGIN_S)
+    try:
+        answer = ask(args, "/admin/scale", body | {"timeout_s": args.timeout}, args.timeout + ANSWER_MARGIN_S)
+    except ServerError as refusal:
+        if "outcome" not in refusal.answer:
+            raise
+        answer = {key: value for key, value in refusal.answer.items() if key != "error"}
     if args.as_json:
         print(json.dumps(answer, indent=2))
     if answer.get("outcome") != "committed":

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 PERIOD_S = 1.0
 Status = dict[str, Any]
-SOMETIMES = ("pace", "reason")
-"""Columns shown only where they tell something: a pace, a dead actor's reason."""
+SOMETIMES = ("pace",)
+"""Columns shown only where they tell something."""
 
-ATTENTION_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "running", "waiting", "kv", "pace", "reason")
-FFN_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "instance", "tp_rank", "experts", "pace", "reason")
+ATTENTION_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "running", "waiting", "kv", "pace")
+FFN_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "instance", "tp_rank", "experts", "pace")
 
 
 def add_parser(commands: Any) -> None:
@@ -71,14 +71,37 @@ def _every_period(args: argparse.Namespace, status: Status) -> Iterator[Status]:
 
 
 def render(status: Status) -> "list[RenderableType]":
-    """The status as lines and tables."""
+    """The status as lines and tables; who died is told below them."""
+    attention, ffn = status.get("attention") or [], status.get("ffn") or []
     parts: list[RenderableType] = [f"{status.get('model')}: {status.get('state')}, epoch {status.get('epoch')}"]
-    parts.append(_table("attention", ATTENTION_COLUMNS, [_attention_row(actor) for actor in status.get("attention") or []]))
-    parts.append(_table("ffn", FFN_COLUMNS, [_ffn_row(rank) for rank in status.get("ffn") or []]))
-    parts += [f"{key}: {_figures(status[key])}" for key in ("tpot_ms", "ttft_ms", "stages_us") if status.get(key)]
+    parts.append(_table("attention", ATTENTION_COLUMNS, [_attention_row(actor) for actor in _living(attention)]))
+    parts.append(_table("ffn", FFN_COLUMNS, [_ffn_row(rank) for rank in _living(ffn)]))
+    parts += [_escaped(f"{actor['id']} is lost: {actor.get('reason')}") for actor in (*attention, *ffn) if _is_dead(actor)]
+    parts += [_line(key, _figures(status[key])) for key in ("tpot_ms", "ttft_ms", "stages_us") if status.get(key)]
     if status.get("last_resize"):
-        parts.append(f"last resize: {_figures(status['last_resize'])}")
+        parts.append(_line("last resize", _resize(status["last_resize"])))
     return parts
+
+
+def _is_dead(actor: Status) -> bool:
+    return actor.get("state") == "dead"
+
+
+def _living(actors: list[Status]) -> list[Status]:
+    return [actor for actor in actors if not _is_dead(actor)]
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _line(title: str, items: list[str]) -> "RenderableType":
+    """Breaks between items only."""
+    from rich.columns import Columns
+
+    return Columns([f"{title}:", *(f"{_escaped(item)}," for item in items[:-1]), *map(_escaped, items[-1:])], padding=(0, 1))
 
 
 def _attention_row(actor: Status) -> Status:
@@ -91,7 +114,6 @@ def _ffn_row(rank: Status) -> Status:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[Status]) -> "RenderableType":
-    from rich.markup import escape
     from rich.table import Table
 
     # What says nothing takes no room: a terminal has 80 columns.
@@ -100,7 +122,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[Status]) -> "Rendera
     for column in columns:
         table.add_column(column, no_wrap=column in ("id", "state"))
     for row in rows:
-        table.add_row(*(escape(_cell(column, row.get(column))) for column in columns))
+        table.add_row(*(_escaped(_cell(column, row.get(column))) for column in columns))
     return table
 
 
@@ -110,11 +132,17 @@ def _cell(column: str, value: object) -> str:
     return str(value)[:8] if column == "node" else str(value)
 
 
-def _figures(values: Status) -> str:
+def _figures(values: Status) -> list[str]:
     known = {key: value for key, value in values.items() if value is not None}
-    return (
-        ", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()) or "-"
-    )
+    return [f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()] or ["-"]
+
+
+def _resize(resize: Status) -> list[str]:
+    """As `4 attention and 1 ffn to 2 attention and 1 ffn, committed, ...`."""
+    shapes = [" and ".join(f"{count} {role}" for role, count in (resize.get(end) or {}).items()) for end in ("from", "to")]
+    rest = {key: value for key, value in resize.items() if key not in ("from", "to", "outcome", "reason")}
+    said = [str(resize[key]) for key in ("outcome", "reason") if resize.get(key)]
+    return [" to ".join(filter(None, shapes)), *said, *(_figures(rest) if any(rest.values()) else ())]
 
 
 def spans(ids: list[int]) -> str:
