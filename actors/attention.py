@@ -204,7 +204,7 @@ def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Futu
 
 def max_context(config: Config, model: ModelConfig) -> int:
     """Tokens of prompt and answer that a request may come to."""
-    return min(config.model.max_context or model.max_position_embedding, model.max_position_embedding)
+    return config.context_limit(model.max_position_embedding)
 
 
 def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAllocator]:

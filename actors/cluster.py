@@ -18,11 +18,10 @@ import ray
 
 from actors.cluster_view import ClusterView
 from actors.controller import NAME, NAMESPACE, Controller
+from actors.fit import check_fits
 from actors.http.backend import Unavailable
 from actors.roster import first_line
-from actors.transition import epoch_of
-from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
-from afd_ray.membership.shape import Shape
+from afd_ray.config import Config, check_supported, load_config, model_directory
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
 from afd_ray.text import IncrementalDetokenizer, Tokenizer
@@ -63,6 +62,8 @@ class Cluster:
             patience_s=config.failure.request_timeout_s,
         )
         self._following: asyncio.Task[None] | None = None
+        self._starting: Any = None
+        """The bring-up, until it has answered."""
 
     @classmethod
     def start(
@@ -131,7 +132,7 @@ class Cluster:
         return view["epoch"], view["state"]
 
     def losses(self) -> list[str]:
-        """Which actors are dead and why, a line each."""
+        """Which actors died in the last minute and why, a line each."""
         status = self.status()
         actors = [*status["attention"], *status["ffn"]]
         return [f"{actor['id']} is lost: {actor['reason']}" for actor in actors if actor["state"] == "dead"]
@@ -177,6 +178,8 @@ class Cluster:
         try:
             self._events.run(self._let_go(), 10)
             ray.get(self.controller.shutdown.remote(), timeout=30)
+            if self._starting is not None:
+                ray.get(self._starting, timeout=30)  # Ray prints an error that nobody fetched
         except (ray.exceptions.RayError, RuntimeError, TimeoutError):
             pass  # what is gone already needs no stopping
         finally:
@@ -187,10 +190,11 @@ class Cluster:
                 ray.shutdown()
 
     def _await_start(self, on_progress: Callable[[str], None]) -> None:
-        pending = self.controller.start.remote()
-        while not ray.wait([pending], timeout=PROGRESS_PERIOD_S)[0]:
+        self._starting = self.controller.start.remote()
+        while not ray.wait([self._starting], timeout=PROGRESS_PERIOD_S)[0]:
             on_progress(ray.get(self.controller.progress.remote()))
-        self._call(pending)
+        answered, self._starting = self._starting, None
+        self._call(answered)
 
     def _call(self, pending: Any) -> Any:
         try:
@@ -306,20 +310,11 @@ class _EventLoop:
             self._loop.close()
 
 
-def check_fits(config: Config, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a checkpoint that cannot be loaded, ConfigError for settings that this model cannot have."""
-    checkpoint.require_sound()
-    model, wanted = checkpoint.config, config.model.max_context
-    if wanted is not None and wanted > model.max_position_embedding:
-        raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
-    try:
-        epoch_of(config, model, Shape.of(config), 1).check(model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def start_ray(config: Config) -> None:
-    """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none."""
+    """A Ray of our own, with logical CPUs enough for the largest shape that autoscaling may choose; ingress and controller take none.
+
+    Raises ClusterError (one line) when it does not come up.
+    """
     most = config.autoscaling.max
     attention = max(most.attention, config.attention.replicas)
     ffn = 0 if config.ffn.colocated else max(most.ffn, config.ffn.ranks)
@@ -327,14 +322,17 @@ def start_ray(config: Config) -> None:
     # Ray gives its workers a low priority by default: the step loops would lose to any other process of the host.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # "local": without it Ray would join whatever cluster RAY_ADDRESS or an earlier `ray start` on this machine names.
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(cpus)),
-        include_dashboard=False,
-        log_to_driver=False,
-        namespace=NAMESPACE,
-        configure_logging=False,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(cpus)),
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=NAMESPACE,
+            configure_logging=False,
+        )
+    except Exception as error:  # Ray raises bare ones too
+        raise ClusterError(f"Ray did not start: {first_line(error)}") from error
 
 
 def create_controller(config: Config, name: str = NAME, *, detached: bool = False) -> Any:

@@ -136,7 +136,6 @@ class Controller:
     async def ingress_view(self) -> dict[str, Any]:
         """What an ingress replica needs: the model, the secret, and where the attention actors that take requests listen."""
         model = self._checkpoint.config
-        limit = self._config.model.max_context or model.max_position_embedding
         coordinator = self._transition.coordinator
         return {
             "state": coordinator.state,
@@ -147,7 +146,7 @@ class Controller:
             "model": {
                 "name": self._config.model.served_name,
                 "directory": str(self._checkpoint.directory),
-                "max_context": min(limit, model.max_position_embedding),
+                "max_context": self._config.context_limit(model.max_position_embedding),
                 "vocab_size": model.vocab_size,
             },
             "attention": [

@@ -19,8 +19,9 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.cluster import Cluster, ClusterError, check_fits, start_ray
+from actors.cluster import Cluster, ClusterError, start_ray
 from actors.controller import NAME, NAMESPACE
+from actors.fit import check_fits
 from actors.http.auth import Keys
 from actors.ingress import build as build_ingress
 from actors.roster import first_line
@@ -36,11 +37,14 @@ CONNECT_TIMEOUT_S = 5.0
 DRAIN_ANSWER_TIMEOUT_S = 5.0
 FLUSH_S = 0.2
 APPLICATION = "afd"
+INTERRUPTED = 130
+"""Exit code of a server that was told to stop before it was ready."""
 
 
 def serve(config: Config, address: str | None = None) -> int:
-    """Serve until SIGINT or SIGTERM, then finish what is in progress (`failure.drain_timeout_s`); a second one stops at once. Prints `ready http://H:P` and nothing else to stdout.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then finish what is in progress (`failure.drain_timeout_s`); a second one stops at once. Prints `ready http://H:P` and nothing else to stdout.
 
+    Gives the exit code: 0, or 130 where a signal came before it was ready.
     Raises ClusterError (one line) for a taken port, too few resources, or a bring-up that fails.
     """
     # First what can be known without Ray: a mistake is told at once.
@@ -55,21 +59,25 @@ def serve(config: Config, address: str | None = None) -> int:
         progress = Progress(stop)
         with Cluster.start(config, on_progress=progress) as cluster:
             progress("starting the ingress")
-            with ingress(config, host, port) as replicas:
+            with ingress(config, host, port, keeps_ray=address is not None) as replicas:
                 await_ready(host, port, progress)
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
                 watch(cluster, stop)
                 drain(replicas, at_once, config.failure.drain_timeout_s)
             report("stopping")
-    return 0
+        return 0
+    return INTERRUPTED
 
 
 def generate(config: Config, *, prompt: str, params: SamplingParams, address: str | None = None, as_json: bool = False) -> int:
     """One prompt through a cluster of its own; prints the text, or a JSON object."""
-    check_fits(config, Checkpoint.open(model_directory(config.model)))
-    if Tokenizer.from_directory(model_directory(config.model)) is None:
+    checkpoint = Checkpoint.open(model_directory(config.model))
+    check_fits(config, checkpoint)
+    tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    if tokenizer is None:
         raise ValueError(f"--prompt: {config.model.path} has no tokenizer, text cannot be turned into tokens")
+    check_room(len(tokenizer.encode(prompt)), params.max_tokens, config.context_limit(checkpoint.config.max_position_embedding))
     with own_stdout(), ray_cluster(config, address), Cluster.start(config, on_progress=Progress()) as cluster:
         (answer,) = cluster.generate([prompt], params)
     if as_json:
@@ -77,6 +85,18 @@ def generate(config: Config, *, prompt: str, params: SamplingParams, address: st
     else:
         print(answer.text)
     return 0
+
+
+def check_room(prompt_tokens: int, max_tokens: int | None, context: int) -> None:
+    """Raises ValueError (one line) for a prompt, or so many tokens after it, that the context is too short for."""
+    room = context - prompt_tokens
+    if room < 1:
+        raise ValueError(f"--prompt: must leave room for a token in the context of {context} tokens, got {prompt_tokens} tokens")
+    if max_tokens is not None and max_tokens > room:
+        raise ValueError(
+            f"--max-tokens: must be at most {room}, for the prompt has {prompt_tokens} of the context's {context} tokens, "
+            f"got {max_tokens}"
+        )
 
 
 def ask_controller(address: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
@@ -138,7 +158,8 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
     # and its router shares the proxy's event loop: a hop between threads for each token is a third of what the proxy costs.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
-    start_ray(config)
+    with hangup_held():
+        start_ray(config)
     report(f"Ray is at {ray.get_runtime_context().gcs_address}")
     try:
         yield
@@ -147,25 +168,43 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def ingress(config: Config, host: str, port: int) -> Iterator["Replicas"]:
-    """The Serve application, in front of the cluster that is up."""
+def hangup_held() -> Iterator[None]:
+    """SIGHUP waits meanwhile, and does not reach processes started in here: a terminal that closes sends it to all of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ingress(config: Config, host: str, port: int, *, keeps_ray: bool) -> Iterator["Replicas"]:
+    """The Serve application, in front of the cluster that is up. Serve is shut down where Ray goes on without us (`keeps_ray`).
+
+    A Ray that ends takes Serve with it. Serve's own shutdown kills its controller while calls to it are pending, and Ray prints each as a failure.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it has a `ready` line of its own
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     try:
         yield Replicas(ray_serve.run(build_ingress(NAME, config), name=APPLICATION, route_prefix="/"))
     finally:
-        ray_serve.shutdown()
+        if keeps_ray:
+            ray_serve.shutdown()
 
 
 @contextmanager
 def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Two events: the first SIGINT or SIGTERM sets one, the next the other. Ray installs handlers of its own at init: this must come after."""
+    """Two events: the first SIGINT, SIGTERM or SIGHUP sets one, the next the other. Ray installs handlers of its own at init: this must come after.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     stop, at_once = threading.Event(), threading.Event()
 
     def note(*_: object) -> None:
         (at_once if stop.is_set() else stop).set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield stop, at_once
     finally:
@@ -191,6 +230,7 @@ def await_ready(host: str, port: int, progress: "Progress") -> None:
 def watch(cluster: Cluster, stop: threading.Event) -> None:
     """Until `stop`; reports when the cluster's state changes, which actors it lost, and when the controller is: requests go on without it."""
     seen = cluster.state()
+    news = News(seen[1])
     lost = False
     change = cluster.controller.changed.remote(*seen)
     while not stop.wait(WATCH_PERIOD_S):
@@ -198,13 +238,30 @@ def watch(cluster: Cluster, stop: threading.Event) -> None:
             continue
         try:
             seen = ray.get(change)
-            report(f"the cluster is {seen[1]}" + "".join(f"; {line}" for line in cluster.losses()))
+            for line in news.of(seen[1], cluster.losses()):
+                report(line)
             lost = False
         except ray.exceptions.RayError as error:
             if not lost:
                 report(f"the controller is lost, requests go on without it: {first_line(error)}")
             lost = True
         change = cluster.controller.changed.remote(*seen)
+
+
+class News:
+    """What is new in the cluster's state since it was told last."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+        self._losses: set[str] = set()
+
+    def of(self, state: str, losses: list[str]) -> list[str]:
+        """Lines to report: each loss once, the state where it is another."""
+        lines = [line for line in losses if line not in self._losses]
+        if state != self._state:
+            lines.append(f"the cluster is {state}")
+        self._state, self._losses = state, set(losses)
+        return lines
 
 
 class Replicas:
@@ -281,5 +338,6 @@ def bracketed(host: str) -> str:
 
 
 def report(doing: str) -> None:
-    """Progress, on stderr."""
-    print(f"afd-ray: {doing}", file=sys.stderr, flush=True)
+    """Progress, on stderr, while somebody is there to read it: a terminal that was closed must not keep the server from stopping."""
+    with suppress(OSError):
+        print(f"afd-ray: {doing}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     coordinator, crew = transition.coordinator, transition.crew
     hands = list(crew.hands.values())
     answers = {hand.name: await _answer(hand) for hand in hands}
+    hands = [hand for hand in hands if hand.name in crew]  # who has left meanwhile is not dead
     roster = transition.roster
     epoch = transition.epoch(roster) if roster else None
     shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]

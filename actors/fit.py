@@ -1,0 +1,45 @@
+"""Whether a configuration and a checkpoint can be served together: what is known before Ray starts."""
+
+from actors.transition import epoch_of
+from afd_ray.config import Config, ConfigError
+from afd_ray.membership.shape import Shape
+from afd_ray.models.checkpoint import Checkpoint
+from afd_ray.models.config import ModelConfig
+from afd_ray.text import Tokenizer
+
+
+def check_fits(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError or TokenizerError for a checkpoint that cannot be served, ConfigError for settings that this model cannot have."""
+    checkpoint.require_sound()
+    Tokenizer.from_directory(checkpoint.directory)
+    _check_context(config, checkpoint.config)
+    _check_redundancy(config, checkpoint.config)
+    try:
+        epoch_of(config, checkpoint.config, Shape.of(config), 1).check(checkpoint.config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_context(config: Config, model: ModelConfig) -> None:
+    wanted, cached = config.model.max_context, config.attention.kv_cache.tokens
+    if wanted is not None and wanted > model.max_position_embedding:
+        raise ConfigError(f"model.max_context: {wanted} must be at most the model's {model.max_position_embedding}")
+    if wanted is not None and wanted < 2:
+        raise ConfigError(f"model.max_context: {wanted} must be at least 2, a token of prompt and one of answer")
+    if cached is not None and cached < 2:
+        raise ConfigError(
+            f"attention.kv_cache.num_blocks: {config.attention.kv_cache.num_blocks} must hold at least 2 tokens, "
+            f"a token of prompt and one of answer, got blocks of {config.attention.kv_cache.block_size}"
+        )
+
+
+def _check_redundancy(config: Config, model: ModelConfig) -> None:
+    """For the largest shape that is configured: a smaller one has room for fewer copies, and holds as many as it can."""
+    ffn = config.ffn
+    instances = max(ffn.expert_parallel, config.autoscaling.max.ffn // ffn.tensor_parallel)
+    most = model.moe_num_experts * (instances - 1)
+    if ffn.redundant_experts > most:
+        raise ConfigError(
+            f"ffn.redundant_experts: {ffn.redundant_experts} must be at most {most}, for no instance holds an expert twice "
+            f"({model.moe_num_experts} experts, at most {instances} instances by ffn and autoscaling.max)"
+        )

@@ -1,0 +1,75 @@
+"""The main job's decisions, without a cluster: what is new, what leaves no room, which signals stop it."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors import serve
+from actors.cluster import ClusterError, start_ray
+from actors.serve import News, check_room, stop_signals
+from afd_ray.config import Config, parse_config
+from afd_ray.request import SamplingParams
+
+
+def test_a_loss_is_told_once_and_a_state_when_it_changes() -> None:
+    news = News("ready")
+    assert news.of("ready", []) == []
+    assert news.of("recovering", ["a-1 is lost: killed"]) == ["a-1 is lost: killed", "the cluster is recovering"]
+    assert news.of("recovering", ["a-1 is lost: killed"]) == []
+    assert news.of("ready", ["a-1 is lost: killed", "a-2 is lost: silent"]) == ["a-2 is lost: silent", "the cluster is ready"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "said"),
+    [
+        (2048, None, "--prompt: must leave room for a token in the context of 2048 tokens, got 2048 tokens"),
+        (48, 99_999, "--max-tokens: must be at most 2000, for the prompt has 48 of the context's 2048 tokens, got 99999"),
+    ],
+)
+def test_what_the_context_is_too_short_for(prompt_tokens: int, max_tokens: int | None, said: str) -> None:
+    check_room(48, 2000, 2048)
+    with pytest.raises(ValueError, match=r"^--") as caught:
+        check_room(prompt_tokens, max_tokens, 2048)
+    assert str(caught.value) == said
+
+
+def test_generate_refuses_too_many_tokens_before_ray_starts() -> None:
+    with pytest.raises(ValueError, match="--max-tokens: must be at most"):
+        serve.generate(Config(), prompt="Q: Hi", params=SamplingParams(max_tokens=99_999))
+
+
+def test_serve_reads_the_tokenizer_before_ray_starts(tiny_directory: Path, tmp_path: Path) -> None:
+    for file in tiny_directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RuntimeError, match=r"tokenizer\.json: not a tokenizer"):
+        serve.serve(parse_config({"model": {"path": str(tmp_path)}}))
+
+
+def test_a_terminal_that_closes_stops_the_server() -> None:
+    with stop_signals() as (stop, at_once):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.is_set()
+        assert not at_once.is_set()
+
+
+def test_under_nohup_it_goes_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as (stop, _):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed_out(**options: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setattr(ray, "init", timed_out)
+    with pytest.raises(ClusterError, match=r"^Ray did not start: The current node timed out during startup\.$"):
+        start_ray(Config())
