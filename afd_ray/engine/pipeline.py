@@ -1,5 +1,6 @@
 """The pipeline's schedule as pure functions: what to run next, and what a step costs when the stages overlap."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -61,6 +62,16 @@ def timeline(layers: int, slots: int, times: StageTimes) -> list[Interval]:
 def predicted_period(times: StageTimes, slots: int) -> float:
     """How long `slots` micro-batches take for one layer each: either half has them all to serve, and none comes back sooner than its own round."""
     return max(slots * times.attention, slots * times.ffn, sum(times))
+
+
+def bubble(times: StageTimes, slots: int) -> float:
+    """The share of a period in which the slower half waits."""
+    return 1 - slots * max(times.attention, times.ffn) / predicted_period(times, slots)
+
+
+def enough_slots(times: StageTimes) -> int:
+    """From how many micro-batches on the slower half never waits, whatever the other does: 2 + transfer / slower half (section 3.2 of the paper)."""
+    return math.ceil(2 + (times.a2f + times.f2a) / max(times.attention, times.ffn))
 
 
 class Load(NamedTuple):
