@@ -64,13 +64,8 @@ def predicted_period(times: StageTimes, slots: int) -> float:
     return max(slots * times.attention, slots * times.ffn, sum(times))
 
 
-def bubble(times: StageTimes, slots: int) -> float:
-    """The share of a period in which the slower half waits."""
-    return 1 - slots * max(times.attention, times.ffn) / predicted_period(times, slots)
-
-
 def enough_slots(times: StageTimes) -> int:
-    """From how many micro-batches on the slower half never waits, whatever the other does: 2 + transfer / slower half (section 3.2 of the paper)."""
+    """From how many micro-batches on the slower half never waits, however long the other takes: 2 + transfer / slower half."""
     return math.ceil(2 + (times.a2f + times.f2a) / max(times.attention, times.ffn))
 
 

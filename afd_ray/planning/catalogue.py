@@ -54,4 +54,4 @@ def known(what: str, name: str, names: Iterable[str]) -> str:
         return spelled[name.lower()]
     close = difflib.get_close_matches(name.lower(), spelled, n=1)
     hint = f", did you mean {spelled[close[0]]}?" if close else ""
-    raise ValueError(f"{what}: {name!r} is not in the catalogue{hint} ({', '.join(spelled.values())})")
+    raise ValueError(f"{what}: must be one of {', '.join(spelled.values())}, got {name!r}{hint}")

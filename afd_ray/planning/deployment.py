@@ -77,8 +77,10 @@ class Performance(NamedTuple):
     tokens_per_s: float
     tokens_per_gpu_s: float
     usd_per_million: float
+    times_us: StageTimes
+    """Of the most common kind of layer."""
     slowest: Bound
-    """What a step's time is made of, for the most part."""
+    """What its period is made of."""
 
 
 def layer_kinds(deployment: Deployment, achieved: Achieved) -> Iterator[LayerKind]:
@@ -100,6 +102,11 @@ def period_us(times: StageTimes, micro_batches: int) -> float:
     return max(predicted_period(times, micro_batches), micro_batches * max(times.a2f, times.f2a))
 
 
+def bubble(times: StageTimes, micro_batches: int) -> float:
+    """The share of a period in which the slower half waits."""
+    return 1 - micro_batches * max(times.attention, times.ffn) / period_us(times, micro_batches)
+
+
 def slowest_stage(times: StageTimes, micro_batches: int) -> Bound:
     """What `period_us` is made of."""
     bounds: dict[Bound, float] = {
@@ -116,13 +123,14 @@ def performance(deployment: Deployment, achieved: Achieved) -> Performance:
     kinds = list(layer_kinds(d, achieved))
     tpot_us = d.shape.layers * sum(kind.share * period_us(kind.times_us, d.micro_batches) for kind in kinds)
     tokens_per_s = d.batch / tpot_us * 1e6
-    main = max(kinds, key=lambda kind: kind.share)
+    times_us = max(kinds, key=lambda kind: kind.share).times_us
     return Performance(
         tpot_ms=tpot_us / 1e3,
         tokens_per_s=tokens_per_s,
         tokens_per_gpu_s=tokens_per_s / d.gpus,
         usd_per_million=d.usd_per_hour / 3600 / tokens_per_s * 1e6,
-        slowest=slowest_stage(main.times_us, d.micro_batches),
+        times_us=times_us,
+        slowest=slowest_stage(times_us, d.micro_batches),
     )
 
 

@@ -103,7 +103,9 @@ def tokens_per_gpu_s(attention: int, ffn: int, context: int, cache_bytes: Litera
     shape = catalogue.model("step3").with_cache_bytes(cache_bytes)
     if batch is None:
         # A server of attention sends its rows to every FFN server: for each of them the rows of its network divided by theirs.
-        rows = most_rows(shape.hidden_size, shape.layers, SERVER * gpu.nic_bytes_s * achieved.network.value * min(1, attention / ffn))
+        rows = most_rows(
+            shape.hidden_size, shape.layers, SERVER * gpu.nic_bytes_s * achieved.network.value * min(1, attention / ffn)
+        )
         return MICRO_BATCHES * rows / (SERVER * (attention + ffn)) / (TPOT_MS * 1e-3)
     rows = batch // (MICRO_BATCHES * SERVER * attention)
     deployment = Deployment(shape, gpu, gpu, attention, ffn, MICRO_BATCHES, rows, context)
@@ -115,7 +117,7 @@ def _sizing(printed: dict[str, float]) -> Iterator[Comparison]:
     shape: ModelShape = catalogue.model("step3")
     h800, l20, l4 = (catalogue.accelerator(name) for name in ("h800", "l20", "l4"))
     stage_us = printed["stage_us"]
-    budget, cards = stage_budget(shape, l20, stage_us), ffn_cards(shape, l20, stage_us)
+    budget, ffn = stage_budget(shape, l20, stage_us), ffn_cards(shape, l20, stage_us)
     computed: dict[str, tuple[float, float]] = {
         "l20_bytes_a_stage_mb": (budget.moved_bytes / 1e6, 0.5),
         "l20_linear_mb": (budget.linear_bytes / 1e6, 0.5),
@@ -123,11 +125,11 @@ def _sizing(printed: dict[str, float]) -> Iterator[Comparison]:
         "l20_kv_kilotokens": (budget.cached_tokens(shape) / 1e3, 1.0),
         "l20_requests_at_8k": (requests_within(budget, shape, EIGHT_K), 0.0),
         "l20_for_an_h800": (equal_bandwidth_cards(1, h800, l20), 0.0),
-        "l20_ffn_mb": (cards.bytes_a_layer / 1e6, 0.7),
-        "l20_ffn_gb_a_card": (cards.bytes_a_card / 1e9, 0.1),
-        "l20_ffn_cards": (cards.count, 0.0),
+        "l20_ffn_mb": (ffn.bytes_a_layer / 1e6, 0.7),
+        "l20_ffn_gb_a_card": (ffn.bytes_a_card / 1e9, 0.1),
+        "l20_ffn_cards": (ffn.cards, 0.0),
         "l4_bytes_a_stage_mb": (stage_budget(shape, l4, stage_us).moved_bytes / 1e6, 0.1),
-        "l4_ffn_cards": (equal_bandwidth_cards(cards.count, l20, l4, whole=SERVER), 0.0),
+        "l4_ffn_cards": (equal_bandwidth_cards(ffn.cards, l20, l4, whole=SERVER), 0.0),
     }
     for key, (value, tolerance) in computed.items():
         yield Comparison("Section 6: L20 and L4", key, "printed", value, printed[key], tolerance, "absolute")

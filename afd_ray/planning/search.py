@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.planning.accelerators import SERVER, Accelerator, Achieved
 from afd_ray.planning.deployment import USABLE_MEMORY, Bound, Deployment, Memory, Performance, memory, performance
 from afd_ray.planning.shapes import ModelShape
@@ -120,8 +121,13 @@ def _why_not(target: Target, achieved: Achieved) -> str:
     least, (attention, ffn) = _quickest(target, achieved)
     return (
         f"tpot-ms: {target.tpot_ms:g} cannot be met with {target.max_gpus} GPUs at most, the least is {least.tpot_ms:.1f} "
-        f"(attention on {attention}, FFN on {ffn}), bound by the {least.slowest}"
+        f"(attention on {attention}, FFN on {ffn}), bound by the {least.slowest} {_made_of(least.times_us)}"
     )
+
+
+def _made_of(times: StageTimes) -> str:
+    a, f, wire = times.attention, times.ffn, times.a2f + times.f2a
+    return f"(a layer takes attention {a:.0f}, FFN {f:.0f} and the network {wire:.0f} us, with one row)"
 
 
 def _too_long(deployment: Deployment) -> str:

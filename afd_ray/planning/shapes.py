@@ -274,4 +274,3 @@ class ModelShape(Record):
     def fewest_experts(self) -> int | None:
         """Of the layers that have any: no more instances can share them."""
         return min((group.experts for group in self.ffn if isinstance(group, Experts)), default=None)
-

@@ -32,7 +32,7 @@ class FfnCards(NamedTuple):
 
     bytes_a_layer: float
     bytes_a_card: float
-    count: int
+    cards: int
     """In whole servers."""
 
 

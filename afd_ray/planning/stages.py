@@ -32,7 +32,9 @@ def ffn_us(layer: FfnLayers, hidden: int, gpu: Accelerator, servers: int, rows: 
     return (max(read_s, computed_s) / achieved.gemm.value + gathered / (gpu.link_bytes_s * achieved.link.value)) * 1e6
 
 
-def wire_us(hidden: int, attention_bytes_s: float, ffn_bytes_s: float, attention_servers: int, ffn_servers: int, rows: float) -> StageTimes:
+def wire_us(
+    hidden: int, attention_bytes_s: float, ffn_bytes_s: float, attention_servers: int, ffn_servers: int, rows: float
+) -> StageTimes:
     """The way there and back for `rows` rows of each attention accelerator; the halves' own times are zero.
 
     Accelerator i of a server talks to accelerator i of each server of the other half, so its rows leave once for each of them.
