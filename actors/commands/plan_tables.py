@@ -26,7 +26,17 @@ def print_plans(model: str, found: Sequence[dict[str, Any]], peaks: dict[str, fl
         facts.add_row(name, value)
     console.print(facts)
     if len(found) > 1:
-        columns = ("attention", "FFN", "A:F servers", "micro-batches", "batch", "TPOT ms", "tokens/s/GPU", "USD/M tokens", "binding")
+        columns = (
+            "attention",
+            "FFN",
+            "A:F servers",
+            "micro-batches",
+            "batch",
+            "TPOT ms",
+            "tokens/s/GPU",
+            "USD/M tokens",
+            "binding",
+        )
         others = Table(*columns, title="Best for each pair of accelerators", title_justify="left")
         for row in found:
             others.add_row(*_alternative(row))
@@ -57,7 +67,7 @@ def _facts(row: dict[str, Any], peaks: dict[str, float]) -> list[tuple[str, str]
         ("at the peaks of the hardware", f"{peaks['usd_per_million_tokens']} USD for a million tokens"),
         ("binding constraint", row["binding"]),
         ("a layer's stages", f"attention {us['attention']}, to FFN {us['a2f']}, FFN {us['ffn']}, back {us['f2a']} us"),
-        ("slower half waits", f"{row['bubble']:.1%} (never with {row['micro_batches_without_bubble']} micro-batches)"),
+        ("slower half waits", f"{row['bubble']:.1%} (never from {row['micro_batches_without_bubble']} micro-batches on)"),
     ]
 
 

@@ -37,7 +37,5 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-
 def _memory(held: float, gpu: Accelerator, **parts: float) -> dict[str, float]:
     return {name: round(size / 1e9, 1) for name, size in ({"held": held, "of": gpu.memory_bytes} | parts).items()}
-

@@ -72,9 +72,14 @@ def _pools(target: Target, attention: str, ffn: str) -> Iterator[Deployment]:
     a, f = target.gpus[attention], target.gpus[ffn]
     most = target.max_gpus // SERVER
     most_ffn = min(most - 1, target.shape.fewest_experts or most)
-    for ffn_servers in range(_least_ffn_servers(target.shape, f), most_ffn + 1):
-        for attention_servers in range(1, most - ffn_servers + 1):
+    for ffn_servers in _pool_sizes(_least_ffn_servers(target.shape, f), most_ffn):
+        for attention_servers in _pool_sizes(1, most - ffn_servers):
             yield Deployment(target.shape, a, f, attention_servers, ffn_servers, 1, 1, target.context)
+
+
+def _pool_sizes(least: int, most: int) -> Iterator[int]:
+    """Every size up to 16, then steps of an eighth to a sixteenth."""
+    return (n for n in range(least, most + 1) if n in (least, most) or n % (1 << max(0, n.bit_length() - 4)) == 0)
 
 
 def _least_ffn_servers(shape: ModelShape, gpu: Accelerator) -> int:
