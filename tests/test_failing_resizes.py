@@ -99,8 +99,8 @@ def pids_of_attention() -> set[int]:
     return found - {0}
 
 
-def running_pid(cluster: Cluster, role: str) -> int:
-    return next(int(actor["pid"]) for actor in cluster.status()[role] if actor["state"] == "running")
+def running_pids(status: dict[str, Any]) -> list[int]:
+    return [int(actor["pid"]) for role in ("attention", "ffn") for actor in status[role] if actor["state"] == "running"]
 
 
 def infeasible(cluster: Cluster) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def killed(cluster: Cluster) -> dict[str, Any]:
 
 def out_of_memory(cluster: Cluster) -> dict[str, Any]:
     """The new actor may have as much address space as the old one has, less half a cache."""
-    limit = psutil.Process(running_pid(cluster, "attention")).memory_info().vms - CACHE_BYTES // 2
+    attention, _ = running_pids(cluster.status())
+    limit = psutil.Process(attention).memory_info().vms - CACHE_BYTES // 2
     growing = Growing(cluster)
     resource.prlimit(growing.new_pid(), resource.RLIMIT_AS, (limit, limit))
     return growing.answer()
@@ -129,7 +130,7 @@ def late(cluster: Cluster) -> dict[str, Any]:
 
 def link_down(cluster: Cluster) -> dict[str, Any]:
     """A link of the coming epoch, while the old one comes to a step boundary; the FFN actor is stopped so that it does not yet."""
-    attention, ffn = running_pid(cluster, "attention"), running_pid(cluster, "ffn")
+    attention, ffn = running_pids(cluster.status())
     before = links(attention, ffn)
     growing = Growing(cluster)
     growing.until_phase("drain")
@@ -183,6 +184,6 @@ def test_a_failed_resize_is_rolled_back_and_the_next_one_works(
         assert re.search(reason, answer["reason"])
         after = cluster.status()
         assert (after["state"], after["epoch"], after["last_resize"]) == ("ready", before["epoch"], answer)
-        assert [actor["pid"] for actor in after["attention"]] == [actor["pid"] for actor in before["attention"]]
+        assert running_pids(after) == running_pids(before)
         assert cluster.scale(attention=2)["outcome"] == "committed"
         assert cluster.scale(attention=1)["outcome"] == "committed"

@@ -397,6 +397,16 @@ def test_who_does_not_receive_is_told_of_a_break_too(opened: Open, kind: LinkKin
     assert broken.get(timeout=10).peer == 1
 
 
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_one_end_hears_of_a_socket_that_is_shut_down_though_the_other_does_nothing(opened: Open, way: str) -> None:
+    first, second = pair(opened, "tcp")
+    broken: queue.SimpleQueue[LinkError] = queue.SimpleQueue()
+    first.on_broken(broken.put)
+    dialled = (first if way == "out" else second)._outbound[1 if way == "out" else 0]
+    dialled._connection.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+    assert broken.get(timeout=10).peer == 1
+
+
 @pytest.mark.parametrize("kind", ["shm", "tcp"])
 def test_closing_ends_a_connect_that_waits_for_a_peer(opened: Open, kind: LinkKind) -> None:
     first, second = opened(0, kind=kind), opened(1, kind=kind)

@@ -245,11 +245,12 @@ class Wiring:
             self.intake.add(Life(connection, on_broken))
             edge.kind = "shm"
         else:
+            self._watch_life(connection, partial(self.breaks.tell, edge.peer))  # what came before may not be read yet
             self.intake.add(TcpInlet(connection, edge.memory, on_broken))
             edge.kind = "tcp"
 
     def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
-        """The connection of a shm edge outlives its peer: its end is heard of whether or not this member is looking."""
+        """Hear of the connection's end whether or not this member is looking."""
         self._poller.watch(connection, GONE, lambda _events: self._on_gone(connection, on_broken))
 
     def _on_gone(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
