@@ -18,7 +18,8 @@ def epoch_of(config: Config, model: ModelConfig, shape: Shape, number: int, load
     """
     ffn = config.ffn
     redundant = min(ffn.redundant_experts, max(0, model.moe_num_experts * (shape.expert_parallel - 1)))
-    return shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
+    epoch = shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
+    return replace(epoch, shared_at_attention=config.attention.shared_expert)
 
 
 def kept_experts(base: Roster, experts: ExpertMap, roster: Roster) -> ExpertMap:
