@@ -67,8 +67,13 @@ def epoch_of(config: Config, model: ModelConfig, shape: Shape, number: int, load
 
 def deadlines_of(config: Config) -> Deadlines:
     """As configured."""
-    start_s = config.handoff.start_timeout_s
-    return Deadlines(provide_s=config.placement.timeout_s + START_S, prepare_s=start_s, connect_s=start_s + MARGIN_S)
+    start_s, fetched_s = config.handoff.start_timeout_s, config.failure.drain_timeout_s
+    return Deadlines(
+        provide_s=config.placement.timeout_s + START_S,
+        prepare_s=start_s,
+        connect_s=start_s + MARGIN_S,
+        move_out_s=fetched_s + 2 * MARGIN_S,
+    )
 
 
 class Transition:
