@@ -21,12 +21,13 @@ from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.loop import Wire
-from afd_ray.engine.moving_in import MovingIn
+from afd_ray.engine.moving_in import Moved, MovingIn
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.handoff.kv_wire import kv_digest
 from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -77,6 +78,8 @@ class AttentionActor(Member):
         loop, bound_s = self._ready_loop(), min(self._config.failure.drain_timeout_s, deadline_s)
         with suppress(RuntimeError):  # without an epoch nothing is in flight
             await asyncio.wrap_future(loop.drain())
+        if self._seat.moving_out != number:
+            raise Stale(f"{self._name}: epoch {number} was given up before the requests were")
         departure = Departure(loop, ray.util.get_node_ip_address(), self._secret, self._kv_digest(loop.cache))
         self._departures.append(departure)
         try:
@@ -116,7 +119,7 @@ class AttentionActor(Member):
             "kv_total": loop.scheduler.kv_total,
             "micro_batches": loop.scheduler.in_use,
             "expert_loads": loop.expert_loads.tolist(),
-            "moved_in": asdict(loop.moving_in.moved) if loop.moving_in else None,
+            "moved_in": asdict(loop.moving_in.moved if loop.moving_in else Moved()),
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.clocks.ttft.recent(now_s),
             "tpot_ms": loop.clocks.tpot.recent(now_s),

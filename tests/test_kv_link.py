@@ -123,7 +123,7 @@ def test_bytes_of_many_layers_do_not_fit_the_kernel_at_once() -> None:
     size = CacheSize(layers=2, num_blocks=3000, block_size=16, head_dim=64)
     leaver, taker = leaver_of(size), Taker(size)
     leaver.block_table, taker.cache = list(range(2999, 0, -1)), cache_of(size)
-    taker.block_table = [block for block in range(0, 3000, 2)] + [block for block in range(1, 3000, 2)]
+    taker.block_table = [*range(0, 3000, 2), *range(1, 3000, 2)]
     tokens = 40_000
     fill(leaver.cache, leaver.block_table, tokens)
     leaver.lend = lambda order: Lot(  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
+from afd_ray.engine.kv_cache import BlockAllocator
 from afd_ray.engine.migration import Prospect, recompute_s
 from afd_ray.engine.moving_in import MovingIn
 from afd_ray.engine.scheduler import Scheduler

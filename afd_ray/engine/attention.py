@@ -22,7 +22,7 @@ from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
 from afd_ray.engine.request_clocks import RequestClocks
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.engine.stage_costs import StageMeter, transfer_us
+from afd_ray.engine.stage_costs import StageCosts, StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
@@ -59,6 +59,11 @@ class AttentionLoop(StepLoop):
     def draining(self) -> bool:
         """Whether no new micro-batch is begun."""
         return self._boundary.draining
+
+    @property
+    def costs(self) -> StageCosts:
+        """What its stages have been measured to take."""
+        return self._meter.costs
 
     def submit(self, request: Request, generated: Sequence[int] = (), ticket: KVTicket | None = None) -> "Future[None]":
         """Queue a request, or go on with one that has `generated` tokens from elsewhere, and maybe its keys and values.
@@ -148,7 +153,7 @@ class AttentionLoop(StepLoop):
         """What to fetch for a request that has begun elsewhere."""
         if self.moving_in is None or not (generated or ticket):
             return None
-        return self.moving_in.weigh(ticket, len(request.prompt_token_ids) + len(generated), self._meter.costs)
+        return self.moving_in.weigh(ticket, len(request.prompt_token_ids) + len(generated), self.costs)
 
     def _fetch(self, moving_in: MovingIn) -> None:
         """Begin to fetch what belongs to the sequences that have just got blocks."""
@@ -344,7 +349,7 @@ class AttentionLoop(StepLoop):
 
     def _replan(self) -> None:
         """Balance by what stages cost by now, and use as many slots as pay."""
-        scheduler, costs = self.scheduler, self._meter.costs
+        scheduler, costs = self.scheduler, self.costs
         scheduler.costs = costs.row
         if self.wire.epoch.adaptive:
             budget, slots = scheduler.token_budget, scheduler.slots

@@ -42,7 +42,8 @@ class MovingIn:
 
     def __init__(self, scheduler: Scheduler, cache: PagedCache, fetcher: KVFetcher) -> None:
         self.moved = Moved()
-        self._scheduler, self._cache, self._fetcher = scheduler, cache, fetcher
+        self.fetcher = fetcher
+        self._scheduler, self._cache = scheduler, cache
 
     def weigh(self, ticket: KVTicket | None, tokens: int, costs: StageCosts) -> KVTicket | None:
         """What of it to fetch for a request of so many tokens; None: all of it is computed here, and the ticket is given back.
@@ -53,7 +54,7 @@ class MovingIn:
             wanted = ticket._replace(positions=min(ticket.positions, tokens - 1))
             if wanted.positions and self.prospect(wanted, costs).fetches:
                 return wanted
-            self._fetcher.give_back(ticket)
+            self.fetcher.give_back(ticket)
         self.moved.recomputed += 1
         return None
 
@@ -61,7 +62,7 @@ class MovingIn:
         """Either way after what is to go that way before."""
         scheduler, cache = self._scheduler, self._cache
         ahead = sum(sequence.ticket.positions for sequence in scheduler.sequences if sequence.ticket)
-        fetch_s = self._fetcher.expected_s(ticket, (ahead + ticket.positions) * cache.token_bytes)
+        fetch_s = self.fetcher.expected_s(ticket, (ahead + ticket.positions) * cache.token_bytes)
         rows = scheduler.load.prefill + ticket.positions
         return Prospect(fetch_s, recompute_s(costs, cache.layers, rows, scheduler.token_budget))
 
@@ -74,7 +75,7 @@ class MovingIn:
         def done(duration_s: float, failure: str) -> None:
             arrive(Arrival(sequence.id, 0 if failure else positions, size_bytes, duration_s))
 
-        self._fetcher.fetch(ticket, positions, size_bytes, self._cache.spans(sequence.block_table, positions), done)
+        self.fetcher.fetch(ticket, positions, size_bytes, self._cache.spans(sequence.block_table, positions), done)
 
     def take(self, arrival: Arrival) -> None:
         """The sequence can be scheduled."""
