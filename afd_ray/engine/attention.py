@@ -155,11 +155,6 @@ class AttentionLoop(StepLoop):
             return None
         return self.moving_in.weigh(ticket, len(request.prompt_token_ids) + len(generated), self.costs)
 
-    def _fetch(self, moving_in: MovingIn) -> None:
-        """Begin to fetch what belongs to the sequences that have just got blocks."""
-        for sequence in self.scheduler.to_fetch:
-            moving_in.fetch(sequence, lambda arrival: self.call(lambda: moving_in.take(arrival)))
-
     def _take_commands(self) -> bool:
         """Whatever was told may be work for an idle slot, or free blocks that one waits for."""
         told = super()._take_commands()
@@ -244,7 +239,7 @@ class AttentionLoop(StepLoop):
         """Put a new micro-batch into an idle slot; False (and the slot parked) when there is nothing for it."""
         batch = None if self._boundary.draining else self.scheduler.schedule(slot)
         if self.moving_in is not None:
-            self._fetch(self.moving_in)
+            self.moving_in.fetch_admitted(self.call)
         if batch is None:
             self._park(slot)
             return False

@@ -66,8 +66,13 @@ class MovingIn:
         rows = scheduler.load.prefill + ticket.positions
         return Prospect(fetch_s, recompute_s(costs, cache.layers, rows, scheduler.token_budget))
 
-    def fetch(self, sequence: Sequence, arrive: Callable[[Arrival], object]) -> None:
-        """Have an arriving sequence's keys and values brought into its blocks; `arrive` is called on another thread when that is over."""
+    def fetch_admitted(self, call: Callable[[Callable[[], None]], object]) -> None:
+        """Have the keys and values of sequences that have just got blocks brought into these. `call`: runs something on the step loop's thread."""
+        for sequence in self._scheduler.to_fetch:
+            self._fetch(sequence, lambda arrival: call(lambda: self._take(arrival)))
+
+    def _fetch(self, sequence: Sequence, arrive: Callable[[Arrival], object]) -> None:
+        """`arrive` is called on another thread when it is over."""
         ticket, sequence.ticket = sequence.ticket, None
         assert ticket is not None
         positions, size_bytes = ticket.positions, ticket.positions * self._cache.token_bytes
@@ -77,7 +82,7 @@ class MovingIn:
 
         self.fetcher.fetch(ticket, positions, size_bytes, self._cache.spans(sequence.block_table, positions), done)
 
-    def take(self, arrival: Arrival) -> None:
+    def _take(self, arrival: Arrival) -> None:
         """The sequence can be scheduled."""
         moved = self.moved
         if arrival.positions:
