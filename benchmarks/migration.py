@@ -22,6 +22,7 @@ from actors.departure import Departure
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.local import LocalCluster
+from afd_ray.engine.migration import Prospect
 from afd_ray.engine.moving_in import MovingIn
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.kernels.packed import packed_attention, packed_ffn
@@ -70,12 +71,10 @@ def measure(checkpoint: Checkpoint, contexts: Sequence[int], repeat: int) -> lis
 
 def row(cluster: LocalCluster, context: int, repeat: int) -> dict[str, Any]:
     leaver, taker = cluster.attention
-    moving_in = taker.moving_in
-    assert moving_in is not None
     sent_ms, prospects = [], []
     for ticket, departure in kept(leaver, cluster.config.vocab_size, context, repeat):
-        prospects.append(taker.call(lambda ticket=ticket: moving_in.prospect(ticket, taker.costs)).result())
-        sent_ms.append(fetched_ms(moving_in, ticket, taker.cache))
+        prospects.append(expected(taker, ticket))
+        sent_ms.append(fetched_ms(fetcher_of(taker), ticket, taker.cache))
         departure.await_taken(TIMEOUT_S)
         departure.close()
     recompute_ms = computed_again_ms(cluster, context, repeat)
@@ -107,7 +106,18 @@ def kept(leaver: AttentionLoop, vocab: int, context: int, repeat: int) -> list[t
     return tickets
 
 
-def fetched_ms(moving_in: MovingIn, ticket: KVTicket, like: PagedCache) -> float:
+def fetcher_of(taker: AttentionLoop) -> KVFetcher:
+    assert taker.moving_in is not None
+    return taker.moving_in.fetcher
+
+
+def expected(taker: AttentionLoop, ticket: KVTicket) -> Prospect:
+    moving_in = taker.moving_in
+    assert moving_in is not None
+    return taker.call(lambda: moving_in.prospect(ticket, taker.costs)).result(TIMEOUT_S)
+
+
+def fetched_ms(fetcher: KVFetcher, ticket: KVTicket, like: PagedCache) -> float:
     """Into blocks of a cache of its own."""
     blocks = -(-ticket.positions // like.block_size)
     cache = PagedCache(
@@ -121,7 +131,7 @@ def fetched_ms(moving_in: MovingIn, ticket: KVTicket, like: PagedCache) -> float
 
     started_s = time.monotonic()
     layers = cache.spans(list(range(blocks)), ticket.positions)
-    moving_in.fetcher.fetch(ticket, ticket.positions, ticket.positions * cache.token_bytes, layers, done)
+    fetcher.fetch(ticket, ticket.positions, ticket.positions * cache.token_bytes, layers, done)
     assert ended.wait(TIMEOUT_S)
     assert failures == [""], failures
     return (time.monotonic() - started_s) * 1000

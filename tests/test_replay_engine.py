@@ -229,6 +229,35 @@ async def test_a_request_whose_keys_and_values_cannot_be_had_is_computed_again(
     await engines.left_nothing()
 
 
+async def test_others_go_on_while_a_fetch_is_under_way(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines.prompt = LONG_PROMPT
+    undisturbed = await engines.undisturbed()
+    lend, may_lend = departure.Departure._lend, threading.Event()
+
+    def lend_later(self: departure.Departure, order: KVOrder) -> Lot | None:
+        assert may_lend.wait(TIMEOUT_S)
+        return lend(self, order)
+
+    monkeypatch.setattr(departure.Departure, "_lend", lend_later)
+    monkeypatch.setattr(departure, "UNASKED_S", TIMEOUT_S)
+    monkeypatch.setattr(kv_fetcher, "LATE_S", TIMEOUT_S)
+    running = engines.generate()
+    await engines.each_has(5)
+    engines.view(0, 1)
+    leaving = asyncio.ensure_future(engines.actors[2].move_out(2, TIMEOUT_S))
+    await eventually(lambda: engines.moved > 0)
+    async with aclosing(engines.pool.generate(Request("other", PROMPT, ASKED["greedy"]))) as outputs:
+        assert len([output async for output in outputs]) == MAX_TOKENS
+    assert sum([(await engines.moved_in(index))["with_kv"] for index in range(2)]) == 0
+    assert not leaving.done()
+    may_lend.set()
+    moved = await asyncio.wait_for(leaving, TIMEOUT_S)
+    await asyncio.wait_for(running, TIMEOUT_S)
+    assert sum([(await engines.moved_in(index))["with_kv"] for index in range(2)]) == moved
+    assert said(engines.outputs) == said(undisturbed)
+    await engines.left_nothing()
+
+
 async def test_what_takes_longer_to_fetch_is_computed_again_and_not_kept(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_fetcher, "UNKNOWN_LATENCY_S", 1000.0)
     monkeypatch.setattr(departure, "UNASKED_S", TIMEOUT_S)
