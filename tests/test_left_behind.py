@@ -80,7 +80,8 @@ def test_it_is_lent_once_as_far_as_it_is_there() -> None:
     assert lot.answer == (6, 6 * rank.cache.token_bytes)
     assert sum(len(view) for layer in lot.layers for view in layer) == lot.answer.size_bytes
     assert rank.left.lend(KVOrder(key(0), 6)) is None
-    assert rank.left.asked == 4
+    assert rank.left.lend(KVOrder(key(0), 0)) is None, "who does not want it cannot take it from who reads it"
+    assert rank.left.asked == 5
 
 
 def test_what_is_lent_outlasts_the_giving_up() -> None:

@@ -26,12 +26,13 @@ class Lot(NamedTuple):
     layers: Layers
 
 
+NOTHING = KVAnswer(0, 0)
 Lend = Callable[[KVOrder], Lot | None]
 """None: there is nothing for this order."""
 
 
 class KVServer:
-    """Listens from the start; `lend` and `let_go` are called on a thread of each connection, `let_go` once for each order."""
+    """Listens from the start; `lend` and `let_go` are called on a thread of each connection, `let_go` once for each lot."""
 
     def __init__(self, host: str, secret: bytes, digest: int, lend: Lend, let_go: Callable[[bytes], None]) -> None:
         """Raises OSError for an address that cannot be bound."""
@@ -78,11 +79,11 @@ class KVServer:
             connection.close()
 
     def _answer(self, connection: socket.socket, order: KVOrder) -> None:
-        lot = self._lend(order) if order.positions else None
+        lot = self._lend(order)
         try:
-            send_answer(connection, lot.answer if lot else KVAnswer(0, 0), time.monotonic() + STALL_S)
+            send_answer(connection, lot.answer if lot else NOTHING, time.monotonic() + STALL_S)
             for views in lot.layers if lot else ():
                 send_layers(connection, [views], time.monotonic() + STALL_S)
         finally:
-            if lot is not None or not order.positions:
+            if lot is not None:
                 self._let_go(order.key)

@@ -26,7 +26,7 @@ Layers = Iterable[list[memoryview]]
 
 
 class KVOrder(NamedTuple):
-    """What is wanted of the request with this key: the first so many positions; 0: nothing, it may be forgotten."""
+    """What is wanted of the request with this key: the first so many positions; none of it is kept after that. 0: nothing is wanted."""
 
     key: bytes
     positions: int
