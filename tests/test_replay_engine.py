@@ -258,7 +258,9 @@ async def test_others_go_on_while_a_fetch_is_under_way(engines: Engines, monkeyp
     await engines.left_nothing()
 
 
-async def test_what_takes_longer_to_fetch_is_computed_again_and_not_kept(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_takes_longer_to_fetch_is_computed_again_and_not_kept(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kv_fetcher, "UNKNOWN_LATENCY_S", 1000.0)
     monkeypatch.setattr(departure, "UNASKED_S", TIMEOUT_S)
     undisturbed = await engines.undisturbed()
