@@ -1,7 +1,7 @@
 """Whether a configuration and a checkpoint can be served together: what is known before Ray starts."""
 
-from actors.transition import epoch_of
 from afd_ray.config import Config, ConfigError
+from afd_ray.membership.epochs import epoch_of
 from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.models.config import ModelConfig
