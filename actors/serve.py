@@ -67,6 +67,7 @@ def serve(config: Config, address: str | None = None) -> int:
                 drain(replicas, at_once, config.failure.drain_timeout_s)
             report("stopping")
         return 0
+    report("stopped before it was ready")
     return INTERRUPTED
 
 
@@ -158,6 +159,8 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
     # and its router shares the proxy's event loop: a hop between threads for each token is a third of what the proxy costs.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     with hangup_held():
         start_ray(config)
     report(f"Ray is at {ray.get_runtime_context().gcs_address}")

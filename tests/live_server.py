@@ -62,6 +62,7 @@ def live_server() -> Iterator[LiveServer]:
     _, left = psutil.wait_procs(processes, timeout=DEADLINE_S)
     assert code == 0, "".join(started.errors)
     assert "".join(started.output) == f"ready {server.url}\n"
+    assert "ServeController" not in "".join(started.errors)
     assert left == []
 
 

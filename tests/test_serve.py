@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -12,6 +13,8 @@ from actors.cluster import ClusterError, start_ray
 from actors.serve import News, check_room, stop_signals
 from afd_ray.config import Config, parse_config
 from afd_ray.request import SamplingParams
+from benchmarks._server import Server
+from tests.live_server import DEADLINE_S, until
 
 
 def test_a_loss_is_told_once_and_a_state_when_it_changes() -> None:
@@ -73,3 +76,18 @@ def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "init", timed_out)
     with pytest.raises(ClusterError, match=r"^Ray did not start: The current node timed out during startup\.$"):
         start_ray(Config())
+
+
+@pytest.mark.full
+@pytest.mark.ray
+@pytest.mark.parametrize("doing", ["Ray is at", "starting the ingress"])
+def test_a_server_that_is_interrupted_before_it_is_ready_says_so_and_nothing_more(doing: str) -> None:
+    server = Server([], {**os.environ, "OMP_NUM_THREADS": "1"})
+    until(lambda: doing in "".join(server.errors))
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert server.stop(signal.SIGINT) == 130
+    _, left = psutil.wait_procs(children, timeout=DEADLINE_S)
+    assert (left, server.output) == ([], [])
+    said = "".join(server.errors)
+    assert "stopped before it was ready" in said
+    assert not any(word in said for word in ("Unhandled", "Traceback", "raylet"))

@@ -120,7 +120,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[Status]) -> "Rendera
     columns = tuple(c for c in columns if c not in SOMETIMES or any(row.get(c) is not None for row in rows))
     table = Table(title=f"{title} ({len(rows)})", title_justify="left", padding=(0, 1, 0, 0), box=None)
     for column in columns:
-        table.add_column(column, no_wrap=column in ("id", "state"))
+        table.add_column(column, no_wrap=column in ("id", "state"), overflow="fold")
     for row in rows:
         table.add_row(*(_escaped(_cell(column, row.get(column))) for column in columns))
     return table
