@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -162,10 +162,10 @@ def _integer(text: dict[str, Any], key: str, highest: int = MAX_SIZE, whose: str
     value = text.get(key)
     if not _is_integer(value) or not 1 <= value <= highest:
         raise ValueError(f"{key} must be an integer from 1 to {highest}{whose}, got {shown(value)}")
-    return int(value)
+    return value
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
