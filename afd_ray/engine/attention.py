@@ -135,7 +135,7 @@ class AttentionLoop(StepLoop):
 
     def _run_stage(self) -> bool:
         filled = self._work_came and self._fill_idle_slots()
-        slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
+        slot = next_slot([Ready(i, f.layer, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
         if slot is not None:
             self._advance(slot)
         return filled or slot is not None
