@@ -1,0 +1,249 @@
+"""What does a live resize cost those who are being served? 20 in a row, on step3-tiny in float32, while clients stream and compare every token.
+
+Asked: no request fails and every stream is the undisturbed one; attention actors stand still for one decode step and 100 ms at most; while a
+resize is prepared steps slow down by 20% at most beyond what the cores that starting processes take explain.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from actors.commands.joining import use_token
+
+use_token()
+
+import psutil  # noqa: E402
+
+from actors.serve import joined  # noqa: E402
+from afd_ray.membership.steps import NAMES  # noqa: E402
+from afd_ray.models.checkpoint import write_checkpoint  # noqa: E402
+from afd_ray.models.presets import PRESETS, random_tensors  # noqa: E402
+from benchmarks._machine import hardware  # noqa: E402
+from benchmarks._server import served  # noqa: E402
+from benchmarks.chaos.clients import Clients, asks, undisturbed  # noqa: E402
+from benchmarks.chaos.processes import cpu_seconds, workers  # noqa: E402
+from benchmarks.chaos.schedule import Shape  # noqa: E402
+from benchmarks.chaos.watch import asked  # noqa: E402
+
+MODEL = "step3-tiny"
+START = Shape(1, 1, 1)
+WAY = [
+    *(Shape(attention, 1, 1) for attention in (3, 2, 1)),
+    *(Shape(1, ffn, 1) for ffn in (2, 4, 3, 1)),
+    *(Shape(attention, 1, 1) for attention in (3, 2, 1)),
+    *(Shape(1, within, within) for within in (2, 4, 1)),
+    Shape(3, 2, 2),
+    Shape(2, 4, 2),
+    Shape(2, 2, 2),
+    Shape(1, 3, 1),
+    Shape(3, 4, 2),
+    Shape(2, 2, 1),
+    Shape(1, 1, 1),
+]
+"""Attention alone, FFN in expert parallel, in tensor parallel, both, and both roles at once; ends where it began."""
+BEFORE_S = 3.0
+"""Of undisturbed load before each."""
+LOOK_S = 0.02
+PREPARING = tuple(NAMES[phase] for phase in ("provide", "load", "prepare", "connect"))
+PAUSE_MS, SLOWER = 100.0, 0.20
+
+
+class Rate(NamedTuple):
+    """What was served in some time, and what the machine did meanwhile."""
+
+    seconds: float
+    tokens_per_s: float
+    cores: float
+    """Busy, whoever kept them so."""
+    starting_cores: float
+    """Of them by worker processes of the cluster that were not serving at its beginning."""
+
+
+class Row(NamedTuple):
+    """One resize."""
+
+    before: Shape
+    to: Shape
+    outcome: str
+    prepare_s: float
+    pause_ms: float
+    total_s: float
+    step_ms: float
+    """Between two tokens of an answer, p50, before it."""
+    longest_gap_ms: float
+    """Between two tokens of any answer, from the ask to the end."""
+    calm: Rate
+    preparing: Rate
+
+    @property
+    def slower(self) -> float:
+        """Share of the tokens/s that is missing while it is prepared, beyond what the cores of starting processes explain."""
+        left = min(1.0, ((os.cpu_count() or 1) - self.preparing.starting_cores) / self.calm.cores)
+        return 1.0 - self.preparing.tokens_per_s / (self.calm.tokens_per_s * left)
+
+
+class Meter:
+    """Counts from its making."""
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients, self._started_s, self._tokens = clients, time.monotonic(), clients.tokens
+        self._serving = {process.pid for processes in workers().values() for process in processes}
+        self._busy_s, self._cpu = busy_seconds(), cpu_seconds()
+        self._others: dict[int, float] = {}
+
+    def look(self) -> None:
+        """Often: of a process that has ended nothing is known any more."""
+        self._others |= {pid: s - self._cpu.get(pid, 0.0) for pid, s in cpu_seconds().items() if pid not in self._serving}
+
+    def read(self) -> Rate:
+        self.look()
+        seconds = time.monotonic() - self._started_s
+        tokens, busy_s = self._clients.tokens - self._tokens, busy_seconds() - self._busy_s
+        return Rate(seconds, tokens / seconds, busy_s / seconds, sum(self._others.values()) / seconds)
+
+
+def busy_seconds() -> float:
+    """Of all cores of the machine since its start."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+async def resize(clients: Clients, before: Shape, to: Shape) -> Row:
+    calm_meter, calm_from_s = Meter(clients), time.monotonic()
+    await asyncio.sleep(BEFORE_S)
+    calm, asked_s = calm_meter.read(), time.monotonic()
+    meter = Meter(clients)
+    scaling = asyncio.create_task(asked("scale", *to, None, timeout_s=None))
+    await asyncio.sleep(0)
+    while not scaling.done() and ((doing := await asked("progress")).startswith(PREPARING) or doing == "ready"):
+        await asyncio.to_thread(meter.look)
+        await asyncio.sleep(LOOK_S)
+    preparing = meter.read()
+    answer = await scaling
+    ended_s = time.monotonic()
+    gaps_ms = [(a, 1000 * (b - a)) for one in clients.in_progress(ended_s) for a, b in itertools.pairwise(one.times_s[1:])]
+    return Row(
+        before,
+        to,
+        answer["outcome"],
+        preparing.seconds,
+        answer["pause_ms"] or 0.0,
+        answer["total_s"],
+        median(gap for at_s, gap in gaps_ms if calm_from_s < at_s < asked_s),
+        max(gap for at_s, gap in gaps_ms if asked_s - gap / 1000 < at_s < ended_s),
+        calm,
+        preparing,
+    )
+
+
+async def measure(url: str, way: Sequence[Shape], args: argparse.Namespace) -> tuple[list[Row], Clients]:
+    wanted = asks(args.seed, args.clients, PRESETS[MODEL].vocab_size, args.tokens)
+    expected = await undisturbed(url, MODEL, wanted)
+    clients = Clients(url, MODEL, wanted, expected, hung_after_s=args.patience)
+    clients.start()
+    rows = []
+    for before, to in itertools.pairwise([START, *way]):
+        rows.append(await resize(clients, before, to))
+        print(table_line(rows[-1]), file=sys.stderr, flush=True)
+    await clients.stop()
+    return rows, clients
+
+
+HEADER = """\
+| from | to | outcome | prepare, s | pause, ms | total, s | step before, ms | longest gap of any answer, ms | tokens/s before | preparing | cores of starting processes | slower beyond them |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def table_line(row: Row) -> str:
+    cells = [named(row.before), named(row.to), row.outcome, f"{row.prepare_s:.2f}", f"{row.pause_ms:.0f}", f"{row.total_s:.2f}"]
+    cells += [f"{row.step_ms:.0f}", f"{row.longest_gap_ms:.0f}", f"{row.calm.tokens_per_s:,.0f}"]
+    cells += [f"{row.preparing.tokens_per_s:,.0f}", f"{row.preparing.starting_cores:.2f}", f"{100 * row.slower:.0f}%"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def named(shape: Shape) -> str:
+    parallel = f" (TP {shape.tensor_parallel})" if shape.tensor_parallel > 1 else ""
+    return f"{shape.attention}A{shape.ffn}F{parallel}"
+
+
+def verdicts(rows: Sequence[Row], clients: Clients) -> dict[str, bool]:
+    """What is asked, and whether it held."""
+    return {
+        "every resize held": all(row.outcome == "committed" for row in rows),
+        "every stream is the undisturbed one": not clients.mishaps,
+        "no pause beyond a step and 100 ms": all(row.pause_ms <= row.step_ms + PAUSE_MS for row in rows),
+        "p50 of the slow-down within 20%": median(row.slower for row in rows) <= SLOWER,
+    }
+
+
+def account(rows: Sequence[Row], clients: Clients) -> str:
+    held = "; ".join(f"{what}: {'yes' if holds else '**no**'}" for what, holds in verdicts(rows, clients).items())
+    summary = f"{len(rows)} resizes, {clients.answered} answers, {clients.tokens} tokens. {held}."
+    return "\n".join([summary, "", HEADER, *map(table_line, rows)])
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=32, help="streaming at once")
+    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
+    parser.add_argument("--detect-timeout", type=float, default=1.0, help="failure.detect_timeout_s")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds for a client's next token")
+    parser.add_argument("--resizes", type=int, default=len(WAY), help="the first so many of the way")
+    parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="add the account to DIRECTORY/resize.md")
+    parser.add_argument("--quick", action="store_true", help="three resizes")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.resizes = 3
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every resize held and no client lost anything."""
+    args = arguments(argv)
+    machine = hardware()
+    with tempfile.TemporaryDirectory() as made:
+        model = Path(made) / MODEL
+        write_checkpoint(model, PRESETS[MODEL], random_tensors(PRESETS[MODEL], seed=0))
+        chosen = {"model.path": model, "model.name": MODEL, "attention.replicas": 1, "autoscaling.max.ffn": 8}
+        chosen |= {"failure.detect_timeout_s": args.detect_timeout}
+        settings = [text for key, value in chosen.items() for text in ("--set", f"{key}={value}")]
+        with served(*settings) as server, joined(server.ray_address):
+            rows, clients = asyncio.run(measure(server.url, WAY[: args.resizes], args))
+    told = account(rows, clients)
+    print(told)
+    print(json.dumps(result(machine, args, rows, clients)))
+    if args.write:
+        file = args.write / "resize.md"
+        before = file.read_text() if file.exists() else "# What does a live resize cost those who are being served?\n"
+        file.write_text(f"{before}\n{date.today().isoformat()}, {machine}: `python -m benchmarks.resize`\n\n{told}\n")
+    held = verdicts(rows, clients)
+    return 0 if all(held[what] for what in list(held)[:2]) else 1
+
+
+def result(machine: str, args: argparse.Namespace, rows: Sequence[Row], clients: Clients) -> dict[str, Any]:
+    named_args = {name: getattr(args, name) for name in ("seed", "clients", "tokens", "detect_timeout")}
+    return {
+        "benchmark": "resize",
+        "date": date.today().isoformat(),
+        "hardware": machine,
+        **named_args,
+        "answered": clients.answered,
+        "mishaps": [mishap._asdict() for mishap in clients.mishaps[:20]],
+        "held": verdicts(rows, clients),
+        "rows": [row._asdict() | {"slower": round(row.slower, 3)} for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
