@@ -131,7 +131,7 @@ async def resize(clients: Clients, before: Shape, to: Shape) -> Row:
     preparing = meter.read()
     answer = await scaling
     ended_s = time.monotonic()
-    gaps_ms = [(a, 1000 * (b - a)) for one in clients.in_progress(ended_s) for a, b in itertools.pairwise(one.times_s[1:])]
+    gaps_ms = [(a, 1000 * (b - a)) for one in clients.since(calm_from_s) for a, b in itertools.pairwise(one.times_s[1:])]
     return Row(
         before,
         to,

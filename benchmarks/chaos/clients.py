@@ -13,10 +13,10 @@ from benchmarks._streams import Broken, Refused, body, data_lines
 
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.2}
 LONG_PROMPT, SHORT_PROMPT = 600, 80
-PAUSE_S = 0.1
+PAUSE_S = 0.5
 """Before an ask that was turned away is repeated."""
 RETRYABLE = (429, 500, 502, 503, 504)
-KEPT = 4
+KEPT = 40
 """Answers of one client that are remembered with their times."""
 
 
@@ -118,8 +118,12 @@ class Clients:
 
     def in_progress(self, at_s: float) -> list[Answer]:
         """Answers that had been asked for at that time, and were not over."""
+        return [answer for answer in self.since(at_s) if answer.times_s[0] <= at_s]
+
+    def since(self, at_s: float) -> list[Answer]:
+        """Answers that were in progress at that time or later, of those that are remembered."""
         recent = [answer for answers in self._recent for answer in answers]
-        return [one for one in recent if one.times_s[0] <= at_s and not (one.over and one.times_s[-1] < at_s)]
+        return [one for one in recent if not (one.over and one.times_s[-1] < at_s)]
 
     async def served(self, since_s: float) -> None:
         """Until every client has had a token since then."""

@@ -61,7 +61,7 @@ async def run(url: str, plan: Plan) -> Result:
     clients = Clients(url, plan.model, wanted, expected, hung_after_s=plan.patience_s)
     clients.start()
     await asyncio.sleep(CALM_S)
-    calm = gaps(clients.in_progress(asyncio.get_running_loop().time()))
+    calm = gaps(clients.since(0.0))
     storm = Storm(url, clients, plan.shape, plan.patience_s)
     end = None
     try:

@@ -6,13 +6,13 @@ from statistics import quantiles
 
 
 def stall_s(times_s: Sequence[float], struck_s: float, repaired_s: float) -> float | None:
-    """From the fault to the end of the longest gap between tokens that had not ended by then, and had begun by the repair.
+    """From the fault to the end of the longest wait for a token after it, of the waits that had begun by the repair.
 
     `times_s`: when the answer was asked for and when each token came. Tokens that were on their way still come just after the fault: the first
-    one tells nothing. None for an answer without such a gap: it was over.
+    one tells nothing. None for an answer that was over.
     """
     pairs = itertools.pairwise(times_s)
-    gaps = [(after - before, after) for before, after in pairs if after > struck_s and before < repaired_s]
+    gaps = [(after - max(before, struck_s), after) for before, after in pairs if after > struck_s and before < repaired_s]
     return max(gaps)[1] - struck_s if gaps else None
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -80,9 +81,13 @@ class Storm:
         beside = await self._moment(fault)
         phase = await phase_now() if fault.victim != "controller" and beside else ""
         known = len(self.clients.mishaps)
-        before, at_s = self._watch.now, time.monotonic()
+        before = self._watch.now
+        pid, at_s = await self._send(signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP, fault.victim, fault.pick)
         in_progress = self.clients.in_progress(at_s)
-        await self._hit(fault)
+        if fault.how == "pause":
+            await asyncio.sleep(fault.pause_s)
+            with suppress(ProcessLookupError):  # it was given up, and ended
+                os.kill(pid, signal.SIGCONT)
         try:
             async with asyncio.timeout(self.patience_s):
                 await asyncio.gather(*beside, return_exceptions=True)
@@ -118,17 +123,8 @@ class Storm:
         await asyncio.sleep(fault.rest_s)
         return beside
 
-    async def _hit(self, fault: Fault) -> None:
-        if fault.how == "kill":
-            await self._send(signal.SIGKILL, fault.victim, fault.pick)
-            return
-        pid = await self._send(signal.SIGSTOP, fault.victim, fault.pick)
-        await asyncio.sleep(fault.pause_s)
-        with suppress(ProcessLookupError):  # it was given up, and ended
-            os.kill(pid, signal.SIGCONT)
-
-    async def _send(self, number: signal.Signals, victim: Victim, pick: float) -> int:
-        """To one such process, as soon as there is one; gives its id."""
+    async def _send(self, number: signal.Signals, victim: Victim, pick: float) -> tuple[int, float]:
+        """To one such process, as soon as there is one; gives its id, and when."""
         while True:
             there = workers()[victim]
             try:
@@ -138,7 +134,7 @@ class Storm:
                 await asyncio.sleep(LOOK_S)
                 continue
             self.kills += number == signal.SIGKILL
-            return pid
+            return pid, time.monotonic()
 
     # --- whole again ----------------------------------------------------------------------------------------------------------
 
@@ -199,7 +195,7 @@ def report(count: int, struck: Struck) -> None:
     """Progress, on stderr."""
     fault, slowest = struck.fault, max(struck.stalls_s, default=0.0)
     seen = f"noticed {struck.detected_s:.3f} s, " if struck.detected_s is not None else ""
-    told = f", {len(struck.mishaps)} mishaps" if struck.mishaps else ""
+    told = "".join(f"; {count} x {what}" for what, count in Counter(mishap.what for mishap in struck.mishaps).most_common(3))
     print(
         f"{count}. {fault.how} {fault.victim}, {fault.moment} ({struck.phase}): {seen}slowest stall {slowest:.2f} s, whole after {struck.whole_s:.1f} s{told}",
         file=sys.stderr,
