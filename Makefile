@@ -39,8 +39,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in benchmarks/[a-z]*.py; do \
-		name=$$(basename "$$script" .py); \
+	@for name in $$(basename -s .py benchmarks/[a-z]*.py) chaos; do \
 		echo "== $$name" >&2; $(BIN)/python -m "benchmarks.$$name" --quick || exit 1; \
 	done
 

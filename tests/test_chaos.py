@@ -183,12 +183,27 @@ SHORT += ["--victims", "attention", "ffn", "controller", "ingress"]
 FULL = ["--kills", "100", "--pauses", "20", "--detect-timeout", "3"]
 
 
+def benchmark(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], capture_output=True, text=True, check=False)
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arguments", [pytest.param(SHORT, id="short"), pytest.param(FULL, id="full", marks=pytest.mark.full)])
 def test_no_client_loses_a_token_and_nothing_is_left(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.chaos", *arguments], capture_output=True, text=True, check=False)
+    done = benchmark("chaos", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["kills"] >= int(arguments[1])
     assert (said["unexcused"], said["left"], said["end"]) == ([], [], None)
+
+
+@pytest.mark.ray
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_twenty_resizes_in_a_row_change_no_token() -> None:
+    done = benchmark("resize", "--detect-timeout", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert [row["outcome"] for row in said["rows"]] == 20 * ["committed"]
+    assert said["mishaps"] == []

@@ -28,25 +28,11 @@ SEEDED = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, top_p=0.9, frequ
 NAME = "afd-changing"
 REPAIR_TIMEOUT_S = 90.0
 
-Changes = list[dict[str, int]]
 # Up and down, in tensor and in expert parallelism.
-RESIZES: Changes = [
+RESIZES: list[dict[str, int]] = [
     {"attention": 2, "ffn": 2},
     {"ffn": 2, "ffn_tensor_parallel": 2},
     {"attention": 1, "ffn": 1, "ffn_tensor_parallel": 1},
-]
-# The whole way, more than once: 20 in a row.
-LONG_WAY: Changes = 2 * [
-    {"attention": 3},
-    {"ffn": 2},
-    {"attention": 2},
-    {"ffn": 4},
-    {"attention": 1},
-    {"ffn": 3},
-    {"ffn": 4, "ffn_tensor_parallel": 2},
-    {"attention": 2},
-    {"ffn": 1, "ffn_tensor_parallel": 1},
-    {"attention": 1},
 ]
 
 
@@ -141,12 +127,9 @@ def reset(cluster: Cluster, attention: int, ffn: int, tensor_parallel: int = 1) 
     return cluster.status()
 
 
-@pytest.mark.parametrize("changes", [pytest.param(RESIZES, id="short"), pytest.param(LONG_WAY, id="20", marks=pytest.mark.full)])
-def test_resizes_under_load_change_no_token(
-    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], changes: Changes
-) -> None:
+def test_resizes_under_load_change_no_token(cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]) -> None:
     with load(cluster, prompts, expected) as running:
-        for change in changes:
+        for change in RESIZES:
             before = cluster.status()
             answer = cluster.scale(**change)
             assert (answer["outcome"], answer["reason"]) == ("committed", None)
@@ -189,15 +172,9 @@ def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) 
     assert ray.get(first)["outcome"] == "committed"
 
 
-@pytest.mark.parametrize(
-    ("role", "how"),
-    [
-        ("ffn", signal.SIGKILL),
-        ("attention", signal.SIGKILL),
-        pytest.param("ffn", signal.SIGSTOP, marks=pytest.mark.full),
-        pytest.param("attention", signal.SIGSTOP, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # the default suite kills in `test_chaos`
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], role: str, how: signal.Signals
 ) -> None:
@@ -212,6 +189,7 @@ def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     assert ("died" if how == signal.SIGKILL else "has not answered") in dead["reason"]
 
 
+@pytest.mark.full
 def test_the_controller_dies_and_its_successor_takes_over(
     cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

@@ -22,7 +22,7 @@ from benchmarks.chaos.schedule import Fault, Moment, Shape, Victim
 from benchmarks.chaos.stalls import stall_s
 from benchmarks.chaos.watch import Watch, asked
 
-LOOK_S = 0.1
+LOOK_S, SHORT_S = 0.1, 0.001
 INGRESS: tuple[Victim, ...] = ("ingress", "proxy", "serve_controller")
 """Whose death may end a client's answer, with an error that says to ask again."""
 
@@ -116,7 +116,7 @@ class Storm:
             before = self._watch.now.epoch
             await self._send(signal.SIGKILL, "ffn" if fault.victim == "attention" else "attention", 0.0)
             while self._watch.now.epoch == before and self._watch.now.state == "ready":
-                await asyncio.sleep(0)
+                await asyncio.sleep(SHORT_S)
         elif fault.moment != "serving":
             beside = [asyncio.create_task(asked("scale", *fault.shape, None, timeout_s=None))]
             await seen_in(fault.moment, beside[0])
