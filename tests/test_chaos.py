@@ -85,7 +85,7 @@ async def server(*answers: bytes | None) -> AsyncIterator[str]:
 async def heard(*answers: bytes | None, hung_after_s: float = 20.0) -> Clients:
     """One client, until something has gone wrong and an answer after it was right."""
     async with server(*answers, WHOLE) as url:
-        clients = Clients(url, "m", [Ask((1,), len(TOKENS), {})], [TOKENS], hung_after_s)
+        clients = Clients(url, "m", [Ask((1,), len(TOKENS), {})], [TOKENS], hung_after_s, pause_s=0.0)
         clients.start()
         async with asyncio.timeout(20):
             while not (clients.mishaps and clients.answered):

@@ -26,7 +26,7 @@ from afd_ray.models.presets import PRESETS, random_tensors  # noqa: E402
 from benchmarks._machine import hardware  # noqa: E402
 from benchmarks._server import served  # noqa: E402
 from benchmarks.chaos.run import Plan, Result, run  # noqa: E402
-from benchmarks.chaos.schedule import Shape, Victim, faults  # noqa: E402
+from benchmarks.chaos.schedule import CALM_SHARE, Shape, Victim, faults  # noqa: E402
 from benchmarks.chaos.tables import figures, markdown  # noqa: E402
 
 SHAPE = Shape(2, 2, 1)
@@ -47,7 +47,7 @@ def settings(model: Path, args: argparse.Namespace) -> list[str]:
 
 
 def measure(model: Path, args: argparse.Namespace) -> Result:
-    schedule = list(faults(args.seed, args.kills, args.pauses, args.victims))
+    schedule = list(faults(args.seed, args.kills, args.pauses, args.victims, args.calm_share))
     plan = Plan(MODEL, PRESETS[MODEL].vocab_size, SHAPE, schedule, args.seed, args.clients, args.tokens, args.patience)
     with served(*settings(model, args)) as server, joined(server.ray_address):
         return asyncio.run(run(server.url, plan))
@@ -58,6 +58,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--pauses", type=int, default=0, help="processes stopped and let go on, besides")
     parser.add_argument("--victims", nargs="+", choices=get_args(Victim), default=get_args(Victim))
+    parser.add_argument("--calm-share", type=float, default=CALM_SHARE, help="of the faults: while nothing else is going on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=32, help="streaming at once")
     parser.add_argument("--tokens", type=int, default=100, help="of each answer")
@@ -75,6 +76,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when no client lost anything and nothing is left behind."""
+    argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
     machine, started_s = hardware(), time.monotonic()
     with tempfile.TemporaryDirectory() as made:
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(account)
     print(json.dumps(line(machine, args, result)))
     if args.write:
-        write(args.write / "chaos.md", machine, args, account, time.monotonic() - started_s)
+        write(args.write / "chaos.md", machine, argv, account, time.monotonic() - started_s)
     return 0 if result.good else 1
 
 
@@ -94,9 +96,9 @@ def line(machine: str, args: argparse.Namespace, result: Result) -> dict[str, An
     return {"benchmark": "chaos", "date": date.today().isoformat(), "hardware": machine, **named, **figures(result)}
 
 
-def write(file: Path, machine: str, args: argparse.Namespace, account: str, seconds: float) -> None:
+def write(file: Path, machine: str, argv: Sequence[str], account: str, seconds: float) -> None:
     """Add one run to the file."""
-    command = f"python -m benchmarks.chaos --kills {args.kills} --pauses {args.pauses} --seed {args.seed}"
+    command = f"python -m benchmarks.chaos {' '.join(argv)}"
     head = f"{date.today().isoformat()}, {machine}, {seconds / 60:.0f} minutes: `{command}`"
     before = file.read_text() if file.exists() else "# Does any client notice when something dies?\n"
     file.write_text(f"{before}\n{head}\n\n{account}\n")

@@ -52,12 +52,17 @@ class Fault(NamedTuple):
     """Where to, of a resize that is in progress."""
 
 
-def faults(seed: int, kills: int, pauses: int = 0, victims: Sequence[Victim] = tuple(WEIGHTS)) -> Iterator[Fault]:
-    """So many of each way, in random order; every victim once before any comes by its weight, so that a short run sees most of them."""
+def faults(
+    seed: int, kills: int, pauses: int = 0, victims: Sequence[Victim] = tuple(WEIGHTS), calm_share: float = CALM_SHARE
+) -> Iterator[Fault]:
+    """So many of each way, in random order; every victim once before any comes by its weight, so that a short run sees most of them.
+
+    `calm_share`: of all faults, those that come while nothing else is going on.
+    """
     rng = random.Random(f"chaos {seed}")
     ways: list[How] = ["kill"] * kills + ["pause"] * pauses
     rng.shuffle(ways)
-    victims, moments = _dealt(rng, len(ways), victims), _moments(rng, len(ways))
+    victims, moments = _dealt(rng, len(ways), victims), _moments(rng, len(ways), calm_share)
     for how, victim, moment in zip(ways, victims, moments, strict=True):
         quick = moment not in ("serving", "prefill")
         rest_s = rng.uniform(0.0, 0.02 if quick else LONGEST_REST_S)
@@ -71,5 +76,5 @@ def _dealt(rng: random.Random, count: int, victims: Sequence[Victim]) -> list[Vi
     return [*first, *drawn][:count]
 
 
-def _moments(rng: random.Random, count: int) -> list[Moment]:
-    return [rng.choice(CALM if rng.random() < CALM_SHARE else CHANGING) for _ in range(count)]
+def _moments(rng: random.Random, count: int, calm_share: float) -> list[Moment]:
+    return [rng.choice(CALM if rng.random() < calm_share else CHANGING) for _ in range(count)]
