@@ -6,28 +6,28 @@ import os
 import pytest
 
 from benchmarks.chaos.schedule import Shape
-from benchmarks.resize import START, WAY, Rate, Row
+from benchmarks.resize import START, WAY, Row, Spell
 
 CORES = float(os.cpu_count() or 1)
 
 
-def row(calm: Rate, preparing: Rate) -> Row:
-    return Row(Shape(1, 1, 1), Shape(2, 1, 1), "committed", 1.0, 40.0, 1.5, 30.0, 90.0, calm, preparing)
+def row(calm: Spell, preparing: Spell) -> Row:
+    return Row(Shape(1, 1, 1), Shape(2, 1, 1), "committed", 40.0, 1.5, 90.0, calm, preparing)
 
 
 @pytest.mark.parametrize(
-    ("tokens_per_s", "starting", "expected"),
-    [(100.0, 0.0, 0.0), (50.0, 0.5, 0.0), (40.0, 0.5, 0.2), (50.0, 0.0, 0.5)],
+    ("step_ms", "starting", "expected"),
+    [(20.0, 0.0, 0.0), (40.0, 0.5, 0.0), (50.0, 0.5, 0.2), (40.0, 0.0, 0.5)],
     ids=["as before", "all explained", "more than explained", "nothing explained"],
 )
-def test_cores_of_starting_processes_explain_their_share(tokens_per_s: float, starting: float, expected: float) -> None:
-    calm = Rate(3.0, 100.0, CORES, 0.0)
-    assert row(calm, Rate(1.0, tokens_per_s, CORES, starting * CORES)).slower == pytest.approx(expected)
+def test_cores_of_starting_processes_explain_their_share(step_ms: float, starting: float, expected: float) -> None:
+    calm = Spell(3.0, 20.0, CORES, 0.0)
+    assert row(calm, Spell(1.0, step_ms, CORES, starting * CORES)).slower == pytest.approx(expected)
 
 
 def test_free_cores_are_taken_first() -> None:
-    calm = Rate(3.0, 100.0, CORES / 2, 0.0)
-    assert row(calm, Rate(1.0, 100.0, CORES, CORES / 2)).slower == pytest.approx(0.0)
+    calm = Spell(3.0, 20.0, CORES / 2, 0.0)
+    assert row(calm, Spell(1.0, 20.0, CORES, CORES / 2)).slower == pytest.approx(0.0)
 
 
 def test_the_way_is_twenty_resizes_and_ends_where_it_began() -> None:
