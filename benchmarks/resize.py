@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 from actors.commands.joining import use_token
@@ -63,7 +63,7 @@ class Spell(NamedTuple):
 
     seconds: float
     step_ms: float
-    """Between two tokens of an answer, mean."""
+    """Between two tokens of an answer, p50."""
     cores: float
     """Busy, whoever kept them so."""
     starting_cores: float
@@ -112,7 +112,7 @@ class Meter:
         self._look()
         seconds = ended_s - self.began_s
         steps_ms = [gap_ms for at_s, gap_ms in gaps(self._clients, self.began_s) if at_s < ended_s]
-        return Spell(seconds, mean(steps_ms), busy_s / seconds, sum(self._others.values()) / seconds)
+        return Spell(seconds, median(steps_ms), busy_s / seconds, sum(self._others.values()) / seconds)
 
     def _look(self) -> None:
         self._looked_s = time.monotonic()
