@@ -1,19 +1,22 @@
 """What does it cost to be ready for a death, while nobody dies? Throughput with journal and heartbeats and without, in pairs.
 
-Asked: less than 2% of the throughput. Without means heartbeats an hour apart (`failure.detect_timeout_s`) and a journal that keeps nothing, which
-only this benchmark has. Beside the pairs, which are noisy on shared cores, the same from below: what a beat and a journal entry take on one core.
+Asked: less than 2% of the throughput. Without means a controller that is stopped (SIGSTOP: nobody watches, nothing asks) and a journal that
+keeps nothing, which only this benchmark has; the actors are the same ones in both halves of a pair. Beside the pairs, which are noisy on shared
+cores, the same from below: what a beat and a journal entry take on one core.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -21,18 +24,18 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from actors.cluster import Cluster
+from actors.cluster_view import ClusterView
 from actors.pulse import Pulse, PulseServer
-from afd_ray.config import Config, parse_config
+from afd_ray.config import parse_config
 from afd_ray.membership.attempts import Journal
 from afd_ray.request import SamplingParams
 from benchmarks._machine import hardware
-from benchmarks.chaos.processes import cpu_seconds
+from benchmarks.chaos.processes import cpu_seconds, workers
 from benchmarks.overlap import preset_in
 
 VOCABULARY = 4096
-SELDOM_S = 10_800.0
-"""`failure.detect_timeout_s` of a cluster that is in effect not watched: a beat an hour."""
 ALLOWED = 0.02
+WARM_UP = 3
 
 
 class Unkept(Journal):
@@ -43,7 +46,7 @@ class Unkept(Journal):
 
 
 class Figures(NamedTuple):
-    """One cluster under load."""
+    """One half of a pair."""
 
     tokens_per_s: float
     cpu_ms_per_token: float
@@ -66,38 +69,32 @@ class Pair(NamedTuple):
         return 1.0 - self.unready.cpu_ms_per_token / self.ready.cpu_ms_per_token
 
 
+async def latest(view: ClusterView) -> dict[str, Any]:
+    """In place of `ClusterView.refresh`: a stopped controller is not asked, and not waited for."""
+    assert view.latest is not None
+    return view.latest
+
+
 @contextmanager
-def cluster(model: Path, ready: bool, args: argparse.Namespace) -> Iterator[Cluster]:
-    with Cluster.start(config(model, args.detect_timeout if ready else SELDOM_S, args)) as started:
-        if ready:
-            yield started
-        else:
-            with patch("actors.course.Journal", Unkept):
-                yield started
+def unwatched() -> Iterator[None]:
+    """Without controller and journal."""
+    (controller,) = workers()["controller"]
+    os.kill(controller.pid, signal.SIGSTOP)
+    try:
+        with patch("actors.course.Journal", Unkept):
+            yield
+    finally:
+        os.kill(controller.pid, signal.SIGCONT)
 
 
-def config(model: Path, detect_timeout_s: float, args: argparse.Namespace) -> Config:
-    return parse_config(
-        {
-            "model": {"path": str(model)},
-            "attention": {"replicas": args.attention},
-            "ffn": {"expert_parallel": args.expert_parallel},
-            "failure": {"detect_timeout_s": detect_timeout_s},
-        }
-    )
-
-
-def measure(started: Cluster, args: argparse.Namespace) -> Figures:
-    """The same requests again and again, the first time unmeasured."""
-    rng = random.Random(0)
-    prompts = [rng.choices(range(VOCABULARY), k=args.context) for _ in range(args.requests)]
-    params = SamplingParams(max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
-    started.generate(prompts, params)
+def measure(started: Cluster, prompts: Sequence[Sequence[int]], tokens: int) -> Figures:
+    """All prompts once, at once."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     cpu_s, started_s = busy_s(), time.perf_counter()
-    for _ in range(args.repeats):
-        started.generate(prompts, params)
-    tokens = args.repeats * args.requests * args.tokens
-    return Figures(tokens / (time.perf_counter() - started_s), 1000 * (busy_s() - cpu_s) / tokens)
+    started.generate(prompts, params)
+    count = len(prompts) * tokens
+    seconds = time.perf_counter() - started_s
+    return Figures(count / seconds, 1000 * (busy_s() - cpu_s) / count)
 
 
 def busy_s() -> float:
@@ -106,14 +103,24 @@ def busy_s() -> float:
 
 def pairs(model: Path, args: argparse.Namespace) -> Iterator[Pair]:
     """Which of the two comes first changes."""
-    for ready_first, _ in zip(itertools.cycle((True, False)), range(args.pairs), strict=False):
-        figures = {}
-        for ready in (ready_first, not ready_first):
-            with cluster(model, ready, args) as started:
-                figures[ready] = measure(started, args)
-        pair = Pair(figures[True], figures[False])
-        print(table_line(pair), file=sys.stderr, flush=True)
-        yield pair
+    raw = {
+        "model": {"path": str(model)},
+        "attention": {"replicas": args.attention},
+        "ffn": {"expert_parallel": args.expert_parallel},
+        "failure": {"detect_timeout_s": args.detect_timeout},
+    }
+    rng = random.Random(0)
+    prompts = [rng.choices(range(VOCABULARY), k=args.context) for _ in range(args.requests)]
+    with Cluster.start(parse_config(raw)) as started:
+        for _ in range(WARM_UP):
+            measure(started, prompts, args.tokens)
+        with patch.object(ClusterView, "refresh", latest):
+            for ready_first, _ in zip(itertools.cycle((True, False)), range(args.pairs), strict=False):
+                figures = {}
+                for ready in (ready_first, not ready_first):
+                    with nullcontext() if ready else unwatched():
+                        figures[ready] = measure(started, prompts, args.tokens)
+                yield Pair(figures[True], figures[False])
 
 
 def journal_us() -> float:
@@ -160,18 +167,17 @@ def from_below(journal_us: float, beat_us: float, tokens_per_s: float, members: 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a step3-92m checkpoint (default: made in a temporary directory)")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32, help="at once")
     parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a request")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", type=int, default=1)
     parser.add_argument("--expert-parallel", type=int, default=1)
-    parser.add_argument("--detect-timeout", type=float, default=1.0, help="failure.detect_timeout_s with heartbeats")
+    parser.add_argument("--detect-timeout", type=float, default=1.0, help="failure.detect_timeout_s")
     parser.add_argument("--quick", action="store_true", help="one small pair, which cannot tell anything")
     args = parser.parse_args(argv)
     if args.quick:
-        args.pairs, args.tokens, args.repeats = 1, 32, 1
+        args.pairs, args.tokens = 1, 32
     return args
 
 
@@ -185,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def result(machine: str, args: argparse.Namespace, measured: Sequence[Pair]) -> dict[str, Any]:
-    names = ("requests", "context", "tokens", "repeats", "attention", "expert_parallel", "detect_timeout")
+    names = ("requests", "context", "tokens", "attention", "expert_parallel", "detect_timeout")
     journal, beat = journal_us(), asyncio.run(beat_us())
     tokens_per_s = median(pair.ready.tokens_per_s for pair in measured)
     return {
