@@ -19,7 +19,7 @@ STALL_HEADER = """\
 def markdown(result: Result) -> str:
     calm = spread(result.calm_gaps_s)
     lines = [
-        f"{result.kills} kills, {len(result.struck)} faults; {result.answered} answers, {result.tokens} tokens came whole and unchanged.",
+        f"{result.kills} kills, {len(result.struck)} faults; {result.answered} whole answers, {result.tokens} tokens compared.",
         f"Not excused: {dict(Counter(mishap.kind for mishap in result.unexcused)) or 'none'}. Left behind: {'; '.join(result.left) or 'nothing'}.",
         f"Gaps between tokens before the first fault, s: {calm}.",
         "",
