@@ -158,7 +158,7 @@ async def test_only_a_death_in_front_of_the_cluster_excuses_an_error() -> None:
 
     def struck(victim: Victim, clients: Clients) -> Struck:
         fault = Fault(victim, "kill", "serving", 0.0, 0.0, 0.0, Shape(1, 1, 1))
-        return Struck(fault, "", None, [], 0.0, clients.mishaps)
+        return Struck(fault, True, None, [], 0.0, clients.mishaps)
 
     assert unexcused(lost.mishaps, [struck("ingress", lost)]) == []
     assert unexcused(lost.mishaps, [struck("ffn", lost)]) == lost.mishaps

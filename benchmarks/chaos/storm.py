@@ -31,8 +31,8 @@ class Struck(NamedTuple):
     """One fault and what came of it. Seconds from the fault; None: it did not come to that."""
 
     fault: Fault
-    phase: str
-    """What the cluster was doing, as far as was seen."""
+    in_time: bool
+    """Whether its moment was seen: a short phase can be over before it is."""
     detected_s: float | None
     """To the cluster's first change of state."""
     stalls_s: list[float]
@@ -78,8 +78,7 @@ class Storm:
             await self._watch.close()
 
     async def _strike(self, fault: Fault) -> Struck:
-        beside = await self._moment(fault)
-        phase = await phase_now() if fault.victim != "controller" and beside else ""
+        beside, in_time = await self._moment(fault)
         known = len(self.clients.mishaps)
         before = self._watch.now
         pid, at_s = await self._send(signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP, fault.victim, fault.pick)
@@ -98,7 +97,7 @@ class Storm:
         stalls = [stall_s(answer.times_s, at_s, renewed_s) for answer in in_progress]
         return Struck(
             fault,
-            phase,
+            in_time,
             self._watch.noticed(at_s) if fault.victim in ("attention", "ffn") else None,
             [stall for stall in stalls if stall is not None],
             time.monotonic() - at_s,
@@ -107,9 +106,10 @@ class Storm:
 
     # --- its moment ---------------------------------------------------------------------------------------------------------
 
-    async def _moment(self, fault: Fault) -> list["asyncio.Task[Any]"]:
-        """Wait for it; gives what was set going for its sake."""
+    async def _moment(self, fault: Fault) -> tuple[list["asyncio.Task[Any]"], bool]:
+        """Wait for it; gives what was set going for its sake, and whether it was seen."""
         beside: list[asyncio.Task[Any]] = []
+        seen = True
         if fault.moment == "prefill":
             beside = [asyncio.create_task(self.clients.burst())]
         elif fault.moment == "recovery":
@@ -119,9 +119,9 @@ class Storm:
                 await asyncio.sleep(SHORT_S)
         elif fault.moment != "serving":
             beside = [asyncio.create_task(asked("scale", *fault.shape, None, timeout_s=None))]
-            await seen_in(fault.moment, beside[0])
+            seen = await seen_in(fault.moment, beside[0])
         await asyncio.sleep(fault.rest_s)
-        return beside
+        return beside, seen
 
     async def _send(self, number: signal.Signals, victim: Victim, pick: float) -> tuple[int, float]:
         """To one such process, as soon as there is one; gives its id, and when."""
@@ -171,16 +171,13 @@ class Storm:
         return f"{status['state']} ({status['reason']}), {rows}, {status['last_resize']}, {late}"
 
 
-async def phase_now() -> str:
-    """What the controller says that it is doing, in its words."""
-    return str(await asked("progress"))
-
-
-async def seen_in(moment: Moment, resize: "asyncio.Task[Any]") -> None:
-    """Until the change is in that phase, or over: a short phase can be missed."""
+async def seen_in(moment: Moment, resize: "asyncio.Task[Any]") -> bool:
+    """Until the change is in that phase, or over; gives whether it was seen there."""
     words = NAMES[moment]  # type: ignore[index]
-    while not resize.done() and not (await phase_now()).startswith(words):
-        pass
+    while not resize.done():
+        if str(await asked("progress")).startswith(words):
+            return True
+    return False
 
 
 def is_ready(url: str) -> bool:
@@ -194,10 +191,11 @@ def is_ready(url: str) -> bool:
 def report(count: int, struck: Struck) -> None:
     """Progress, on stderr."""
     fault, slowest = struck.fault, max(struck.stalls_s, default=0.0)
+    moment = fault.moment if struck.in_time else f"too late for {fault.moment}"
     seen = f"noticed {struck.detected_s:.3f} s, " if struck.detected_s is not None else ""
     told = "".join(f"; {count} x {what}" for what, count in Counter(mishap.what for mishap in struck.mishaps).most_common(3))
     print(
-        f"{count}. {fault.how} {fault.victim}, {fault.moment} ({struck.phase}): {seen}slowest stall {slowest:.2f} s, whole after {struck.whole_s:.1f} s{told}",
+        f"{count}. {fault.how} {fault.victim}, {moment}: {seen}slowest stall {slowest:.2f} s, whole after {struck.whole_s:.1f} s{told}",
         file=sys.stderr,
         flush=True,
     )
