@@ -63,7 +63,12 @@ def figures(result: Result) -> dict[str, Any]:
     """For the JSON line."""
     faults = [
         one.fault._asdict()
-        | {"in_time": one.in_time, "detected_s": one.detected_s, "slowest_s": max(one.stalls_s, default=None), "whole_s": one.whole_s}
+        | {
+            "in_time": one.in_time,
+            "detected_s": one.detected_s,
+            "slowest_s": max(one.stalls_s, default=None),
+            "whole_s": one.whole_s,
+        }
         for one in result.struck
     ]
     return {
