@@ -49,8 +49,12 @@ class TcpEdge:
         capacity_bytes: int,
         digest: int,
         send_timeout_s: float,
+        on_broken: OnBroken,
     ) -> None:
-        """`capacity_bytes` is that of the peer's ring: the largest message, and the most that is queued here."""
+        """`capacity_bytes` is that of the peer's ring: the largest message, and the most that is queued here.
+
+        `on_broken` is called on the poller's thread when that sees the peer's end, whether or not anything is sent.
+        """
         self.peer = peer
         self.broken: str | None = None
         self.messages = 0
@@ -60,6 +64,7 @@ class TcpEdge:
         self._capacity_bytes = capacity_bytes
         self._digest = digest
         self._send_timeout_s = send_timeout_s
+        self._on_broken = on_broken
         self._queue: deque[memoryview] = deque()
         self._queued_bytes = 0
         self._room = threading.Condition()
@@ -112,9 +117,9 @@ class TcpEdge:
         sent_bytes = 0 if self._queue else self._try_send(parts)
         if sent_bytes == length_bytes:
             return
-        rest = _after([memoryview(part).cast("B") for part in parts], sent_bytes)
+        rest = unsent([memoryview(part).cast("B") for part in parts], sent_bytes)
         while rest and not self._queue and self._writable.poll(_PAUSE_MS):
-            rest = _after(rest, self._try_send(rest))
+            rest = unsent(rest, self._try_send(rest))
         if rest:
             queued = memoryview(b"".join(rest))
             self._queue.append(queued)
@@ -150,6 +155,7 @@ class TcpEdge:
             reason = f"{PEER_CLOSED} ({error.strerror})"
         self._poller.forget(self._connection)
         self.fail(reason)
+        self._on_broken(reason)
 
     def _flush(self) -> None:
         with self._room:
@@ -186,7 +192,7 @@ class TcpEdge:
             time.sleep(0.001)
 
 
-def _after(parts: list[memoryview], sent_bytes: int) -> list[memoryview]:
+def unsent(parts: list[memoryview], sent_bytes: int) -> list[memoryview]:
     """What is left of the parts once that many bytes of them are sent."""
     for index, part in enumerate(parts):
         if sent_bytes < len(part):
