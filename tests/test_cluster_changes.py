@@ -119,7 +119,7 @@ def test_requests_of_an_actor_that_leaves_bring_their_keys_and_values(cluster: C
     prompts = [rng.choices(range(PRESETS["step3-tiny"].vocab_size), k=880) for _ in range(4)]
     params = [GREEDY if i % 2 == 0 else SEEDED for i in range(4)]
     undisturbed = [list(answer.token_ids) for answer in cluster.generate(prompts, params)]
-    with load(cluster, prompts, undisturbed):
+    with load(cluster, Answers(prompts, params, undisturbed)):
         assert cluster.scale(attention=1)["outcome"] == "committed"
     after = cluster.status()["moved_in"]
     assert after["with_kv"] > before["moved_in"]["with_kv"]
