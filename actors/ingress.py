@@ -37,6 +37,9 @@ STOPPING = "the server is stopping"
 SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 ROOM_FOR_RUNNING_REQUESTS = 65_536
 """Our own queue limit decides, not Serve's."""
+# A replica that died is noticed, and replaced, after a period; one that is only silent after three timeouts.
+HEALTH_CHECK_PERIOD_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 5.0
 
 
 class ClusterBackend:
@@ -231,6 +234,8 @@ def build(controller_name: str, config: Config) -> serve.Application:
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": config.failure.drain_timeout_s,
         "logging_config": LoggingConfig(enable_access_log=False, log_level="WARNING"),
