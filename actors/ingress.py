@@ -90,7 +90,7 @@ class ClusterBackend:
         return dict(await self._view.ask("exchange_metrics", ingress_id, snapshot, timeout_s=ANSWER_TIMEOUT_S))
 
     async def metrics(self) -> dict[str, float]:
-        gauges = {"ready": float(self.ready())}
+        gauges = {"ready": float(self.ready()), "stale_epoch_tokens": float(self._view.pool.succession.stale)}
         try:
             return gauges | cluster_gauges(await self.status())
         except Unavailable:

@@ -7,7 +7,7 @@ import msgpack
 
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Submit(NamedTuple):
@@ -98,7 +98,8 @@ def _encode_answer(answer: Answer) -> tuple[Any, ...]:
         return (_REFUSED, *answer)
     if isinstance(answer, Moved):
         return (_MOVED, *answer)
-    return (_TOKEN, answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)
+    value = (answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error, answer.epoch)
+    return (_TOKEN, answer.request_id, *value)
 
 
 def _decode_answer(raw: tuple[Any, ...]) -> Answer:

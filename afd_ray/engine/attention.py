@@ -100,6 +100,7 @@ class AttentionLoop(StepLoop):
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
+        self.scheduler.epoch = wire.epoch.number
         self._flights = [None] * slots
         self._parked = [True] * slots
         self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)

@@ -4,6 +4,7 @@ Nothing is left behind however the process that made them ends: a host lives as 
 """
 
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.testbed.boot import OWN
-from benchmarks.testbed.switch import CUT, PERFECT, Link, Switch, enter_network, switch
+from benchmarks.testbed.switch import CUT, PERFECT, Link, Switch, network_of, switch
 
 T = TypeVar("T")
 SUBNET = "10.77.0"
@@ -38,6 +39,20 @@ def why_not() -> str | None:
     return f"the test bed cannot make namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
+class _Entered(subprocess.Popen[str]):
+    """Waits for a process in a host, and hands on what is signalled."""
+
+    def send_signal(self, number: int) -> None:
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        except OSError:
+            return  # both have ended
+        if not children:
+            super().send_signal(number)
+        for child in children:
+            os.kill(int(child), number)
+
+
 class Host:
     """One host, on or off."""
 
@@ -45,7 +60,11 @@ class Host:
         self.name, self.address = name, address
         self._boot = [sys.executable, str(Path(__file__).with_name("boot.py")), name, hosts, *shared]
         self._process: subprocess.Popen[str] | None = None
-        self._pid = 0
+        self._pid = self._life = 0
+
+    @property
+    def is_on(self) -> bool:
+        return self._process is not None
 
     @property
     def pid(self) -> int:
@@ -70,25 +89,34 @@ class Host:
             self.off()
             raise RuntimeError(f"host {self.name} did not come up")
         self._pid = int(said)
+        self._life = os.pidfd_open(self._pid)
 
     def off(self) -> None:
         """As if its power were cut: every process of it is killed at once; returns when none is left. Harmless when repeated."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()  # and with it, by the kernel, the host's first process, and all others
-            process.communicate(timeout=GONE_TIMEOUT_S)
+        if process is None:
+            return
+        process.kill()  # and with it, by the kernel, the host's first process, and all others
+        if self._life:
+            select.select([self._life], [], [], GONE_TIMEOUT_S)  # it ends when it has buried them
+            os.close(self._life)
+            self._life = 0
+        process.communicate(timeout=GONE_TIMEOUT_S)
 
     def command(self, command: Sequence[str]) -> list[str]:
         """What runs `command` there."""
         return ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", f"--wdns={os.getcwd()}", *command]
 
-    def run(self, *command: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-        """Raises CalledProcessError when it fails; `options` are those of subprocess.run."""
-        return subprocess.run(self.command(command), check=True, capture_output=True, text=True, **options)
+    def run(self, command: Sequence[str], **options: Any) -> str:
+        """Gives its output; `options` are those of subprocess.run. Raises CalledProcessError, which has what it said, when it fails."""
+        done = subprocess.run(
+            self.command(command), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        )
+        return str(done.stdout)
 
-    def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
-        """In a process group of its own, which signals have to go to: the process itself only waits for the one in the host."""
-        return subprocess.Popen(self.command(command), text=True, start_new_session=True, **options)
+    def popen(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
+        """`options` are those of subprocess.Popen."""
+        return _Entered(self.command(command), **options)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call it in a thread of this process whose sockets are this host's."""
@@ -96,8 +124,8 @@ class Host:
 
         def work() -> None:
             try:
-                enter_network(self.pid)
-                result.set_result(function(*arguments))
+                with network_of(self.pid):
+                    result.set_result(function(*arguments))
             except BaseException as error:
                 result.set_exception(error)
 
@@ -130,15 +158,18 @@ class Bed:
 
     def link(self, first: str, second: str, link: Link) -> None:
         """In both directions."""
-        ends = self.hosts[first].address, self.hosts[second].address
-        self._wire.set(link, *ends)
-        self._wire.set(link, *reversed(ends))
+        self._wire.link(self.hosts[first].address, self.hosts[second].address, link)
 
     def isolate(self, name: str, link: Link = CUT) -> None:
         """Every link of this host."""
         for other in self.hosts:
             if other != name:
                 self.link(name, other, link)
+
+    def close(self) -> None:
+        """Every host is off when this returns. Harmless when repeated."""
+        for host in self.hosts.values():
+            host.off()
 
 
 @contextmanager
@@ -160,5 +191,4 @@ def bed(names: Sequence[str] = NAMES, *, shared: Sequence[Path] = (), seed: int 
                 made.on(name)
             yield made
         finally:
-            for host in made.hosts.values():
-                host.off()
+            made.close()

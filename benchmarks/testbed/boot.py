@@ -27,7 +27,7 @@ def settle(name: str, hosts: str, shared: Sequence[str]) -> None:
         mount("-t", "tmpfs", "-o", "mode=1777", name, place)
     for path, descriptor in kept.items():
         Path(path).mkdir(parents=True, exist_ok=True)
-        mount("--bind", f"/proc/{os.getpid()}/fd/{descriptor}", path)
+        mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{descriptor}", path)
         os.close(descriptor)
     Path("/run/hosts").write_text(hosts)
     mount("--bind", "/run/hosts", "/etc/hosts")

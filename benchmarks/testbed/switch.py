@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
@@ -54,14 +54,19 @@ CUT = Link(up=False)
 
 
 def leave_network() -> None:
-    """Give this thread an empty network. Raises OSError without the right to do so."""
+    """Give this thread, and those that it starts, an empty network. Raises OSError without the right to do so."""
     _check(_libc.unshare(_CLONE_NEWNET), "unshare")
 
 
-def enter_network(pid: int) -> None:
-    """Give this thread the network of that process: sockets that it opens from now on are there."""
-    with open(f"/proc/{pid}/ns/net", "rb") as network:
+@contextmanager
+def network_of(pid: int) -> Iterator[None]:
+    """Meanwhile this thread has the network of that process: sockets that it opens are there. Raises OSError when that has ended."""
+    with open("/proc/thread-self/ns/net", "rb") as own, open(f"/proc/{pid}/ns/net", "rb") as network:
         _check(_libc.setns(network.fileno(), _CLONE_NEWNET), "setns")
+        try:
+            yield
+        finally:
+            _check(_libc.setns(own.fileno(), _CLONE_NEWNET), "setns")
 
 
 class Switch:
@@ -78,9 +83,9 @@ class Switch:
         """Take the device away; harmless when there is none."""
         self._tell("detach", address)
 
-    def set(self, link: Link, source: str, target: str) -> None:
-        """What packets of this direction meet from now on."""
-        self._tell("set", asdict(link), source, target)
+    def link(self, first: str, second: str, link: Link) -> None:
+        """What packets between these two meet from now on, in both directions."""
+        self._tell("link", first, second, asdict(link))
 
     def _tell(self, *order: object) -> None:
         assert self._orders is not None
@@ -103,12 +108,6 @@ def switch(seed: int = 0) -> Iterator[Switch]:
     finally:
         process.kill()
         process.communicate()
-
-
-def join(addresses: Mapping[str, int], link: Switch) -> None:
-    """Attach them all: process id by address."""
-    for address, pid in addresses.items():
-        link.attach(address, pid)
 
 
 class _Forwarding:
@@ -151,7 +150,8 @@ class _Forwarding:
 
     def attach(self, address: str, pid: int) -> None:
         self.detach(address)
-        device = _device_in(pid, address)
+        with network_of(pid):
+            device = _device(address)
         self._devices[socket.inet_aton(address)] = device
         self._poll.register(device, select.POLLIN)
 
@@ -161,8 +161,9 @@ class _Forwarding:
             self._poll.unregister(device)
             os.close(device)
 
-    def set(self, link: dict[str, Any], source: str, target: str) -> None:
-        self._links[socket.inet_aton(source), socket.inet_aton(target)] = Link(**link)
+    def link(self, first: str, second: str, link: dict[str, Any]) -> None:
+        ends = socket.inet_aton(first), socket.inet_aton(second)
+        self._links[ends] = self._links[ends[::-1]] = Link(**link)
 
     def _take(self, device: int) -> None:
         try:
@@ -196,9 +197,8 @@ class _Forwarding:
                 os.write(device, packet)
 
 
-def _device_in(pid: int, address: str) -> int:
-    """A TUN device in the network of `pid`, which this thread enters."""
-    enter_network(pid)
+def _device(address: str) -> int:
+    """A TUN device in this thread's network."""
     device = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH14x", DEVICE.encode(), _IFF_TUN_WITHOUT_HEADERS))
     for command in (
