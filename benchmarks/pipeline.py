@@ -23,8 +23,8 @@ from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.mesh import LinkKind
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
-from benchmarks._machine import hardware
 from benchmarks import testbed
+from benchmarks._machine import hardware
 from benchmarks._pair import ADDRESSES, Load, Pair, pair, pair_of_hosts
 from benchmarks.testbed.switch import Switch
 

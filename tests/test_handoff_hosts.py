@@ -1,5 +1,6 @@
 """The hand-off between hosts: a cut link is noticed though nothing tells of it, a bad one carries every message."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +25,7 @@ def hosts(needs_testbed: None) -> Iterator[Bed]:
 
 @pytest.fixture
 def pair(hosts: Bed) -> Iterator[list[RingMesh]]:
-    """A mesh of two ranks, each on a host."""
+    """A mesh of two ranks, each on a host; not by `auto`, which would find that they share this process' memory."""
     pair = joined(hosts)
     yield pair
     hosts.link(*HOSTS, PERFECT)
@@ -36,7 +37,7 @@ def joined(hosts: Bed) -> list[RingMesh]:
     def make(rank: int) -> RingMesh:
         host = hosts[HOSTS[rank]]
         return host.call(
-            lambda: open_mesh(rank, 2, 1, secret=b"s", host=host.address, peers={1 - rank: 1 << 17}, silence_s=SILENCE_S)
+            lambda: open_mesh(rank, 2, 1, secret=b"s", host=host.address, peers={1 - rank: 1 << 17}, kind="tcp", silence_s=SILENCE_S)
         )
 
     meshes = [make(0), make(1)]
@@ -54,16 +55,14 @@ def joined(hosts: Bed) -> list[RingMesh]:
 def next_message(mesh: RingMesh) -> Message:
     """LinkError when the link is over."""
     while (message := mesh.receive()) is None:
+        began_s = time.monotonic()
         mesh.wait(WAIT_S, True)
+        assert time.monotonic() - began_s < WAIT_S, "nothing came and nothing broke"
     return message
 
 
 def send(mesh: RingMesh, step: int = 0, rows: int = 1) -> None:
     mesh.send(1 - mesh.rank, Header(Kind.DISPATCH, epoch=1, source=mesh.rank, step=step), [torch.full((rows, 64), float(step))])
-
-
-def test_ranks_on_different_hosts_share_a_socket_and_no_memory(pair: list[RingMesh]) -> None:
-    assert [mesh.edge_kinds() for mesh in pair] == [{1: "tcp"}, {0: "tcp"}]
 
 
 def test_who_has_sent_notices_a_cut_and_who_only_waits_too(hosts: Bed, pair: list[RingMesh]) -> None:

@@ -32,7 +32,8 @@ class Echo:
         self._there = hosts["two"].call(_bound, hosts["two"].address)
         self._here = hosts["one"].call(_bound, hosts["one"].address)
         self._here.connect(self._there.getsockname())
-        threading.Thread(target=self._answer, daemon=True).start()
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
 
     def _answer(self) -> None:
         while True:
@@ -54,8 +55,11 @@ class Echo:
         return count
 
     def close(self) -> None:
+        """The link must be whole by then."""
         self._here.send(b"")
+        self._thread.join(WAIT_S)
         self._here.close()
+        self._there.close()
 
 
 def _bound(address: str) -> socket.socket:
@@ -89,7 +93,9 @@ def test_a_shared_directory_is_the_same_everywhere(needs_testbed: None, tmp_path
 
 
 def test_a_signal_reaches_what_runs_in_the_host(hosts: Bed) -> None:
-    process = hosts["one"].popen(["sh", "-c", "trap 'exit 7' TERM; echo on; while :; do sleep 0.01; done"], stdout=subprocess.PIPE)
+    process = hosts["one"].popen(
+        ["sh", "-c", "trap 'exit 7' TERM; echo on; while :; do sleep 0.01; done"], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdout.readline()
     process.terminate()

@@ -72,7 +72,9 @@ def up(names: Sequence[str], shared: Sequence[Path]) -> None:
     if reason:
         raise Unavailable(reason)
     command = [sys.executable, "-m", "benchmarks.testbed", "hold", *_hosts_arguments(names, shared)]
-    holder = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    holder = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     until_s = time.monotonic() + UP_TIMEOUT_S
     while not is_up():
         if holder.poll() is not None or time.monotonic() > until_s:

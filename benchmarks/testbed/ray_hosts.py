@@ -27,7 +27,12 @@ class RayHosts:
     def __init__(self, hosts: Bed, head: str) -> None:
         self.hosts, self.head = hosts, head
         self.address = f"{hosts[head].address}:{PORT}"
-        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+        own = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_worker_niceness": "0",
+            "OMP_NUM_THREADS": "1",
+        }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         root = str(Path(__file__).resolve().parents[2])
         self.environment = {**os.environ, **QUICK_TO_NOTICE, **own, "PATH": path, "PYTHONPATH": root}
@@ -46,5 +51,9 @@ class RayHosts:
 
     def _start(self, name: str, *arguments: str) -> None:
         host = self.hosts[name]
-        own: Sequence[str] = [f"--node-ip-address={host.address}", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+        own: Sequence[str] = [
+            f"--node-ip-address={host.address}",
+            f"--object-store-memory={STORE_BYTES}",
+            "--disable-usage-stats",
+        ]
         host.run(["ray", "start", *arguments, *own], env=self.environment, timeout=START_TIMEOUT_S)
