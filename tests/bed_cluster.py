@@ -20,7 +20,7 @@ ATTENTION = ("attention-1", "attention-2")
 CPUS = 2
 """On each host with actors: one is left for a replacement."""
 DETECT_S = 3.0
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 LABELS = {**{name: {"pool": "attention"} for name in ATTENTION}, FFN: {"pool": "ffn"}}
 
 

@@ -37,7 +37,9 @@ def joined(hosts: Bed) -> list[RingMesh]:
     def make(rank: int) -> RingMesh:
         host = hosts[HOSTS[rank]]
         return host.call(
-            lambda: open_mesh(rank, 2, 1, secret=b"s", host=host.address, peers={1 - rank: 1 << 17}, kind="tcp", silence_s=SILENCE_S)
+            lambda: open_mesh(
+                rank, 2, 1, secret=b"s", host=host.address, peers={1 - rank: 1 << 17}, kind="tcp", silence_s=SILENCE_S
+            )
         )
 
     meshes = [make(0), make(1)]

@@ -10,7 +10,7 @@ from benchmarks.testbed import CUT, PERFECT, Link
 from tests.bed_cluster import ATTENTION, CPUS, DEADLINE_S, FFN, LABELS, BedCluster, Streams, bed_cluster
 from tests.live_server import until
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 PROMPTS = [[1 + i, 2, 3 + i] for i in range(8)]
 MAX_TOKENS = 120

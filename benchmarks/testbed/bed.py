@@ -108,10 +108,10 @@ class Host:
         return ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", f"--wdns={os.getcwd()}", *command]
 
     def run(self, command: Sequence[str], **options: Any) -> str:
-        """Gives its output; `options` are those of subprocess.run. Raises CalledProcessError, which has what it said, when it fails."""
-        done = subprocess.run(
-            self.command(command), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-        )
+        """Gives its output; `options` are those of subprocess.run. Raises RuntimeError, with what it said, when it fails."""
+        done = subprocess.run(self.command(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} on host {self.name}: exit {done.returncode}: {done.stdout}")
         return str(done.stdout)
 
     def popen(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
