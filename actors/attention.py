@@ -114,7 +114,8 @@ class AttentionActor(Member):
         config = self._config
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated = config.ffn.colocated
-        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated)))
+        shared = config.attention.shared_expert
+        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
         cache, allocator = build_cache(config, half.config)
         scheduler = Scheduler(
             allocator=allocator,

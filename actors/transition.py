@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -62,7 +63,8 @@ def epoch_of(config: Config, model: ModelConfig, shape: Shape, number: int, load
     """
     ffn = config.ffn
     redundant = min(ffn.redundant_experts, max(0, model.moe_num_experts * (shape.expert_parallel - 1)))
-    return shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
+    epoch = shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
+    return replace(epoch, shared_at_attention=config.attention.shared_expert)
 
 
 def deadlines_of(config: Config) -> Deadlines:

@@ -24,7 +24,7 @@ from afd_ray.engine.stage_costs import StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
-from afd_ray.models.step3 import AttentionHalf, Routed
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed
 from afd_ray.request import Request, TokenOutput
 
 Publish = Callable[[list[TokenOutput]], None]
@@ -98,6 +98,8 @@ class AttentionLoop(StepLoop):
         return self._forget_all()
 
     def _enter(self, wire: Wire) -> None:
+        if self.half.shared != wire.epoch.shared_at_attention:
+            raise RuntimeError("shared experts must be where the epoch says: with the attention ranks, or with the FFN ranks")
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
         self.scheduler.epoch = wire.epoch.number
@@ -272,8 +274,15 @@ class AttentionLoop(StepLoop):
         hold(self.pace, started_ns, flight.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
-        flight.observed.attended((flight.dispatched_ns - started_ns) / 1000)
+        self._share(layer, flight, routed.hidden)
+        flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
+
+    def _share(self, layer: AttentionLayer, flight: Flight, hidden: Tensor) -> None:
+        """The shared expert, if it is here, while the FFN ranks compute the others."""
+        shared = layer.share(hidden)
+        if shared is not None:
+            flight.residual += shared
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
         """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
