@@ -82,8 +82,8 @@ class BedCluster:
     def running(self, role: str) -> list[dict[str, Any]]:
         return [actor for actor in self.status()[role] if actor["state"] == "running"]
 
-    def signal(self, actor: dict[str, Any], name: str) -> None:
-        self.hosts[self.host_of(actor)].run(["kill", f"-{name}", str(actor["pid"])])
+    def pause(self, actor: dict[str, Any]) -> None:
+        self.hosts[self.host_of(actor)].run(["kill", "-STOP", str(actor["pid"])])
 
     def stale_epoch_tokens(self) -> float:
         (line,) = [line for line in self.ask("/metrics").splitlines() if line.startswith("afd_stale_epoch_tokens ")]

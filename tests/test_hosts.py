@@ -84,16 +84,27 @@ def test_a_cut_between_an_attention_host_and_the_ffn_host(
 
 
 @pytest.mark.parametrize("role", ["attention", "ffn"])
-def test_a_paused_process_is_done_without_and_says_nothing_when_it_wakes(
-    cluster: BedCluster, streams: Streams, expected: list[list[int]], role: str
-) -> None:
+def test_a_paused_process_is_done_without(cluster: BedCluster, streams: Streams, expected: list[list[int]], role: str) -> None:
     epoch = cluster.status()["epoch"]
     paused = cluster.running(role)[0]
-    cluster.signal(paused, "STOP")
+    cluster.pause(paused)
     until_noticed(cluster, epoch)
-    cluster.signal(paused, "CONT")
     assert streams.ended() == expected
     assert paused["id"] not in [actor["id"] for actor in cluster.running(role)]
+
+
+@pytest.mark.parametrize("name", [ATTENTION[0], FFN])
+def test_a_paused_host_that_wakes_up_in_a_later_epoch_says_nothing(
+    cluster: BedCluster, streams: Streams, expected: list[list[int]], name: str
+) -> None:
+    epoch = cluster.status()["epoch"]
+    cluster.hosts[name].pause()
+    if name != FFN:
+        until_noticed(cluster, epoch)
+    else:
+        until(lambda: cluster.status()["state"] != "ready", DEADLINE_S)
+    cluster.hosts[name].wake()
+    assert streams.ended() == expected
 
 
 @pytest.mark.parametrize("name", [ATTENTION[1], FFN])

@@ -118,6 +118,14 @@ class Host:
         """`options` are those of subprocess.Popen."""
         return _Entered(self.command(command), **options)
 
+    def pause(self) -> None:
+        """Stop every process but the first; the host's kernel goes on acknowledging what it is sent."""
+        self.run(["sh", "-c", "kill -STOP -1"])
+
+    def wake(self) -> None:
+        """End the pause."""
+        self.run(["sh", "-c", "kill -CONT -1"])
+
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call it in a thread of this process whose sockets are this host's."""
         result: Future[T] = Future()
