@@ -20,8 +20,8 @@ from actors.cluster_view import ClusterView
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.http.backend import Unavailable
 from actors.roster import first_line
-from actors.transition import epoch_of
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
+from afd_ray.membership.epochs import epoch_of
 from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput

@@ -125,9 +125,7 @@ class AFDGroup(BaseGroup):
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Build every edge and carry a large message over each; errors name the rank (see RingMesh)."""
-        began_s = time.monotonic()
         self.mesh.connect(endpoints, timeout_s)
-        self.mesh.warm_up(max(timeout_s - (time.monotonic() - began_s), 0.0))
 
     def destroy_group(self) -> None:
         """Leave at once; the peers' readers get LinkError."""

@@ -45,7 +45,7 @@ class Place:
         return await aside(_open, terms, epoch, rank, group_name, spin_us)
 
     async def connect(self, endpoints: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, str]:
-        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
+        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError naming the edge."""
         peers = {rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}
         await aside(self.group.connect, peers, timeout_s)
         return self.group.mesh.edge_kinds()

@@ -113,6 +113,7 @@ class Placement(Section):
 
 class Failure(Section):
     detect_timeout_s: Seconds = 1.0
+    """An actor that is silent for so long is lost; those who are left have four times as long to connect with each other."""
     request_timeout_s: Seconds | None = None
     """From request to last token, where the request itself gives no `timeout_s`."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0

@@ -237,7 +237,6 @@ class Half:
     def connect(self, endpoints: dict[int, dict[str, Any]]) -> None:
         assert self.mesh is not None
         self.mesh.connect({rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}, TIMEOUT_S)
-        self.mesh.warm_up(TIMEOUT_S)
 
     def next_message(self) -> Message:
         assert self.mesh is not None

@@ -26,7 +26,7 @@ def open_mesh(
 ) -> RingMesh:
     """A member that listens on `host` and has a ring for each of `peers` (rank: capacity in bytes), not yet connected.
 
-    Pass its `endpoint` to the peers and theirs to `connect`, then call `warm_up`. `auto` shares memory with peers on the
+    Pass its `endpoint` to the peers and theirs to `connect`. `auto` shares memory with peers on the
     same host and uses sockets otherwise; `gloo` is for a whole group. A ring's capacity is the largest message it takes; give it twice the bytes in
     flight on the edge. A socket whose peer acknowledges nothing for `silence_s` breaks: nothing else tells of a host out of reach. Raises ValueError for bad arguments and OSError for an address that cannot be bound.
     """

@@ -62,8 +62,12 @@ class TcpEdge:
         capacity_bytes: int,
         digest: int,
         send_timeout_s: float,
+        on_broken: OnBroken,
     ) -> None:
-        """`capacity_bytes` is that of the peer's ring: the largest message, and the most that is queued here."""
+        """`capacity_bytes` is that of the peer's ring: the largest message, and the most that is queued here.
+
+        `on_broken` is called on the poller's thread when that sees the peer's end, whether or not anything is sent.
+        """
         self.peer = peer
         self.broken: str | None = None
         self.messages = 0
@@ -73,6 +77,7 @@ class TcpEdge:
         self._capacity_bytes = capacity_bytes
         self._digest = digest
         self._send_timeout_s = send_timeout_s
+        self._on_broken = on_broken
         self._queue: deque[memoryview] = deque()
         self._queued_bytes = 0
         self._room = threading.Condition()
@@ -163,6 +168,7 @@ class TcpEdge:
             reason = f"{PEER_CLOSED} ({error.strerror})"
         self._poller.forget(self._connection)
         self.fail(reason)
+        self._on_broken(reason)
 
     def _flush(self) -> None:
         with self._room:
