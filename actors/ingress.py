@@ -23,6 +23,7 @@ from actors.http.metrics import IngressMetrics, Snapshot
 from afd_ray.config import Config, check_supported, load_config
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
+from placement.groups import ON_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -216,10 +217,12 @@ def build(controller_name: str, config: Config) -> serve.Application:
         "api_keys_file": _keys_path(config.server.api_keys_file),
         "admin_keys_file": _keys_path(config.server.admin_keys_file),
     }
+    # Several replicas are spread: no single host is to take all of them along.
+    where = ON_HEAD if server["replicas"] == 1 else {}
     options = {
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "ray_actor_options": {"num_cpus": 0, "resources": where, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": config.failure.drain_timeout_s,
         "logging_config": LoggingConfig(enable_access_log=False, log_level="WARNING"),

@@ -7,7 +7,7 @@ import pytest
 
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from benchmarks.testbed import CUT, PERFECT, Link
-from tests.bed_cluster import ATTENTION, CPUS, DEADLINE_S, FFN, LABELS, BedCluster, Streams, bed_cluster
+from tests.bed_cluster import ATTENTION, CPUS, DEADLINE_S, FFN, HEAD, LABELS, BedCluster, Streams, bed_cluster
 from tests.live_server import until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -59,6 +59,12 @@ def test_each_role_is_on_its_hosts_and_tokens_equal_the_reference(
 ) -> None:
     assert {cluster.host_of(actor) for actor in cluster.running("attention")} == set(ATTENTION)
     assert streams.ended() == expected
+
+
+def test_controller_and_ingress_are_where_no_other_host_takes_them_along(cluster: BedCluster) -> None:
+    running = cluster.hosts[HEAD].run(["ps", "-eo", "args"])
+    assert "ray::Controller" in running
+    assert "ray::ServeReplica:afd:ingress" in running
 
 
 @pytest.mark.parametrize("link", [Link(delay_ms=5), Link(loss=0.02), Link(rate_mbit=20)], ids=["slow", "lossy", "narrow"])
