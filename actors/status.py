@@ -22,7 +22,9 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
     roster = transition.roster
     epoch = transition.epoch(roster) if roster else None
-    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
+    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [
+        (hand, None) for hand in transition.departed if hand.name not in answers
+    ]
     attention = [answer for hand, answer in shown if answer and hand.role == "attention"]
     totals = [_pairs(answer["totals"]) for answer in answers.values() if answer]
     return {

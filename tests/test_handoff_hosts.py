@@ -47,7 +47,6 @@ def joined(hosts: Bed) -> list[RingMesh]:
     def connect(rank: int) -> None:
         endpoint = meshes[1 - rank].endpoint
         hosts[HOSTS[rank]].call(meshes[rank].connect, {1 - rank: endpoint}, WAIT_S)
-        meshes[rank].warm_up(WAIT_S)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(connect, (0, 1)))
