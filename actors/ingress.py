@@ -128,6 +128,16 @@ def model_card(model: dict[str, Any]) -> ModelCard:
     return ModelCard(model["name"], model["max_context"], model["vocab_size"], tokenizer, created=int(time.time()))
 
 
+MOVED_GAUGES = {
+    "with_kv": "requests_moved_with_kv",
+    "recomputed": "requests_moved_and_recomputed",
+    "failed": "kv_fetches_failed",
+    "kv_bytes": "kv_bytes_fetched",
+    "kv_ms": "kv_fetching_ms",
+}
+"""By the name in the status."""
+
+
 def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     """What `/metrics` tells of the cluster, summed over the attention actors."""
     names = {
@@ -140,7 +150,8 @@ def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     actors = {
         f"{role}_actors": float(sum(actor["state"] == "running" for actor in status[role])) for role in ("attention", "ffn")
     }
-    return {**sums, **actors, "epoch": float(status["epoch"])}
+    moved = {gauge: float(status["moved_in"].get(key, 0)) for key, gauge in MOVED_GAUGES.items()}
+    return {**sums, **actors, **moved, "epoch": float(status["epoch"])}
 
 
 @serve.ingress()

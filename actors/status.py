@@ -39,6 +39,7 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
         "stages_us": {stage: mean_us(totals, stage) for stage in STAGES},
         "micro_batches": epoch.micro_batches if epoch else None,
         "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
+        "moved_in": _summed([answer["moved_in"] for answer in attention]),
         "reason": coordinator.broken or None,
         "last_resize": transition.last_resize,
     }
@@ -58,6 +59,11 @@ async def _answer(hand: Hand) -> dict[str, Any] | None:
     except (RuntimeError, TimeoutError):
         return None
     return dict(answer)
+
+
+def _summed(counts: list[dict[str, float]]) -> dict[str, float]:
+    """Over the attention actors that there are now."""
+    return {name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())}
 
 
 def _pairs(totals: dict[str, Any]) -> dict[str, tuple[int, int]]:

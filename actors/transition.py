@@ -60,12 +60,13 @@ MARGIN_S = 2.0
 
 def deadlines_of(config: Config) -> Deadlines:
     """As configured."""
-    start_s = config.handoff.start_timeout_s
+    start_s, fetched_s = config.handoff.start_timeout_s, config.failure.drain_timeout_s
     return Deadlines(
         provide_s=config.placement.timeout_s + START_S,
         prepare_s=start_s,
         connect_s=start_s + MARGIN_S,
         reconnect_s=min(start_s, RECONNECT * config.failure.detect_timeout_s) + MARGIN_S,
+        move_out_s=fetched_s + 2 * MARGIN_S,
     )
 
 

@@ -117,7 +117,7 @@ class Failure(Section):
     request_timeout_s: Seconds | None = None
     """From request to last token, where the request itself gives no `timeout_s`."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
-    """What requests in progress have to finish in when the server is told to stop."""
+    """What requests in progress have to finish in when the server is told to stop, or to be fetched in from an attention actor that leaves."""
 
 
 class Counts(Section):

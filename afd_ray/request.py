@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -68,6 +68,17 @@ class Request:
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+
+
+class KVTicket(NamedTuple):
+    """Where the keys and values of a request lie that an attention actor gave back: who goes on with it may fetch them, once."""
+
+    address: str
+    """host:port of the actor that has them."""
+    key: bytes
+    positions: int
+    """Computed tokens, from the first on; at least 1."""
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

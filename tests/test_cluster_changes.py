@@ -128,6 +128,19 @@ def test_a_resize_that_cannot_be_is_rolled_back_and_harms_nobody(cluster: Cluste
         assert cluster.scale(attention=2)["outcome"] == "committed"
 
 
+def test_requests_of_an_actor_that_leaves_bring_their_keys_and_values(cluster: Cluster) -> None:
+    before = reset(cluster, 2, 1)
+    rng = random.Random(4)
+    prompts = [rng.choices(range(PRESETS["step3-tiny"].vocab_size), k=880) for _ in range(4)]
+    params = [GREEDY if i % 2 == 0 else SEEDED for i in range(4)]
+    undisturbed = [list(answer.token_ids) for answer in cluster.generate(prompts, params)]
+    with load(cluster, prompts, undisturbed):
+        assert cluster.scale(attention=1)["outcome"] == "committed"
+    after = cluster.status()["moved_in"]
+    assert after["with_kv"] > before["moved_in"]["with_kv"]
+    assert after["kv_bytes"] > before["moved_in"]["kv_bytes"]
+
+
 def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) -> None:
     reset(cluster, 1, 1)
     first = cluster.controller.scale.remote(2)

@@ -137,9 +137,10 @@ def link_down(cluster: Cluster) -> dict[str, Any]:
     os.kill(ffn, signal.SIGSTOP)
     try:
         cut(attention, min(links(attention, ffn) - before))
-        return growing.answer()
+        growing.until_phase("resume", "discard")
     finally:
         os.kill(ffn, signal.SIGCONT)
+    return growing.answer()
 
 
 def links(one: int, other: int) -> set[tuple[int, int]]:

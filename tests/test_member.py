@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
+from actors import departure, place
 from actors import member as member_module
-from actors import place
 from actors.attention import AttentionActor
 from actors.collective import AFDGroup
 from actors.ffn import FFNActor
@@ -256,7 +256,8 @@ async def test_waiting_for_another_epoch_is_bounded(config: Config, expected: li
         assert await attention.tokens("t") == expected
 
 
-async def test_requests_move_out_and_stay(config: Config, expected: list[int]) -> None:
+async def test_requests_move_out_and_stay(config: Config, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departure, "UNASKED_S", 0.01)  # nobody goes on with them
     async with roster(config, Epoch(1, 2, 1, 1, 2)) as made:
         stays, goes = made.attention
         goes.submit("r", 10_000)

@@ -11,7 +11,7 @@ import pytest_asyncio
 from actors.attention_pool import AttentionPool
 from actors.course import MAX_ENGINE_FAILURES
 from actors.http.backend import Unavailable
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 from tests.attention_fake import TIMEOUT_S, FakeAttention, Relay, connect, eventually, reply
 
 
@@ -173,6 +173,24 @@ async def test_requests_on_an_actor_that_leaves_stay_until_it_gives_them_back(cl
     (await cluster.taken(client)).finish()
     await client.ended_as_undisturbed()
     await eventually(lambda: first.server.streams == 0)
+
+
+async def test_a_ticket_is_for_the_next_actor_alone(cluster: Cluster) -> None:
+    await cluster.live("A0", "A1")
+    client = Client(cluster.pool, "r")
+    first = await cluster.taken(client)
+    first.step(2)
+    await client.has(2)
+    ticket = KVTicket("10.0.0.1:5", b"key", 4, 4096)
+    first.move_out({"r": ticket})
+    second = await cluster.taken(client)
+    assert second.tickets == {"r~2": ticket}
+    await cluster.live("A2")
+    await second.die()
+    third = await cluster.taken(client)
+    assert third.tickets == {"r~3": None}
+    third.finish()
+    await client.ended_as_undisturbed()
 
 
 async def test_what_a_lost_actor_still_says_reaches_nobody(cluster: Cluster) -> None:

@@ -1,5 +1,6 @@
 """The pipeline's schedule as pure functions: what to run next, and what a step costs when the stages overlap."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -61,6 +62,11 @@ def timeline(layers: int, slots: int, times: StageTimes) -> list[Interval]:
 def predicted_period(times: StageTimes, slots: int) -> float:
     """How long `slots` micro-batches take for one layer each: either half has them all to serve, and none comes back sooner than its own round."""
     return max(slots * times.attention, slots * times.ffn, sum(times))
+
+
+def enough_slots(times: StageTimes) -> int:
+    """From how many micro-batches on the slower half never waits, however long the other takes: 2 + transfer / slower half."""
+    return math.ceil(2 + (times.a2f + times.f2a) / max(times.attention, times.ffn))
 
 
 class Load(NamedTuple):

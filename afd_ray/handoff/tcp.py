@@ -130,9 +130,9 @@ class TcpEdge:
         sent_bytes = 0 if self._queue else self._try_send(parts)
         if sent_bytes == length_bytes:
             return
-        rest = _after([memoryview(part).cast("B") for part in parts], sent_bytes)
+        rest = unsent([memoryview(part).cast("B") for part in parts], sent_bytes)
         while rest and not self._queue and self._writable.poll(_PAUSE_MS):
-            rest = _after(rest, self._try_send(rest))
+            rest = unsent(rest, self._try_send(rest))
         if rest:
             queued = memoryview(b"".join(rest))
             self._queue.append(queued)
@@ -205,7 +205,7 @@ class TcpEdge:
             time.sleep(0.001)
 
 
-def _after(parts: list[memoryview], sent_bytes: int) -> list[memoryview]:
+def unsent(parts: list[memoryview], sent_bytes: int) -> list[memoryview]:
     """What is left of the parts once that many bytes of them are sent."""
     for index, part in enumerate(parts):
         if sent_bytes < len(part):
