@@ -4,7 +4,6 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.testbed.bed import Bed
@@ -32,10 +31,13 @@ class RayHosts:
         self.environment.pop("RAY_ADDRESS", None)
 
     def start(self, workers: Mapping[str, Mapping[str, str]], cpus: int) -> None:
-        """The head, without CPUs for actors, then all the others at once; labels by host. Raises RuntimeError."""
+        """The head, without CPUs for actors, then the others; labels by host. Raises RuntimeError.
+
+        One after the other: Ray gives a host 30 s to start, and they share this machine's cores.
+        """
         self._start(self.head, "--head", f"--port={PORT}", "--include-dashboard=false", "--no-monitor", "--num-cpus=0")
-        with ThreadPoolExecutor(len(workers)) as pool:
-            list(pool.map(lambda name: self.join(name, workers[name], cpus), workers))
+        for name, labels in workers.items():
+            self.join(name, labels, cpus)
 
     def join(self, name: str, labels: Mapping[str, str], cpus: int) -> None:
         """Have this host join the cluster. Raises RuntimeError."""
