@@ -286,7 +286,8 @@ class AttentionSide(Half):
             self.scheduler.add(Request(f"r{i}", tuple(rng.choices(range(model.vocab_size), k=load.context)), ENDLESS))
         batch = self.scheduler.schedule(0)
         assert batch is not None
-        self.scheduler.complete(batch, [Sampled(7)] * load.rows)
+        # Different tokens: equal ones would all choose the same experts, and the FFN alone would read few of its weights.
+        self.scheduler.complete(batch, [Sampled(rng.randrange(model.vocab_size)) for _ in range(load.rows)])
 
     def rewind(self) -> None:
         """Forget the tokens of the last run, so that every run has the same contexts."""

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     copy_gb_per_s = copy_rate() / 1e9
     for row in rows:
         row["bound_ms"] = round(row["kv_bytes"] / copy_gb_per_s / 1e6, 3)
-    command = f"python -m benchmarks.migration --repeat {args.repeat}"
+    command = "python -m benchmarks.migration" + (" --quick" if args.quick else f" --repeat {args.repeat}")
     result = {"date": date.today().isoformat(), "hardware": hardware(), "command": command}
     print(json.dumps(result | {"copy_gb_per_s": round(copy_gb_per_s, 2), "contexts": rows}))
     return 0
