@@ -23,6 +23,7 @@ from actors.http.metrics import IngressMetrics, Snapshot
 from afd_ray.config import Config, check_supported, load_config
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
+from placement.groups import ON_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class ClusterBackend:
         return dict(await self._view.ask("exchange_metrics", ingress_id, snapshot, timeout_s=ANSWER_TIMEOUT_S))
 
     async def metrics(self) -> dict[str, float]:
-        gauges = {"ready": float(self.ready())}
+        gauges = {"ready": float(self.ready()), "stale_epoch_tokens": float(self._view.pool.succession.stale)}
         try:
             return gauges | cluster_gauges(await self.status())
         except Unavailable:
@@ -230,10 +231,12 @@ def build(controller_name: str, config: Config) -> serve.Application:
         "api_keys_file": _keys_path(config.server.api_keys_file),
         "admin_keys_file": _keys_path(config.server.admin_keys_file),
     }
+    # Several replicas are spread: no single host is to take all of them along.
+    where = ON_HEAD if server["replicas"] == 1 else {}
     options = {
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "ray_actor_options": {"num_cpus": 0, "resources": where, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.1,

@@ -118,6 +118,7 @@ class AttentionLoop(StepLoop):
             raise RuntimeError("shared experts must be where the epoch says: with the attention ranks, or with the FFN ranks")
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
+        self.scheduler.epoch = wire.epoch.number
         self._flights = [None] * slots
         self._parked = [True] * slots
         self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
