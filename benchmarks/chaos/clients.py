@@ -13,7 +13,7 @@ from benchmarks._streams import Broken, Refused, body, data_lines
 
 SAMPLED = {"temperature": 0.8, "top_k": 8, "frequency_penalty": 0.2}
 """Few candidates: the sums of tensor-parallel ranks differ from a whole one in the last bits, and between hundreds of candidates, cut by `top_p`, a
-draw fell so close to a border that this gave another token, once in some 30,000."""
+draw fell so close to a border that this gave another token, once in all storms."""
 LONG_PROMPT, SHORT_PROMPT = 600, 80
 RETRYABLE = (429, 500, 502, 503, 504)
 KEPT = 40
