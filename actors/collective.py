@@ -93,6 +93,7 @@ class AFDGroup(BaseGroup):
         spin_us: float = 0.0,
         digest: int = 0,
         send_timeout_s: float = 10.0,
+        silence_s: float | None = None,
     ) -> Endpoint:
         """Listen, and make a ring for each of `peers` (rank: capacity in bytes); the endpoint is for the peers."""
         if self._mesh is not None:
@@ -108,6 +109,7 @@ class AFDGroup(BaseGroup):
             spin_us=spin_us,
             digest=digest,
             send_timeout_s=send_timeout_s,
+            silence_s=silence_s,
         )
         return self._mesh.endpoint
 

@@ -1,5 +1,6 @@
 """The cluster's status, in the form that command line and HTTP show."""
 
+import asyncio
 from typing import Any
 
 from actors.roster import Hand, ask, placement_groups
@@ -8,6 +9,8 @@ from afd_ray.config import Config
 from afd_ray.membership.events import Roster
 from afd_ray.telemetry import mean_us, quantiles_ms
 
+ANSWER_TIMEOUT_S = 2.0
+"""Who takes longer is shown as last known: a status must not wait for the lost."""
 STAGES = ("attention", "ffn", "a2f", "f2a", "attention_wait", "ffn_wait")
 
 
@@ -15,8 +18,9 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     """As design promises it; actors that do not answer are shown as they were last known."""
     coordinator, crew = transition.coordinator, transition.crew
     hands = list(crew.hands.values())
-    answers = {hand.name: await _answer(hand) for hand in hands}
-    hands = [hand for hand in hands if hand.name in crew]  # who has left meanwhile is not dead
+    answered = await asyncio.gather(*map(_answer, hands))
+    answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
+    hands = [hand for hand in hands if hand.name in crew]  # who was released meanwhile is not dead; who was lost has departed
     roster = transition.roster
     epoch = transition.epoch(roster) if roster else None
     shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
@@ -50,7 +54,7 @@ async def _answer(hand: Hand) -> dict[str, Any] | None:
     if not hand.identity:
         return None
     try:
-        (answer,) = await ask([hand], "status", timeout_s=5)
+        (answer,) = await ask([hand], "status", timeout_s=ANSWER_TIMEOUT_S)
     except (RuntimeError, TimeoutError):
         return None
     return dict(answer)

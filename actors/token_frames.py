@@ -102,7 +102,8 @@ def _encode_answer(answer: Answer) -> tuple[Any, ...]:
         return (_REFUSED, *answer)
     if isinstance(answer, Moved):
         return (_MOVED, *answer)
-    return (_TOKEN, answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)
+    value = (answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error, answer.epoch)
+    return (_TOKEN, answer.request_id, *value)
 
 
 def _decode_answer(raw: tuple[Any, ...]) -> Answer:

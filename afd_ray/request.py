@@ -94,6 +94,8 @@ class TokenOutput:
     """None while the request goes on."""
     error: str | None = None
     """One line, with `finish_reason` "error"."""
+    epoch: int = field(default=0, compare=False)
+    """In which it was computed; 0 where that is not known."""
 
 
 def _finite(value: float) -> bool:

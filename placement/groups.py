@@ -11,6 +11,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from placement.planner import Infeasible, Node, Placed
 
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Resources for what would end with Ray's head in any case: so no other node takes it along. Without demands Ray would put it anywhere."""
 NODE_ID_LABEL = "ray.io/node-id"
 POLL_S = 0.05
 

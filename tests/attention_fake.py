@@ -30,6 +30,7 @@ class FakeAttention:
         self.tickets: dict[str, KVTicket | None] = {}
         self.aborted: list[str] = []
         self.leaving = False
+        self.epoch = 0
         self.refusal: ValueError | None = None
         self.server = TokenStreamServer(self._submit, self._abort, secret=SECRET)
         self.address = ""
@@ -68,7 +69,7 @@ class FakeAttention:
         if reason:
             del self.running[request_id]
         logprob = None if request.params.logprobs is None else -float(len(tokens))
-        return TokenOutput(request_id, tokens[-1], logprob, finish_reason=reason)
+        return TokenOutput(request_id, tokens[-1], logprob, finish_reason=reason, epoch=self.epoch)
 
     def _submit(self, request: Request, generated: tuple[int, ...], ticket: KVTicket | None) -> None:
         self.submitted.append((request.id, generated))

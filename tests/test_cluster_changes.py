@@ -31,25 +31,11 @@ REPAIR_TIMEOUT_S = 90.0
 REDUNDANT = 4
 """Of 8 experts, as far as a shape has room for copies."""
 
-Changes = list[dict[str, int]]
 # Up and down, in tensor and in expert parallelism.
-RESIZES: Changes = [
+RESIZES: list[dict[str, int]] = [
     {"attention": 2, "ffn": 2},
     {"ffn": 2, "ffn_tensor_parallel": 2},
     {"attention": 1, "ffn": 1, "ffn_tensor_parallel": 1},
-]
-# The whole way, more than once: 20 in a row.
-LONG_WAY: Changes = 2 * [
-    {"attention": 3},
-    {"ffn": 2},
-    {"attention": 2},
-    {"ffn": 4},
-    {"attention": 1},
-    {"ffn": 3},
-    {"ffn": 4, "ffn_tensor_parallel": 2},
-    {"attention": 2},
-    {"ffn": 1, "ffn_tensor_parallel": 1},
-    {"attention": 1},
 ]
 
 
@@ -97,10 +83,9 @@ def reset(cluster: Cluster, attention: int, ffn: int, tensor_parallel: int = 1) 
     return cluster.status()
 
 
-@pytest.mark.parametrize("changes", [pytest.param(RESIZES, id="short"), pytest.param(LONG_WAY, id="20", marks=pytest.mark.full)])
-def test_resizes_under_load_change_no_token(cluster: Cluster, answers: Answers, changes: Changes) -> None:
+def test_resizes_under_load_change_no_token(cluster: Cluster, answers: Answers) -> None:
     with load(cluster, answers) as running:
-        for change in changes:
+        for change in RESIZES:
             before = cluster.status()
             answer = cluster.scale(**change)
             assert (answer["outcome"], answer["reason"]) == ("committed", None)
@@ -134,7 +119,7 @@ def test_requests_of_an_actor_that_leaves_bring_their_keys_and_values(cluster: C
     prompts = [rng.choices(range(PRESETS["step3-tiny"].vocab_size), k=880) for _ in range(4)]
     params = [GREEDY if i % 2 == 0 else SEEDED for i in range(4)]
     undisturbed = [list(answer.token_ids) for answer in cluster.generate(prompts, params)]
-    with load(cluster, prompts, undisturbed):
+    with load(cluster, Answers(prompts, params, undisturbed)):
         assert cluster.scale(attention=1)["outcome"] == "committed"
     after = cluster.status()["moved_in"]
     assert after["with_kv"] > before["moved_in"]["with_kv"]
@@ -154,15 +139,9 @@ def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) 
     assert ray.get(first)["outcome"] == "committed"
 
 
-@pytest.mark.parametrize(
-    ("role", "how"),
-    [
-        ("ffn", signal.SIGKILL),
-        ("attention", signal.SIGKILL),
-        pytest.param("ffn", signal.SIGSTOP, marks=pytest.mark.full),
-        pytest.param("attention", signal.SIGSTOP, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # the default suite kills in `test_chaos`
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     cluster: Cluster, answers: Answers, role: str, how: signal.Signals
 ) -> None:
@@ -177,6 +156,7 @@ def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     assert ("died" if how == signal.SIGKILL else "has not answered") in dead["reason"]
 
 
+@pytest.mark.full
 def test_the_controller_dies_and_its_successor_takes_over(cluster: Cluster, answers: Answers) -> None:
     before = reset(cluster, 1, 2)
     ffn_pids = [actor["pid"] for actor in living(before)["ffn"]]

@@ -29,8 +29,8 @@ def test_two_micro_batches_leave_bubbles_when_the_wire_is_long() -> None:
     assert drawn(intervals, "ffn") ==       "...0011..0011."  # fmt: skip
 
 
-def test_the_longest_waiting_slot_goes_first() -> None:
-    assert next_slot([Ready(0, since=7), Ready(2, since=3), Ready(1, since=5)]) == 2
+def test_the_slot_nearest_to_its_token_goes_first_then_the_one_that_waited_longest() -> None:
+    assert next_slot([Ready(0, 4, since=3), Ready(2, 5, since=9), Ready(1, 5, since=7)]) == 1
     assert next_slot([]) is None
 
 

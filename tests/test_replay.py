@@ -364,3 +364,28 @@ async def test_a_request_that_has_all_its_tokens_just_ends(cluster: Cluster) -> 
     assert [(output.token_id, output.finish_reason) for output in full.outputs] == [(9, None), (None, "length")]
     assert [(output.token_id, output.finish_reason) for output in stopped.outputs] == [(9, None), (None, "stop")]
     assert sum(len(actor.submitted) for actor in cluster.actors.values()) == 2
+
+
+async def test_a_token_of_an_earlier_epoch_than_another_stream_has_reached_is_counted(cluster: Cluster) -> None:
+    await cluster.start("A0", "A1")
+    cluster.view("A0", "A1")
+    await cluster.pool.settle()
+    clients = [Client(cluster.pool, name) for name in ("r", "s")]
+    old, new = cluster.actors["A0"], cluster.actors["A1"]
+    await eventually(lambda: bool(old.running and new.running))
+    new.epoch = 1
+    old.epoch = 1
+    old.step()
+    new.step()
+    await eventually(lambda: all(len(client.outputs) == 1 for client in clients))
+    assert (cluster.pool.succession.newest, cluster.pool.succession.stale) == (1, 0)
+    new.epoch = 2
+    new.step()
+    await eventually(lambda: cluster.pool.succession.newest == 2)
+    assert cluster.pool.succession.stale == 0
+    old.step(2)
+    await eventually(lambda: cluster.pool.succession.stale == 2)
+    old.finish()
+    new.finish()
+    for client in clients:
+        await client.ended_as_undisturbed()

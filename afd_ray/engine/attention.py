@@ -118,6 +118,7 @@ class AttentionLoop(StepLoop):
             raise RuntimeError("shared experts must be where the epoch says: with the attention ranks, or with the FFN ranks")
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
+        self.scheduler.epoch = wire.epoch.number
         self._flights = [None] * slots
         self._parked = [True] * slots
         self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
@@ -135,7 +136,7 @@ class AttentionLoop(StepLoop):
 
     def _run_stage(self) -> bool:
         filled = self._work_came and self._fill_idle_slots()
-        slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
+        slot = next_slot([Ready(i, f.layer, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
         if slot is not None:
             self._advance(slot)
         return filled or slot is not None

@@ -18,13 +18,19 @@ class Ready(NamedTuple):
     """A micro-batch slot whose next stage can run now."""
 
     slot: int
+    layer: int
+    """That is due; after the last one the head."""
     since: int
     """Order of arrival: smaller has waited longer."""
 
 
 def next_slot(ready: Sequence[Ready]) -> int | None:
-    """The slot to run next: the one that has waited longest, so that slots keep their distance around the ring."""
-    return min(ready, key=lambda r: (r.since, r.slot)).slot if ready else None
+    """The slot to run next: the one nearest to its token, then the one that has waited longest.
+
+    So slots spread over the layers: while one is at the head or in a dense layer, which are attention's, others are in layers that
+    are the FFN's. In turn, all would be at the head at once, and the FFN idle. None starves: who has its token is last from then on.
+    """
+    return min(ready, key=lambda r: (-r.layer, r.since, r.slot)).slot if ready else None
 
 
 class Interval(NamedTuple):

@@ -42,6 +42,8 @@ class Scheduler:
         self.costs: CostLine | None = None
         """What a row of a micro-batch takes on its way through a layer; None: not known, rows count alike."""
         self.preemptions = 0
+        self.epoch = 0
+        """What its tokens say that they were computed in."""
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}  # admission order
         self._idle: dict[str, Sequence] = {}  # running and not in flight, least recently scheduled first
@@ -342,7 +344,7 @@ class Scheduler:
         reason = finish_reason(sequence, self.eos_token_ids, self.context_limit)
         if reason is not None:
             self._release(sequence)
-        return TokenOutput(sequence.id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        return TokenOutput(sequence.id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason, epoch=self.epoch)
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.free(sequence.block_table)

@@ -21,7 +21,7 @@ from afd_ray.handoff.inbound import Inbound
 from afd_ray.handoff.intake import Intake
 from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.poller import GONE, READ, Poller
-from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
+from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet, notice_silence
 
 LinkKind = Literal["auto", "shm", "tcp", "gloo"]
 LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
@@ -43,6 +43,8 @@ class Terms:
     host: str
     kind: LinkKind
     send_timeout_s: float
+    silence_s: float | None
+    """After which a peer on another host is taken to be out of reach; None: never."""
 
 
 Outbound = shm.ShmEdge | TcpEdge | GlooEdge
@@ -184,6 +186,7 @@ class Wiring:
             self.outbound[peer] = edge
         else:
             capacity_bytes, timeout_s = self._capacities[peer], terms.send_timeout_s
+            self._listen_for_silence(connection)
             socket_edge = TcpEdge(
                 peer,
                 connection,
@@ -245,9 +248,14 @@ class Wiring:
             self.intake.add(Life(connection, on_broken))
             edge.kind = "shm"
         else:
+            self._listen_for_silence(connection)
             self._watch_life(connection, partial(self.breaks.tell, edge.peer))  # what came before may not be read yet
             self.intake.add(TcpInlet(connection, edge.memory, on_broken))
             edge.kind = "tcp"
+
+    def _listen_for_silence(self, connection: socket.socket) -> None:
+        if self._terms.silence_s is not None:
+            notice_silence(connection, self._terms.silence_s)
 
     def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
         """Hear of the connection's end whether or not this member is looking."""
