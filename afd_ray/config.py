@@ -187,9 +187,9 @@ class Simulation(Section):
     switch_pause_ms: NonNegativeFloat = 100.0
     recover_s: NonNegativeFloat = 1.0
     """From a loss being known until those who are left go on."""
-    nodes: tuple[Node, ...] = ()
+    nodes: list[Node] = []
     """Empty: as many as asked for, all alike."""
-    failures: tuple[FailureAt, ...] = ()
+    failures: list[FailureAt] = []
     mean_hours_between_failures: PositiveFloat | None = None
     """Of one actor."""
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from afd_ray.autoscaling.forecast import forecast_growth
-from afd_ray.autoscaling.settling import KV_FULL, Pace, settle
+from afd_ray.autoscaling.settling import KV_FULL, WAIT_SHARE, Pace, settle, waits_too_long
 from afd_ray.autoscaling.sizing import Demand, Sizing, least_for_kv
 from afd_ray.autoscaling.values import Counts, Decision, Observation, State
 
@@ -12,8 +12,8 @@ MARGIN = 0.9
 """The share of the TPOT target that ranks are counted for: the rest is for what comes before the next decision."""
 KV_WANTED = 0.75
 """Share of the KV blocks that attention ranks are counted for."""
-WAIT_SHARE = 0.5
-"""Of the TTFT target; a request that waits longer calls for attention ranks."""
+SHRINK_MARGIN = 0.95
+"""Fewer ranks must do so much better than what would do."""
 TRIM_STEP = 1.05
 MOST_TRIM = 1.6
 
@@ -79,7 +79,8 @@ def _balanced(observation: Observation, state: State, now: float, growth: float,
     sizing = Sizing.of(observation, *_trims(observation, memory))
     if sizing is None:
         return _unmeasured(observation, memory, now)
-    goals, demand = observation.goals, Demand.of(observation)
+    goals = observation.goals
+    demand = Demand.of(observation)
     expected = demand.times(max(1.0, growth))
     margin = goals.options.get("margin", MARGIN)
 
@@ -88,7 +89,11 @@ def _balanced(observation: Observation, state: State, now: float, growth: float,
         reached = sizing.tpot_ms(counts, expected, goals.tpot_ms)
         unreachable = sizing.tpot_ms(goals.most, expected, goals.tpot_ms) > goals.tpot_ms
         # Of a target that all ranks together miss, fewer may miss it too, but hardly by more.
-        limit = sizing.tpot_ms(observation.counts, expected, goals.tpot_ms) * 1.02 if unreachable else goals.tpot_ms * margin
+        limit = (
+            sizing.tpot_ms(observation.counts, expected, goals.tpot_ms) * 1.02
+            if unreachable
+            else goals.tpot_ms * margin * SHRINK_MARGIN
+        )
         return reached <= limit and counts.attention >= kv
 
     needed = sizing.needed(expected, goals.tpot_ms * margin)
@@ -118,8 +123,7 @@ def _best_effort(sizing: Sizing, demand: Demand, observation: Observation) -> Co
 def _for_queue(observation: Observation) -> int:
     """Attention ranks for the requests that wait too long to be admitted: as many again for each share of those that run."""
     current = observation.counts.attention
-    limit_s = WAIT_SHARE * observation.goals.ttft_ms / 1000
-    if observation.queue_wait_s is None or observation.queue_wait_s <= limit_s:
+    if not waits_too_long(observation):
         return 1
     return math.ceil(current * min(2.0, max(1 + 1 / current, observation.requests / max(1, observation.running))))
 

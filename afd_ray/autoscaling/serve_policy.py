@@ -43,7 +43,9 @@ def to_serve(policy: Policy, role: Literal["attention", "ffn"], goals: Goals) ->
         replicas = max(1, context.current_num_replicas)
         observation = Observation(
             counts=Counts(replicas, replicas),
-            goals=Goals(goals.tpot_ms, goals.ttft_ms, Counts(max(1, least), 1), Counts(most, max(most, 1)), options=goals.options),
+            goals=Goals(
+                goals.tpot_ms, goals.ttft_ms, Counts(max(1, least), 1), Counts(most, max(most, 1)), options=goals.options
+            ),
             running=round(context.total_num_requests - (context.total_queued_requests or 0)),
             waiting=round(context.total_queued_requests or 0),
             tpot_ms=_worst(context.aggregated_metrics, "tpot_ms"),
@@ -58,7 +60,7 @@ def to_serve(policy: Policy, role: Literal["attention", "ffn"], goals: Goals) ->
 def _context(observation: Observation, policy_state: dict[str, Any], state: State, now: float, config: object | None) -> Any:
     goals, replicas = observation.goals, observation.counts.attention
     metrics = {"tpot_ms": observation.tpot_ms, "ttft_ms": observation.ttft_ms}
-    shared = {name: {rank: value.p95 for rank in range(replicas)} for name, value in metrics.items() if value is not None}
+    shared = {name: dict.fromkeys(range(replicas), value.p95) for name, value in metrics.items() if value is not None}
     return SimpleNamespace(
         deployment_id="attention",
         deployment_name="attention",

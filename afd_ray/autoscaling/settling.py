@@ -15,6 +15,8 @@ MOST_FUTILE = 2
 """After so many growths in vain the target is held to be out of reach."""
 KV_FULL = 0.9
 """Share of KV blocks above which fewer attention ranks would have to preempt requests."""
+WAIT_SHARE = 0.5
+"""Of the TTFT target; a request that waits longer calls for attention ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,14 @@ def settle(
 
 
 def _attention(wanted: Counts, observation: Observation, memory: State, now: float, pace: Pace) -> int:
-    """Attention ranks wanted: never fewer while requests wait or the KV cache is full."""
-    pressed = observation.kv_used > KV_FULL or observation.waiting > 0
+    """Attention ranks wanted: never fewer while requests wait long or the KV cache is full."""
+    pressed = observation.kv_used > KV_FULL or waits_too_long(observation)
     return max(wanted.attention, observation.counts.attention) if pressed else wanted.attention
+
+
+def waits_too_long(observation: Observation) -> bool:
+    """Whether requests wait for admission for a good part of what they may take to their first token."""
+    return (observation.queue_wait_s or 0.0) * 1000 > WAIT_SHARE * observation.goals.ttft_ms
 
 
 def _reason_to_pause(observation: Observation, now: float, pace: Pace) -> str | None:
@@ -106,7 +113,7 @@ def _since_change(observation: Observation, now: float) -> float:
 
 def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, Any], now: float, pace: Pace) -> Decision:
     memory.pop("less_since", None)
-    if memory.get("futile", 0) >= MOST_FUTILE and not observation.waiting:
+    if memory.get("futile", 0) >= MOST_FUTILE and not waits_too_long(observation):
         return hold(observation, f"{why}; the target is out of reach: more ranks did not help", memory)
     since = memory.setdefault("more_since", now)
     if now - since < pace.grow_after_s:

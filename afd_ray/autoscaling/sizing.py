@@ -26,10 +26,12 @@ class Demand(NamedTuple):
 
     @classmethod
     def of(cls, observation: Observation) -> "Demand":
-        """What runs and waits now; a waiting request will have as much context as a running one."""
-        running = max(observation.running, 1)
-        share = observation.requests / running
-        return cls(observation.requests, observation.context_tokens * share, observation.prompt_tokens_s)
+        """What would run at the target's pace: by Little's law as many requests as that pace needs for the tokens that go out now, or those that are here
+        if they are more. A request without a token yet will have as much context as the others."""
+        paced = observation.output_tokens_s * observation.goals.tpot_ms / 1000
+        sequences = max(observation.requests, paced)
+        context = observation.context_tokens / max(observation.running, 1)
+        return cls(sequences, context * sequences, observation.prompt_tokens_s)
 
     def times(self, factor: float) -> "Demand":
         return Demand(*(factor * part for part in self))

@@ -20,6 +20,9 @@ class Counts(NamedTuple):
         return f"{self.attention}A{self.ffn}F"
 
 
+LEAST, MOST = Counts(1, 1), Counts(4, 4)
+
+
 class Quantiles(NamedTuple):
     """Of latencies in milliseconds."""
 
@@ -69,8 +72,8 @@ class Goals:
 
     tpot_ms: float = 50.0
     ttft_ms: float = 1000.0
-    least: Counts = Counts(1, 1)
-    most: Counts = Counts(4, 4)
+    least: Counts = LEAST
+    most: Counts = MOST
     ffn_step: int = 1
     """FFN ranks come and go by so many: the tensor-parallel ranks of an instance."""
     resize_deadline_s: float = 600.0

@@ -53,10 +53,18 @@ class Cluster:
         self._look: list[int] = []
         self._decoding = self._rows = 0
         self._loads: list[tuple[int, int]] = []
+        self._slowest_ffn = 1.0
+        self._ffn_times: dict[tuple[int, int], int] = {}  # by rows and micro-batches
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._unsteady)
+        """Whether there is something to compute, and somebody to do it."""
+        return bool(self.ffn and (self._rows or self._unsteady))
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that are not over."""
+        return len(self.homeless) + sum(rank.outstanding for rank in self.ranks)
 
     @property
     def work(self) -> list[Work]:
@@ -68,6 +76,8 @@ class Cluster:
         kept = dict(zip(self.attention, self.ranks, strict=True))
         moved = [job for member, rank in kept.items() if member not in attention for job in rank.evict(self.number)]
         self.attention, self.ffn, self.shape = tuple(attention), tuple(ffn), shape
+        self._slowest_ffn = max((member.slowness for member in self.ffn), default=1.0)
+        self._ffn_times = {}
         costs = self.row_costs()
         self.ranks = [kept.get(member) or self._make_rank(costs) for member in self.attention]
         for rank in self.ranks:
@@ -114,8 +124,7 @@ class Cluster:
         while self._steady[0][0] != self._look[self._steady[0][1]]:
             heapq.heappop(self._steady)
         run = self._times.run_until(self.number, self._steady[0][0] - self.number, until_ps - self.now_ps)
-        attention_ps = self._times.attention_ps(self.number)
-        self._log.passed(run.rounds, run.duration_ps, self._decoding * run.rounds, attention_ps, self._times.ffn_ps)
+        self._log.passed(run.rounds, run.duration_ps, self._decoding * run.rounds, run.attention_ps, self._times.ffn_ps)
         self.number += run.rounds
         self.now_ps += run.duration_ps
         self._end(changed)
@@ -156,8 +165,11 @@ class Cluster:
 
     def ffn_ps(self, rows: int) -> int:
         """A micro-batch's time in the FFN through all layers, with so many rows of all attention ranks in a round."""
-        slowest = max(member.slowness for member in self.ffn)
-        return picoseconds(self._layers * slowest * self._stages.ffn_us(rows / self.micro_batches, self.shape))
+        times = self._ffn_times
+        if (rows, self.micro_batches) not in times:
+            us = self._layers * self._slowest_ffn * self._stages.ffn_us(rows / self.micro_batches, self.shape)
+            times[rows, self.micro_batches] = picoseconds(us)
+        return times[rows, self.micro_batches]
 
     def _end(self, changed: Sequence[int]) -> None:
         """Of the rounds that just went by: ranks whose last round was like no other, and those that end a sequence in it."""

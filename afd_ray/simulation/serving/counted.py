@@ -97,8 +97,8 @@ class CountedRank:
     def end(self, number: int) -> tuple[list[Job], list[Job]]:
         first, last = [], []
         while self._finishes and self._next_finish <= number:
-            _, _, stay, job = heapq.heappop(self._finishes)
-            if job.stay == stay:
+            _, _, phase, job = heapq.heappop(self._finishes)
+            if job.stay == phase:
                 self._leave(job, number + 1)
                 last.append(job)
         for job, count in self._chunks:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from afd_ray.autoscaling.values import Counts, Quantiles, Stages
+from afd_ray.autoscaling.values import Quantiles, Stages
 from afd_ray.engine.stage_costs import StageMeter
 from afd_ray.histogram import Histogram
 from afd_ray.simulation.serving.jobs import Job
@@ -163,24 +163,3 @@ class StageSampler:
             self.meter.attention.add(max(1, round(mine)), round(context), us)
         self.meter.ffn.add(max(1, round(rows)), 0, ffn_us)
         self.meter.transfer.add(max(1, round(rows)), 0, transfer_us)
-
-
-class Change(NamedTuple):
-    """A resize as it ended."""
-
-    at_s: float
-    before: Counts
-    after: Counts
-    outcome: str
-    """committed, rolled_back, or lost: an actor failed."""
-    reason: str
-
-
-def reversals(changes: Sequence[Change]) -> int:
-    """How often a role's count turned round: grew after it shrank, or shrank after it grew."""
-    turns = 0
-    for role in ("attention", "ffn"):
-        steps = [getattr(c.after, role) - getattr(c.before, role) for c in changes if c.outcome == "committed"]
-        signs = [step > 0 for step in steps if step]
-        turns += sum(one != other for one, other in zip(signs, signs[1:], strict=False))
-    return turns

@@ -26,6 +26,16 @@ class Run(NamedTuple):
 
     rounds: int
     duration_ps: int
+    attention_ps: int
+    """Of the slowest rank in the first one."""
+
+
+class Round(NamedTuple):
+    """One of them: how long it lasts, the line that says so (a kind, and a rank), and the slowest rank's attention."""
+
+    duration_ps: int
+    line: tuple[int, int]
+    attention_ps: int
 
 
 class PassTimes:
@@ -44,52 +54,42 @@ class PassTimes:
         self._growth[rank] = growth_ps
         self._transfer[rank] = transfer_ps
 
-    def attention_ps(self, number: int) -> int:
-        """Of the slowest rank."""
-        return int((self._at_zero + self._growth * number).max())
-
-    def duration_ps(self, number: int) -> int:
-        """Of one round."""
-        return self._greatest(number)[0]
+    def round(self, number: int) -> Round:
+        """The one of this number."""
+        attention = self._at_zero + self._growth * number
+        trips = attention + self._transfer
+        slowest, longest = attention.argmax(), trips.argmax()
+        slot, micro_batches = int(attention[slowest]), self.micro_batches
+        overlapped = int(predicted_period(StageTimes(slot, 0, self.ffn_ps, 0), micro_batches))
+        duration = max(overlapped, int(trips[longest]) + self.ffn_ps)
+        if duration == micro_batches * self.ffn_ps:
+            return Round(duration, (0, 0), slot)
+        return Round(duration, (1, int(slowest)) if duration == micro_batches * slot else (2, int(longest)), slot)
 
     def run(self, number: int, rounds: int) -> int:
         """How long so many rounds from `number` on last together."""
-        if rounds <= 0:
-            return 0
-        first, line = self._greatest(number)
-        if rounds == 1:
-            return first
-        last, last_line = self._greatest(number + rounds - 1)
-        if line == last_line or rounds == 2:
-            return (first + last) * rounds // 2 if rounds > 2 else first + last
-        half = rounds // 2
-        return self.run(number, half) + self.run(number + half, rounds - half)
+        return self._total(number, rounds, self.round(number), self.round(number + rounds - 1))
 
     def run_until(self, number: int, most: int, limit_ps: int) -> Run:
         """Rounds from `number` on, as many as begin before `limit_ps` has passed, at most `most` and at least one."""
-        first = self.duration_ps(number)
-        if most == 1 or first >= limit_ps:
-            return Run(1, first)
+        first = self.round(number)
         # Rounds never get shorter, so so many at most, and at least as many as if all were as long as the last of those.
-        high = min(most, -(-limit_ps // first))
-        low = max(1, min(high, limit_ps // self.duration_ps(number + high - 1)))
+        high = min(most, max(1, -(-limit_ps // first.duration_ps)))
+        if high == 1:
+            return Run(1, first.duration_ps, first.attention_ps)
+        last = self.round(number + high - 1)
+        low = max(1, min(high, limit_ps // last.duration_ps))
         while low < high:
             middle = (low + high) // 2
-            if self.run(number, middle) < limit_ps:
+            if self._total(number, middle, first, self.round(number + middle - 1)) < limit_ps:
                 low = middle + 1
             else:
-                high = middle
-        return Run(low, self.run(number, low))
+                high, last = middle, self.round(number + middle - 1)
+        return Run(high, self._total(number, high, first, last), first.attention_ps)
 
-    def _greatest(self, number: int) -> tuple[int, tuple[int, int]]:
-        """The duration of a round, and which line it lies on: (kind, rank)."""
-        attention = self._at_zero + self._growth * number
-        trips = attention + self._transfer
-        slowest, longest = int(attention.argmax()), int(trips.argmax())
-        slot = int(attention[slowest])
-        times = StageTimes(slot, 0, self.ffn_ps, 0)
-        trip = int(trips[longest]) + self.ffn_ps
-        duration = max(int(predicted_period(times, self.micro_batches)), trip)
-        if duration == self.micro_batches * self.ffn_ps:
-            return duration, (0, 0)
-        return duration, (1, slowest) if duration == self.micro_batches * slot else (2, longest)
+    def _total(self, number: int, rounds: int, first: Round, last: Round) -> int:
+        if rounds <= 2 or first.line == last.line:
+            return (first.duration_ps + last.duration_ps) * rounds // 2
+        half = rounds // 2
+        ends, goes_on = self.round(number + half - 1), self.round(number + half)
+        return self._total(number, half, first, ends) + self._total(number + half, rounds - half, goes_on, last)

@@ -2,13 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from afd_ray.config import Pace
 from afd_ray.engine.stage_costs import CostLine
+
+Scaling = Literal["shared", "routed", "none"]
 
 
 class Shape(NamedTuple):
@@ -45,7 +48,7 @@ class LinearStages(NamedTuple):
     ffn: CostLine
     """Of an FFN rank; what becomes of it with other numbers of ranks says `scaling`."""
     transfer: CostLine = CostLine()
-    scaling: Literal["shared", "routed", "none"] = "shared"
+    scaling: Scaling = "shared"
     """shared: the line is of one rank alone, and ranks divide its work. routed: an instance computes the rows with an expert of its own, as paced actors do with
     `ffn.dispatch: routed`. none: every rank takes as long as one would, as paced actors do with `broadcast`."""
     experts: int = 48
@@ -80,7 +83,12 @@ class Profile:
     `ranks` the FFN ranks that were there (default 1), transfers both ways.
     """
 
-    def __init__(self, attention: Sequence[tuple[float, float, float]], ffn: Sequence[tuple[float, float, int]], transfer: Sequence[tuple[float, float]]):
+    def __init__(
+        self,
+        attention: Sequence[tuple[float, float, float]],
+        ffn: Sequence[tuple[float, float, int]],
+        transfer: Sequence[tuple[float, float]],
+    ):
         """`attention`: (rows, context tokens, us); `ffn`: (rows, us, ranks); `transfer`: (rows, us)."""
         by_rows = {rows: _context_line([point for point in attention if point[0] == rows]) for rows, _, _ in attention}
         self._rows = np.array(sorted(by_rows))
@@ -114,10 +122,9 @@ class Profile:
         return _between(rows, *self._transfer)
 
 
-def stage_model(pace: Mapping[str, Any] | None) -> CostLine:
-    """The line of a configured pace: base_us, per_row_us, per_context_token_us."""
-    pace = pace or {}
-    return CostLine(pace.get("base_us", 0.0), pace.get("per_row_us", 0.0), pace.get("per_context_token_us", 0.0))
+def line_of(pace: Pace | None) -> CostLine:
+    """What a configured pace says; None: no time at all."""
+    return CostLine(pace.base_us, pace.per_row_us, pace.per_context_token_us) if pace else CostLine()
 
 
 def _context_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:

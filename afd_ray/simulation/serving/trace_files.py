@@ -10,9 +10,10 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from afd_ray.simulation.serving.traces import Arrival
 
@@ -38,7 +39,7 @@ def read_trace(path: Path) -> Iterator[Arrival]:
 def _records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, tuple[float, int, int]]]:
     stream = iter(lines)
     head = next(stream, "")
-    reader: Iterator[object]
+    reader: Iterator[Any]
     if head.lstrip().startswith("{"):
         parse, reader, ahead = _mooncake, chain([head], stream), 1
     else:
@@ -76,4 +77,4 @@ def _seconds(text: str) -> float:
             zone = sign + zone
             break
     parsed = datetime.fromisoformat(f"{moment}.{digits[:TICK_DIGITS].ljust(TICK_DIGITS, '0')}{zone}" if fraction else moment)
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

@@ -39,7 +39,7 @@ class Synthetic(NamedTuple):
     """From one burst to the next, in the mean."""
     drift: float = 1.0
     """How many times as long prompts are in the end as at the start."""
-    longest: int = 32_768
+    longest: float = 32_768
     """Tokens of a prompt, and of an answer."""
 
 
@@ -69,7 +69,7 @@ def parse_synthetic(text: str) -> Synthetic:
             raise ValueError(f"trace: {key} must be a number, got {value!r}") from None
     if values.get("rate", 1) <= 0 or values.get("duration_s", 1) <= 0:
         raise ValueError(f"trace: rate and duration_s must be more than 0, got {text}")
-    return Synthetic(**(values | {"longest": int(values.get("longest", Synthetic._field_defaults["longest"]))}))
+    return Synthetic(**values)
 
 
 def draw(trace: Synthetic, seed: int) -> Iterator[Arrival]:
@@ -111,7 +111,7 @@ def _drift(trace: Synthetic, at_s: float) -> float:
 
 def _lengths(mean: float, trace: Synthetic, count: int, random: np.random.Generator) -> "np.ndarray":
     if trace.spread == 0:
-        return np.full(count, min(max(1, round(mean)), trace.longest))
+        return np.full(count, min(max(1, round(mean)), int(trace.longest)))
     variance = math.log(1 + trace.spread**2)
     drawn = random.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), count)
     return np.clip(np.rint(drawn), 1, trace.longest).astype(np.int64)
