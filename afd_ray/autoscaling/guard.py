@@ -18,6 +18,9 @@ def checked(answer: object, observation: Observation, state: State) -> Decision:
         return _unchanged(observation, state, f"the policy wants {_shown(counts)} ranks, not two positive integers")
     if not isinstance(answer.state, Mapping) or not isinstance(answer.reason, str):
         return _unchanged(observation, state, "the policy's state must be a mapping and its reason a text")
+    override = observation.override
+    if override is not None and counts != observation.counts:
+        return _unchanged(observation, answer.state, f"set to {override.counts} by hand; the policy wants {Counts(*counts)}")
     wanted = Counts(*counts)
     kept = wanted if wanted == observation.counts else observation.goals.bound(wanted)
     reason = " ".join(answer.reason.split())[:LONGEST_REASON]

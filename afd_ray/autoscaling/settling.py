@@ -1,5 +1,6 @@
 """From the counts that a policy would like to a decision that can be acted on: what keeps every built-in policy calm."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class Pace:
     """Between one growth's end and the next."""
     shrink_cooldown_s: float = 60.0
     """Between any change's end and a reduction."""
+    most_growth: float = 2.0
+    """A role grows to so many times its ranks at most, in one resize."""
     retry_s: float = 60.0
     """After a resize was rolled back, until another one is asked for."""
     futile_s: float = 900.0
@@ -66,8 +69,9 @@ def settle(
         return hold(observation, pause, memory, give_up=_overdue(observation, now))
     _note_growth_in_vain(memory, observation, now, pace)
     current, wanted = observation.counts, observation.goals.bound(wanted)
-    attention = _attention(wanted, observation, memory, now, pace)
-    more = Counts(max(attention, current.attention), max(wanted.ffn, current.ffn))
+    attention = _attention(wanted, observation)
+    limit = observation.goals.bound(Counts(*(math.ceil(count * pace.most_growth) for count in current)))
+    more = Counts(*(max(count, min(most, asked)) for count, most, asked in zip(current, limit, (attention, wanted.ffn), strict=True)))
     less = Counts(min(attention, current.attention), min(wanted.ffn, current.ffn))
     if more != current:
         return _grow(more, why, observation, memory, now, pace)
@@ -78,7 +82,7 @@ def settle(
     return _shrink(less, why, observation, memory, now, pace, holds)
 
 
-def _attention(wanted: Counts, observation: Observation, memory: State, now: float, pace: Pace) -> int:
+def _attention(wanted: Counts, observation: Observation) -> int:
     """Attention ranks wanted: never fewer while requests wait long or the KV cache is full."""
     pressed = observation.kv_used > KV_FULL or waits_too_long(observation)
     return max(wanted.attention, observation.counts.attention) if pressed else wanted.attention
@@ -95,8 +99,8 @@ def _reason_to_pause(observation: Observation, now: float, pace: Pace) -> str | 
         return f"the resize to {resize.to} is overdue after {now - resize.since_s:.0f} s: given up"
     if resize is not None:
         return f"a resize to {resize.to} is under way"
-    if override is not None and now < override.until_s:
-        return f"set to {override.counts} by hand, for {override.until_s - now:.0f} s more"
+    if override is not None:
+        return f"set to {override.counts} by hand, for {max(0.0, override.until_s - now):.0f} s more"
     if last is not None and not last.committed and now - last.at_s < pace.retry_s:
         return f"the resize to {last.to} was rolled back {now - last.at_s:.0f} s ago"
     return None

@@ -119,7 +119,8 @@ class Observation:
     ttft_ms: Quantiles | None = None
     stages: Stages | None = None
     costs: StageCosts | None = None
-    """What a layer costs by rows and context, as learned from the stages that ran."""
+    """What a layer costs with the present counts, as learned from the stages that ran (`learning.StageBook`): attention and transfer by one attention rank's rows and
+    context, the FFN by the rows of all attention ranks."""
     layers: int = 1
     micro_batches: int = 1
     """In flight at most, for each attention rank."""
@@ -128,6 +129,7 @@ class Observation:
     resize: Resize | None = None
     last_resize: Outcome | None = None
     override: Override | None = None
+    """None: nobody has set the counts, or long ago."""
 
     @property
     def requests(self) -> int:

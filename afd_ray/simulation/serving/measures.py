@@ -1,12 +1,10 @@
 """What is measured of a simulated cluster: the last minute for the policy, the whole run for the report."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from afd_ray.autoscaling.values import Quantiles, Stages
-from afd_ray.engine.stage_costs import StageMeter
 from afd_ray.histogram import Histogram
 from afd_ray.simulation.serving.jobs import Job
 from afd_ray.simulation.serving.rounds import PS_PER_S
@@ -146,20 +144,3 @@ class Course:
         if len(self.points) > MOST_POINTS:
             self.points = self.points[1::2]
             self._every *= 2
-
-
-class StageSampler:
-    """Learns what stages cost as attention ranks do, from the rounds that ran."""
-
-    MOST_RANKS = 8
-    """Sampled at each look."""
-
-    def __init__(self) -> None:
-        self.meter = StageMeter()
-
-    def sample(self, attention: Sequence[tuple[float, float, float]], rows: float, ffn_us: float, transfer_us: float) -> None:
-        """`attention`: (rows, context tokens, us) of a layer of ranks' micro-batches; `rows` of all ranks together."""
-        for mine, context, us in attention[: self.MOST_RANKS]:
-            self.meter.attention.add(max(1, round(mine)), round(context), us)
-        self.meter.ffn.add(max(1, round(rows)), 0, ffn_us)
-        self.meter.transfer.add(max(1, round(rows)), 0, transfer_us)

@@ -142,7 +142,7 @@ class Simulation:
         self.state = decision.state
         if decision.give_up:
             self.pools.roll_back("given up by the policy")
-        elif decision.counts != observation.counts and self.pools.transition is None and self._override is None:
+        elif decision.counts != observation.counts and self.pools.transition is None:
             self.pools.resize(decision.counts, decision.reason)
         self.at(self.now_s + self._config.autoscaling.period_s, self._tick)
 

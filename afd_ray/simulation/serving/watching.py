@@ -1,12 +1,16 @@
 """What a policy is shown of a simulated cluster."""
 
+from afd_ray.autoscaling.learning import StageBook
 from afd_ray.autoscaling.values import Observation, Override
 from afd_ray.engine.pipeline import Load, micro_batches_for
 from afd_ray.simulation.serving.cluster import Cluster, stage_us
-from afd_ray.simulation.serving.measures import Course, Measures, Point, StageSampler
+from afd_ray.simulation.serving.measures import Course, Measures, Point
 from afd_ray.simulation.serving.pools import Pools
 from afd_ray.simulation.serving.rounds import PS_PER_S
 from afd_ray.simulation.serving.scene import Scene
+
+MOST_SAMPLED = 8
+"""Attention ranks whose stages are looked at each time."""
 
 
 class Watch:
@@ -16,8 +20,7 @@ class Watch:
         self.course = Course()
         self._scene, self._cluster, self._pools, self._measures = scene, cluster, pools, measures
         self._goals, self._period_s = scene.goals, scene.config.autoscaling.period_s
-        self._sampler = StageSampler()
-        self._ffn = 0
+        self._book = StageBook()
 
     def look(self, override: Override | None) -> Observation:
         """The present, and what happened since the last look."""
@@ -41,7 +44,7 @@ class Watch:
             tpot_ms=tpot_ms,
             ttft_ms=ttft_ms,
             stages=self._measures.stages(self._scene.layers, cluster.micro_batches),
-            costs=self._sampler.meter.costs,
+            costs=self._book.costs(len(cluster.ffn)),
             layers=self._scene.layers,
             micro_batches=self._scene.slots,
             start_delay_s=pools.start_delay_s,
@@ -62,7 +65,7 @@ class Watch:
         if busiest is None or not busiest.rows:
             return cluster.micro_batches
         load = Load(busiest.decoding, busiest.decoding, busiest.context_tokens, busiest.prompt_rows)
-        costs, ranks = self._sampler.meter.costs, sum(work.rows > 0 for work in cluster.work)
+        costs, ranks = self._book.costs(len(cluster.ffn)), sum(work.rows > 0 for work in cluster.work)
         # An attention rank sees the FFN's time by its own rows.
         own = costs._replace(ffn=costs.ffn._replace(per_row_us=costs.ffn.per_row_us * ranks))
         return micro_batches_for(load, own, config.max_tokens_per_micro_batch, self._scene.slots, cluster.micro_batches)
@@ -70,21 +73,16 @@ class Watch:
     def _sample(self) -> None:
         """Stage times of the present rounds, for the cost lines."""
         cluster, slots, stages = self._cluster, self._cluster.micro_batches, self._scene.stages
-        if self._ffn != len(cluster.ffn):
-            self._ffn = len(cluster.ffn)
-            self._sampler.meter.forget_ffn()
         rows = sum(work.rows for work in cluster.work)
-        if not rows:
+        if not rows or not cluster.ffn:
             return
-        attention: list[tuple[float, float, float]] = []
-        for member, work in zip(cluster.attention, cluster.work, strict=True):
-            if work.rows and len(attention) < self._sampler.MOST_RANKS:
-                fixed_us, per_token_us = stages.attention_us(work.rows / slots)
-                context = work.context_tokens / slots
-                attention.append((work.rows / slots, context, member.slowness * (fixed_us + per_token_us * context)))
-        most = max(work.rows for work in cluster.work) / slots
-        ffn_us = stage_us(cluster.ffn_ps(rows), self._scene.layers)
-        self._sampler.sample(attention, rows / slots, ffn_us, stages.transfer_us(most))
+        busy = [pair for pair in zip(cluster.attention, cluster.work, strict=True) if pair[1].rows][:MOST_SAMPLED]
+        for member, work in busy:
+            mine, context = work.rows / slots, work.context_tokens / slots
+            fixed_us, per_token_us = stages.attention_us(mine)
+            self._book.attended(mine, context, member.slowness * (fixed_us + per_token_us * context))
+            self._book.carried(mine, stages.transfer_us(mine))
+        self._book.fed(rows / slots, len(cluster.ffn), stage_us(cluster.ffn_ps(rows), self._scene.layers))
 
     def _note(self, seen: Observation) -> None:
         tpot, ttft = seen.tpot_ms, seen.ttft_ms
