@@ -119,7 +119,9 @@ def sweep(bench: Bench, most: int, margins: Sequence[float], ongoing: Sequence[i
 
 
 def report(args: argparse.Namespace, bench: Bench) -> str:
-    command = f"python -m benchmarks.autoscaling --config {args.config} --trace {args.trace} --seed {args.seed} --most {args.most}"
+    command = (
+        f"python -m benchmarks.autoscaling --config {args.config} --trace {args.trace} --seed {args.seed} --most {args.most}"
+    )
     best = {policy: bench.cheapest(policy) for policy in ("fixed", "queue", "tpot", "balance", "predictive")}
     lines = [
         "# What does each policy pay for 99% of a bursty day's requests within both targets?",
@@ -146,7 +148,9 @@ def _table(tries: Sequence[Try], queue: Try | None, fixed: Try | None) -> list[s
         shares = [_share(tried, base) for base in (queue, fixed)]
         latencies = [f"{summary[name]['p95']:.1f}" if summary[name] else "-" for name in ("tpot_ms", "ttft_ms")]
         hours, within = f"{tried.outcome.gpu_hours:.1f}", f"{tried.outcome.attainment:.2%}"
-        lines.append(f"| {' | '.join([tried.policy, tried.settings, hours, *shares, within, *latencies, str(summary['resizes'])])} |")
+        lines.append(
+            f"| {' | '.join([tried.policy, tried.settings, hours, *shares, within, *latencies, str(summary['resizes'])])} |"
+        )
     return lines
 
 

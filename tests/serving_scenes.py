@@ -8,8 +8,8 @@ from afd_ray.config import Config, parse_config
 from afd_ray.engine.stage_costs import CostLine
 from afd_ray.simulation.serving import Arrival, LinearStages, Outcome, Scene, simulate
 
-STAGES = LinearStages(CostLine(40, 2.0, 0.004), CostLine(160, 6.0), CostLine(20, 0.2))
-"""One attention and one FFN rank decode 8 requests of 500 tokens in about 16 ms."""
+STAGES = LinearStages(CostLine(40, 16.0, 0.03), CostLine(160, 48.0), CostLine(20, 1.0))
+"""One attention and one FFN rank decode 4 requests of 300 tokens in about 20 ms."""
 LAYERS = 40
 MOST = Counts(8, 8)
 
@@ -32,7 +32,7 @@ def small(start: Counts = Counts(1, 1), blocks: int = 2000, **sections: dict[str
     return Scene(config, STAGES, LAYERS, blocks)
 
 
-def steady(rate: float, until_s: float, prompt: int = 200, output: int = 100, since_s: float = 0.0) -> Iterator[Arrival]:
+def steady(rate: float, until_s: float, prompt: int = 40, output: int = 200, since_s: float = 0.0) -> Iterator[Arrival]:
     """Requests like clockwork."""
     count = int((until_s - since_s) * rate)
     return (Arrival(since_s + number / rate, prompt, output) for number in range(count))
@@ -63,5 +63,5 @@ def by_threshold(observation: Observation, state: State, now: float) -> Decision
 
 def by_completions(observation: Observation, state: State, now: float) -> Decision:
     """A rank for so many completions a second: a saturated cluster never looks busier than it is."""
-    wanted = 1 + int(observation.completions_s / 3.0)
+    wanted = 1 + int(observation.completions_s / 2.0)
     return Decision(observation.goals.bound(Counts(wanted, wanted)), "by completion rate")

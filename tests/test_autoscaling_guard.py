@@ -87,7 +87,7 @@ def test_a_late_answer_is_dropped() -> None:
 
 
 def test_serving_goes_on_as_without_a_policy() -> None:
-    without = play(load_policy("fixed"), steady(5, 60), small(Counts(2, 2))).summary()
-    assert play(raises, steady(5, 60), small(Counts(2, 2))).summary() == without
+    without = play(load_policy("fixed"), steady(1, 60), small(Counts(2, 2))).summary()
+    assert play(raises, steady(1, 60), small(Counts(2, 2))).summary() == without
     for answer in NONSENSE.values():
-        assert play(lambda o, s, t, answer=answer: answer, steady(5, 60), small(Counts(2, 2))).summary() == without  # type: ignore[misc]
+        assert play(lambda o, s, t, answer=answer: answer, steady(1, 60), small(Counts(2, 2))).summary() == without  # type: ignore[misc]

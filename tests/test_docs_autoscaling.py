@@ -38,7 +38,9 @@ def test_the_swept_ratio_has_its_best_in_between(policy_names: dict[str, Any]) -
     assert 2 < names["best"] < 10
 
 
-def test_the_replayed_trace_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_replayed_trace_leaves_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     requests = [{"timestamp": 500 * n, "input_length": 800, "output_length": 100, "hash_ids": []} for n in range(200)]
     Path("trace.jsonl").write_text("\n".join(map(json.dumps, requests)) + "\n")
@@ -47,4 +49,9 @@ def test_the_replayed_trace_leaves_a_report(tmp_path: Path, monkeypatch: pytest.
     assert "balance" in capsys.readouterr().out
     report = json.loads(Path("report/report.json").read_text())
     assert [policy["completed"] for policy in report["policies"]] == [200, 200]
-    assert {path.name for path in Path("report").iterdir()} >= {"report.html", "balance.png", "fixed.png", "cost-and-attainment.png"}
+    assert {path.name for path in Path("report").iterdir()} >= {
+        "report.html",
+        "balance.png",
+        "fixed.png",
+        "cost-and-attainment.png",
+    }

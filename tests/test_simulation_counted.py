@@ -94,24 +94,16 @@ CASES = {
 def test_closed_form_is_exactly_as_stepping_one_by_one(name: str, seed: int) -> None:
     counted, stepped = play(CASES[name], CountedRank, seed), play(CASES[name], SteppingRank, seed)
     assert counted.times == stepped.times
-    assert counted.rounds == stepped.rounds == stepped.advances
+    assert counted.rounds == stepped.rounds
     assert counted.advances < stepped.advances
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "KV too small"])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_counting_is_exactly_as_the_live_scheduler(name: str, seed: int) -> None:
     """Every request's first and last token in the same picosecond, and as many KV blocks taken."""
     counted, scheduled = play(CASES[name], CountedRank, seed), play(CASES[name], ScheduledRank, seed)
     assert sorted(counted.times) == sorted(scheduled.times)
     assert counted.rounds == scheduled.rounds
-    assert counted.preemptions == scheduled.preemptions == 0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_preempting_is_much_as_in_the_live_scheduler(seed: int) -> None:
-    """Who gives up its blocks may differ where several could."""
-    counted, scheduled = (play(CASES["KV too small"], kind, seed) for kind in (CountedRank, ScheduledRank))
-    assert scheduled.preemptions > 5
-    assert counted.preemptions == pytest.approx(scheduled.preemptions, rel=0.2)
-    assert counted.times[-1][2] == pytest.approx(scheduled.times[-1][2], rel=0.02)
+    assert counted.preemptions == scheduled.preemptions
+    assert (counted.preemptions > 0) == (name == "KV too small")

@@ -27,7 +27,7 @@ def once(wanted: Counts, at_s: float = 100.0):  # type: ignore[no-untyped-def]
 
 
 def test_every_request_is_answered_in_full_whatever_changes() -> None:
-    arrivals = list(steady(8, 300))
+    arrivals = list(steady(1.5, 300))
     for wanted in (Counts(1, 1), Counts(5, 2), Counts(2, 6)):
         outcome = play(once(wanted), arrivals, small(Counts(3, 3)))
         assert outcome.tally.completions == len(arrivals)
@@ -36,7 +36,7 @@ def test_every_request_is_answered_in_full_whatever_changes() -> None:
 
 
 def test_new_actors_serve_after_their_start_and_cost_from_the_start() -> None:
-    outcome = play(once(Counts(2, 1)), steady(1, 200))
+    outcome = play(once(Counts(2, 1)), steady(0.5, 200))
     (change,) = outcome.changes
     assert change.at_s == pytest.approx(100 + 20 + 1, abs=1)
     assert outcome.gpu_hours * 3600 == pytest.approx(2 * outcome.duration_s + (outcome.duration_s - 100), abs=2)
@@ -44,35 +44,35 @@ def test_new_actors_serve_after_their_start_and_cost_from_the_start() -> None:
 
 def test_without_room_a_resize_is_rolled_back_and_serving_goes_on() -> None:
     scene = small(simulation={"nodes": [{"actors": 3}]}, placement={"timeout_s": 30.0})
-    outcome = play(once(Counts(4, 4)), steady(5, 150), scene)
+    outcome = play(once(Counts(4, 4)), steady(1, 150), scene)
     assert {change.outcome for change in outcome.changes} == {"rolled_back"}
     assert outcome.changes[0].at_s == pytest.approx(130, abs=1)
     assert outcome.changes[0].reason == "starting new actors took too long"
-    assert outcome.tally.completions == 750
+    assert outcome.tally.completions == 150
 
 
 @pytest.mark.parametrize("role", ["attention", "ffn"])
 def test_a_lost_actor_is_replaced_and_no_request_with_it(role: str) -> None:
     scene = small(Counts(2, 2), simulation={"start_delay_s": 20.0, "failures": [{"at_s": 60.0, "role": role}]})
-    outcome = play(FIXED, steady(8, 200), scene)
+    outcome = play(FIXED, steady(2, 200), scene)
     lost, back = outcome.changes
     assert (lost.outcome, back.outcome) == ("lost", "committed")
     assert sum(lost.after) == 3
     assert back.after == Counts(2, 2)
-    assert outcome.tally.completions == 1600
+    assert outcome.tally.completions == 400
 
 
 def test_losing_the_only_actor_of_a_role_stops_serving_until_another_is_there() -> None:
     for role in ("attention", "ffn"):
         scene = small(simulation={"start_delay_s": 20.0, "failures": [{"at_s": 30.0, "role": role}]})
-        outcome = play(FIXED, steady(2, 100), scene)
-        assert outcome.tally.completions == 200
+        outcome = play(FIXED, steady(0.5, 100), scene)
+        assert outcome.tally.completions == 50
         assert max(point.ttft_p95_ms or 0 for point in outcome.points) > 10_000
 
 
 def test_random_losses_come_from_the_seed() -> None:
     scene = small(Counts(2, 2), simulation={"start_delay_s": 20.0, "mean_hours_between_failures": 0.2})
-    runs = [Simulation(scene, steady(2, 1200), FIXED, seed).run().changes for seed in (0, 0, 1)]
+    runs = [Simulation(scene, steady(0.3, 1200), FIXED, seed).run().changes for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     assert sum(change.outcome == "lost" for change in runs[0]) > 2
 
@@ -80,7 +80,7 @@ def test_random_losses_come_from_the_seed() -> None:
 def test_slow_machines_slow_down_all() -> None:
     def tpot(slowness: float) -> float:
         scene = small(Counts(2, 1), simulation={"nodes": [{"actors": 1}, {"actors": 2, "slowness": slowness}]})
-        return float(play(FIXED, steady(4, 60), scene).summary()["tpot_ms"]["p50"])
+        return float(play(FIXED, steady(1, 60), scene).summary()["tpot_ms"]["p50"])
 
     assert tpot(2.0) == pytest.approx(2 * tpot(1.0), rel=0.15)
 

@@ -44,7 +44,12 @@ def test_prompts_drift() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("weekly", "no kind of trace"), ("poisson:speed=3", "speed is not known"), ("poisson:rate=x", "must be a number"), ("poisson:rate=0", "more than 0")],
+    [
+        ("weekly", "no kind of trace"),
+        ("poisson:speed=3", "speed is not known"),
+        ("poisson:rate=x", "must be a number"),
+        ("poisson:rate=0", "more than 0"),
+    ],
 )
 def test_what_no_trace_can_be_drawn_from_is_said_in_a_line(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refused:
@@ -53,14 +58,17 @@ def test_what_no_trace_can_be_drawn_from_is_said_in_a_line(text: str, said: str)
 
 
 MOONCAKE = "".join(
-    json.dumps({"timestamp": ms, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}) + "\n" for ms in (27_482, 30_535)
+    json.dumps({"timestamp": ms, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}) + "\n"
+    for ms in (27_482, 30_535)
 )
 BURSTGPT = (
     "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     "5,,3.1,ChatGPT,472,18,490,Conversation log\n45,7,2,GPT-4,1087,0,1087,API log\n118,7,9,GPT-4,417,276,693,Conversation log\n"
 )
 AZURE_2023 = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,3180,8\n"
-AZURE_2024 = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:00.017335+00:00,2399,6\n"
+AZURE_2024 = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:00.017335+00:00,2399,6\n"
+)
 
 
 @pytest.mark.parametrize(

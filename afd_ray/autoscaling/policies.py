@@ -14,8 +14,10 @@ KV_WANTED = 0.75
 """Share of the KV blocks that attention ranks are counted for."""
 SHRINK_MARGIN = 0.95
 """Fewer ranks must do so much better than what would do."""
-TRIM_STEP = 1.05
-MOST_TRIM = 1.6
+TRIM_GAIN, TRIM_LOSS = 0.2, 0.01
+"""Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It shows when ranks are
+busy, and is not to be forgotten as soon as more of them have made it go away."""
+MOST_ERROR = 2.0
 
 
 def fixed(observation: Observation, state: State, now: float) -> Decision:
@@ -41,7 +43,7 @@ def queue(observation: Observation, state: State, now: float) -> Decision:
 def tpot(observation: Observation, state: State, now: float) -> Decision:
     """Target tracking: both roles in proportion to how far TPOT is off its target; needs no model of the stages."""
     goals, current = observation.goals, observation.counts
-    pace = Pace.of(observation)
+    pace = Pace.of(observation, most_shrink=0.25)
 
     def holds(counts: Counts) -> bool:
         share = max(current.attention / counts.attention, current.ffn / counts.ffn)
@@ -77,7 +79,7 @@ BUILT_IN = {"fixed": fixed, "queue": queue, "tpot": tpot, "balance": balance, "p
 def _balanced(observation: Observation, state: State, now: float, growth: float, note: str) -> Decision:
     memory: dict[str, Any] = dict(state)
     sizing = Sizing.of(observation, *_trims(observation, memory))
-    if sizing is None:
+    if sizing is None or not observation.requests:
         return _unmeasured(observation, memory, now)
     goals = observation.goals
     demand = Demand.of(observation)
@@ -106,7 +108,7 @@ def _balanced(observation: Observation, state: State, now: float, growth: float,
 
 
 def _unmeasured(observation: Observation, memory: State, now: float) -> Decision:
-    """Before any stage has run: the least that is allowed if nothing is asked, else what there is, or more when requests wait."""
+    """Without requests, or before any stage has run: the least that is allowed if nothing is asked, else what there is, or more when requests wait."""
     idle = observation.requests == 0
     wanted = observation.goals.least if idle else Counts(_for_queue(observation), observation.counts.ffn)
     why = "no requests" if idle else "no stage was measured yet"
@@ -140,15 +142,16 @@ def _pressure(observation: Observation) -> tuple[float, str]:
 
 
 def _trims(observation: Observation, memory: dict[str, Any]) -> tuple[float, float]:
-    """What measured TPOT says beyond the model: over target, the half that the other waits for costs more than its line."""
-    attention, ffn = memory.get("trims", (1.0, 1.0))
-    stages, tpot_ms, target = observation.stages, observation.tpot_ms, observation.goals.tpot_ms
-    if stages is not None and tpot_ms is not None and observation.resize is None:
-        if tpot_ms.p50 > target and stages.attention_wait < stages.ffn_wait:
-            attention = min(MOST_TRIM, attention * TRIM_STEP)
-        elif tpot_ms.p50 > target:
-            ffn = min(MOST_TRIM, ffn * TRIM_STEP)
-        else:
-            attention, ffn = 1 + (attention - 1) * 0.95, 1 + (ffn - 1) * 0.95
-    memory["trims"] = [attention, ffn]
-    return attention, ffn
+    """How much more the halves cost than their lines say, by measured over predicted TPOT: the half that the other waits for gets the greater part."""
+    error, stages, measured = memory.get("error", 1.0), observation.stages, observation.tpot_mean_ms
+    sizing = Sizing.of(observation)
+    if sizing is not None and stages is not None and measured is not None and observation.resize is None:
+        present = Demand(observation.running, observation.context_tokens, observation.prompt_tokens_s)
+        expected = sizing.tpot_ms(observation.counts, present, measured)
+        found = min(MOST_ERROR, max(1.0, measured / expected))
+        error += (TRIM_GAIN if found > error else TRIM_LOSS) * (found - error)
+        waits = stages.attention_wait + stages.ffn_wait
+        memory["ffn_part"] = stages.attention_wait / waits if waits else 0.5
+    memory["error"] = error
+    ffn_part = memory.get("ffn_part", 0.5)
+    return 1 + 2 * (error - 1) * (1 - ffn_part), 1 + 2 * (error - 1) * ffn_part

@@ -16,6 +16,8 @@ MOST_FUTILE = 2
 """After so many growths in vain the target is held to be out of reach."""
 KV_FULL = 0.9
 """Share of KV blocks above which fewer attention ranks would have to preempt requests."""
+SAME_LOAD = 0.7
+"""A load of at least this part of another one is as much as that."""
 WAIT_SHARE = 0.5
 """Of the TTFT target; a request that waits longer calls for attention ranks."""
 
@@ -28,6 +30,10 @@ class Pace:
     """More ranks must have been wanted for so long."""
     shrink_after_s: float = 300.0
     """Fewer ranks must have been wanted for so long; then the most wanted in that time is what is left."""
+    most_shrink: float = 0.5
+    """The part of a role's ranks that one reduction takes at most, while there are requests."""
+    regret_s: float = 900.0
+    """Who grows again so soon after a reduction should not have shrunk: for four times as long not below those counts again, at no less load."""
     grow_cooldown_s: float = 15.0
     """Between one growth's end and the next."""
     shrink_cooldown_s: float = 60.0
@@ -71,7 +77,9 @@ def settle(
     current, wanted = observation.counts, observation.goals.bound(wanted)
     attention = _attention(wanted, observation)
     limit = observation.goals.bound(Counts(*(math.ceil(count * pace.most_growth) for count in current)))
-    more = Counts(*(max(count, min(most, asked)) for count, most, asked in zip(current, limit, (attention, wanted.ffn), strict=True)))
+    more = Counts(
+        *(max(count, min(most, asked)) for count, most, asked in zip(current, limit, (attention, wanted.ffn), strict=True))
+    )
     less = Counts(min(attention, current.attention), min(wanted.ffn, current.ffn))
     if more != current:
         return _grow(more, why, observation, memory, now, pace)
@@ -125,6 +133,7 @@ def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, An
     if _since_change(observation, now) < pace.grow_cooldown_s:
         return hold(observation, f"{why}; the last resize was just now", memory)
     del memory["more_since"]
+    _regret(memory, now, pace)
     if observation.tpot_ms is not None and observation.tpot_ms.p95 > observation.goals.tpot_ms:
         memory["growth"] = {"tpot_ms": observation.tpot_ms.p95, "requests": observation.requests, "at": now}
     return Decision(more, why, memory)
@@ -140,11 +149,36 @@ def _shrink(
         return hold(observation, f"{why}; fewer in {pace.shrink_after_s - (now - since):.0f} s", memory)
     if _since_change(observation, now) < pace.shrink_cooldown_s:
         return hold(observation, f"{why}; the last resize was just now", memory)
-    target = consolidated(observation.counts, peak, observation.goals.ffn_step, holds)
+    lowest = _lowest(observation, memory, now, pace)
+    floor = Counts(max(peak.attention, lowest.attention), max(peak.ffn, lowest.ffn))
+    target = consolidated(observation.counts, floor, observation.goals.ffn_step, holds)
     if target == observation.counts:
         return hold(observation, f"{why}; but fewer ranks would not hold the target", memory)
     del memory["less_since"]
+    memory["shrunk"] = {"from": observation.counts, "load": _load(observation), "at": now}
     return Decision(target, why, memory)
+
+
+def _load(observation: Observation) -> float:
+    return observation.prompt_tokens_s + observation.output_tokens_s
+
+
+def _regret(memory: dict[str, Any], now: float, pace: Pace) -> None:
+    """Growing: a reduction just before was a mistake."""
+    shrunk = memory.pop("shrunk", None)
+    if shrunk is not None and now - shrunk["at"] < pace.regret_s:
+        memory["floor"] = {**shrunk, "until": now + 4 * pace.regret_s}
+
+
+def _lowest(observation: Observation, memory: State, now: float, pace: Pace) -> Counts:
+    """What one reduction may go down to."""
+    current, floor = observation.counts, memory.get("floor")
+    if not observation.requests and not _load(observation):
+        return Counts(1, 1)
+    step = Counts(*(math.ceil(count * (1 - pace.most_shrink)) for count in current))
+    if floor is None or now > floor["until"] or _load(observation) < SAME_LOAD * floor["load"]:
+        return step
+    return Counts(*(max(pair) for pair in zip(step, floor["from"], strict=True)))
 
 
 def consolidated(current: Counts, wanted: Counts, ffn_step: int, holds: Holds) -> Counts:

@@ -115,6 +115,8 @@ class Observation:
     """Requests that ended, a second."""
     queue_wait_s: float | None = None
     """How long the oldest waiting request has waited."""
+    tpot_mean_ms: float | None = None
+    """From token to token, since the last observation; the quantiles below are over a minute."""
     tpot_ms: Quantiles | None = None
     ttft_ms: Quantiles | None = None
     stages: Stages | None = None

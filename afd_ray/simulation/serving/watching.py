@@ -41,6 +41,7 @@ class Watch:
             output_tokens_s=recent.tokens / self._period_s,
             completions_s=recent.completions / self._period_s,
             queue_wait_s=(cluster.now_ps - min(oldest)) / PS_PER_S if oldest else None,
+            tpot_mean_ms=recent.tpot_ms.mean,
             tpot_ms=tpot_ms,
             ttft_ms=ttft_ms,
             stages=self._measures.stages(self._scene.layers, cluster.micro_batches),
