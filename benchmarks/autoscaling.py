@@ -17,7 +17,7 @@ from afd_ray.simulation.serving import Arrival, Outcome, Scene, draw, parse_synt
 from benchmarks._machine import hardware
 
 RESULTS = Path(__file__).parent / "results"
-TRACE = "day:rate=0.6,prompt=1000,output=1000,burst=2.5,burst_s=600,calm_s=3600,drift=3"
+TRACE = "day:rate=0.6,prompt=200,output=1500,burst=2,burst_s=900,calm_s=3600,drift=3"
 QUICK = "day:rate=0.6,prompt=1000,output=200,burst=2.5,duration_s=900"
 WANTED = 0.99
 MARGINS = (0.9, 0.8, 0.7, 0.6)

@@ -16,7 +16,7 @@ from afd_ray.simulation.serving import Scene, draw, parse_synthetic, simulate
 from benchmarks._machine import hardware
 
 RESULTS = Path(__file__).parent / "results"
-ACTORS = ("attention.replicas=80", "ffn.expert_parallel=20")
+ACTORS = ("attention.replicas=40", "ffn.expert_parallel=60")
 DAY_S = 86_400
 
 
@@ -63,7 +63,7 @@ def report(policy: str, rows: Sequence[dict[str, float]]) -> str:
     lines = [
         "# How fast does the simulator run?",
         "",
-        f"{date.today().isoformat()}, {hardware()}. A diurnal day on 80 attention and 20 FFN ranks, prompts of 1,000 and answers of 300 tokens in the mean, policy "
+        f"{date.today().isoformat()}, {hardware()}. A diurnal day on 40 attention and 60 FFN ranks, prompts of 1,000 and answers of 300 tokens in the mean, policy "
         f"`{policy}`, one core. `python -m benchmarks.simulation --policy {policy}`",
         "",
         "Asked: a million requests in 300 s, and memory that does not grow with them.",

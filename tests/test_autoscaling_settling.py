@@ -9,7 +9,7 @@ from afd_ray.autoscaling.settling import Pace, consolidated, settle
 from afd_ray.autoscaling.values import Counts, Decision, Goals, Observation, Outcome, Quantiles, Resize, State
 
 SEEN = Observation(Counts(4, 4), Goals(most=Counts(8, 8)), running=20)
-PACE = Pace(grow_after_s=0, shrink_after_s=100, grow_cooldown_s=10, shrink_cooldown_s=50, retry_s=60)
+PACE = Pace(grow_after_s=0, shrink_after_s=100, grow_cooldown_s=10, shrink_cooldown_s=50, retry_s=60, most_shrink=1.0)
 
 
 def ask(wanted: Counts, now: float, state: State | None = None, seen: Observation = SEEN, holds: bool = True) -> Decision:
@@ -56,6 +56,23 @@ def test_wanting_what_there_is_starts_the_wait_anew() -> None:
 def test_what_fewer_ranks_would_not_hold_is_kept() -> None:
     state = ask(Counts(1, 1), 0.0).state
     assert ask(Counts(1, 1), 200.0, state, holds=False).counts == SEEN.counts
+
+
+def test_one_reduction_takes_a_part_of_the_ranks_at_most() -> None:
+    pace, state = replace(PACE, most_shrink=0.25), {"less_since": 0.0, "less_peak": [1, 1]}
+    assert settle(Counts(1, 1), "why", SEEN, state, 200.0, lambda counts: True, pace).counts == Counts(3, 3)
+    idle = replace(SEEN, running=0)
+    assert settle(Counts(1, 1), "why", idle, state, 200.0, lambda counts: True, pace).counts == Counts(1, 1)
+
+
+def test_a_reduction_that_was_taken_back_is_not_tried_again_at_the_same_load() -> None:
+    loaded = replace(SEEN, output_tokens_s=1000.0)
+    state = ask(Counts(2, 4), 200.0, {"less_since": 0.0, "less_peak": [2, 4]}, loaded).state
+    state = ask(Counts(4, 4), 300.0, state, replace(loaded, counts=Counts(2, 4))).state
+    state = {**state, "less_since": 400.0, "less_peak": [1, 1]}
+    assert ask(Counts(1, 1), 900.0, state, loaded).counts == Counts(4, 1)
+    assert ask(Counts(1, 1), 900.0, state, replace(SEEN, output_tokens_s=500.0)).counts == Counts(1, 1)
+    assert ask(Counts(1, 1), 9000.0, state, loaded).counts == Counts(1, 1)
 
 
 def test_consolidation_stops_at_the_last_number_that_holds() -> None:

@@ -27,7 +27,7 @@ def once(wanted: Counts, at_s: float = 100.0):  # type: ignore[no-untyped-def]
 
 
 def test_every_request_is_answered_in_full_whatever_changes() -> None:
-    arrivals = list(steady(1.5, 300))
+    arrivals = list(steady(0.5, 300))
     for wanted in (Counts(1, 1), Counts(5, 2), Counts(2, 6)):
         outcome = play(once(wanted), arrivals, small(Counts(3, 3)))
         assert outcome.tally.completions == len(arrivals)
@@ -78,11 +78,13 @@ def test_random_losses_come_from_the_seed() -> None:
 
 
 def test_slow_machines_slow_down_all() -> None:
-    def tpot(slowness: float) -> float:
-        scene = small(Counts(2, 1), simulation={"nodes": [{"actors": 1}, {"actors": 2, "slowness": slowness}]})
-        return float(play(FIXED, steady(1, 60), scene).summary()["tpot_ms"]["p50"])
+    """One attention and one FFN rank on machines of one kind: every stage but the transfer is twice as long."""
 
-    assert tpot(2.0) == pytest.approx(2 * tpot(1.0), rel=0.15)
+    def tpot(slowness: float) -> float:
+        scene = small(simulation={"nodes": [{"actors": 2, "slowness": slowness}]})
+        return float(play(FIXED, steady(0.1, 60), scene).summary()["tpot_ms"]["p50"])
+
+    assert tpot(2.0) == pytest.approx(2 * tpot(1.0), rel=0.1)
 
 
 def test_a_resize_goes_through_the_protocols_phases_and_deadlines() -> None:

@@ -14,6 +14,8 @@ from actors.commands.progress import ProgressLine
 if TYPE_CHECKING:
     from afd_ray.simulation.serving import Arrival, Outcome
 
+MIN_WIDTH = 120
+"""Of the table: narrower, its figures would be cut."""
 NO_PLOTS = "afd-ray: the report has no plots, they need matplotlib: pip install 'afd-ray[plots]'"
 
 
@@ -110,7 +112,9 @@ def _show(outcomes: "list[Outcome]") -> None:
 
     from afd_ray.simulation.serving.report import COLUMNS, rows_of
 
-    table = Table(*(name for name, _ in COLUMNS))
+    table = Table()
+    for name, _ in COLUMNS:
+        table.add_column(name, no_wrap=name == "policy", justify="left" if name == "policy" else "right")
     for row in rows_of(outcomes):
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    Console(width=max(MIN_WIDTH, Console().width)).print(table)

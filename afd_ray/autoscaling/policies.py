@@ -17,7 +17,7 @@ SHRINK_MARGIN = 0.95
 TRIM_GAIN, TRIM_LOSS = 0.2, 0.01
 """Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It shows when ranks are
 busy, and is not to be forgotten as soon as more of them have made it go away."""
-MOST_ERROR = 2.0
+MOST_ERROR = 1.5
 
 
 def fixed(observation: Observation, state: State, now: float) -> Decision:

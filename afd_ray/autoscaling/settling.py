@@ -133,7 +133,7 @@ def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, An
     if _since_change(observation, now) < pace.grow_cooldown_s:
         return hold(observation, f"{why}; the last resize was just now", memory)
     del memory["more_since"]
-    _regret(memory, now, pace)
+    _regret(observation, memory, now, pace)
     if observation.tpot_ms is not None and observation.tpot_ms.p95 > observation.goals.tpot_ms:
         memory["growth"] = {"tpot_ms": observation.tpot_ms.p95, "requests": observation.requests, "at": now}
     return Decision(more, why, memory)
@@ -163,10 +163,10 @@ def _load(observation: Observation) -> float:
     return observation.prompt_tokens_s + observation.output_tokens_s
 
 
-def _regret(memory: dict[str, Any], now: float, pace: Pace) -> None:
-    """Growing: a reduction just before was a mistake."""
+def _regret(observation: Observation, memory: dict[str, Any], now: float, pace: Pace) -> None:
+    """Growing: a reduction just before was a mistake, unless the load has grown since."""
     shrunk = memory.pop("shrunk", None)
-    if shrunk is not None and now - shrunk["at"] < pace.regret_s:
+    if shrunk is not None and now - shrunk["at"] < pace.regret_s and SAME_LOAD * _load(observation) < shrunk["load"]:
         memory["floor"] = {**shrunk, "until": now + 4 * pace.regret_s}
 
 
