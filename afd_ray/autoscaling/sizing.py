@@ -61,9 +61,16 @@ class Sizing(NamedTuple):
         return min(self._tpot_ms(counts, demand, period_ms, m) for m in range(1, self.micro_batches + 1))
 
     def needed(self, demand: Demand, tpot_ms: float) -> Counts | None:
-        """The fewest ranks in all that decode a token in `tpot_ms`; None when no number can."""
+        """The fewest ranks that decode a token in `tpot_ms`; None when no number can.
+
+        Different numbers of micro-batches give different splits: of those the one that adds fewest to the present ranks, so that the answer does not
+        change sides with the noise.
+        """
         options = [self._needed(demand, tpot_ms, m) for m in range(1, self.micro_batches + 1)]
-        return min((option for option in options if option is not None), key=sum, default=None)
+        return min((option for option in options if option is not None), key=self._added, default=None)
+
+    def _added(self, counts: Counts) -> tuple[int, int]:
+        return sum(max(0, count - present) for count, present in zip(counts, self.at, strict=True)), sum(counts)
 
     def _tpot_ms(self, counts: Counts, demand: Demand, period_ms: float, micro_batches: int) -> float:
         rows = demand.sequences + demand.prompt_tokens_s * period_ms / 1000

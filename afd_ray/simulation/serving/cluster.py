@@ -51,6 +51,7 @@ class Cluster:
         self._unsteady: set[int] = set()
         self._steady: list[tuple[int, int]] = []  # (round, rank): when to look at it again; the last entry of a rank counts
         self._look: list[int] = []
+        self._begun: list[int] = []  # the round that a rank's work was told for
         self._decoding = self._rows = 0
         self._loads: list[tuple[int, int]] = []
         self._slowest_ffn = 1.0
@@ -68,8 +69,9 @@ class Cluster:
 
     @property
     def work(self) -> list[Work]:
-        """What each attention rank computes in its present rounds."""
-        return self._work
+        """What each attention rank computes in the present round."""
+        passed = [self.number - begun for begun in self._begun]
+        return [w._replace(context_tokens=w.context_tokens + w.decoding * p) for w, p in zip(self._work, passed, strict=True)]
 
     def form(self, attention: Sequence[Member], ffn: Sequence[Member], shape: Shape) -> None:
         """A new epoch at a step boundary: ranks of members that stay keep their requests, those of others move."""
@@ -85,6 +87,7 @@ class Cluster:
         self._times = PassTimes(max(1, len(self.ranks)))
         self._work = [Work(0, 0, 0)] * len(self.ranks)
         self._look = [0] * len(self.ranks)
+        self._begun = [0] * len(self.ranks)
         self._steady = []
         self._decoding = self._rows = 0
         self._unsteady = {index for index, rank in enumerate(self.ranks) if rank.outstanding}
@@ -142,6 +145,7 @@ class Cluster:
     def _begin(self, index: int) -> None:
         rank, before = self.ranks[index], self._work[index]
         work = self._work[index] = rank.begin(self.number, self.micro_batches)
+        self._begun[index] = self.number
         self._decoding += work.decoding - before.decoding
         self._rows += work.rows - before.rows
         look = self._look[index] = rank.steady_from(self.number)
