@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do "$$p" -c '$(SUPPORT
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-full check format bench clean
+.PHONY: install serve test test-full check format bench chaos clean
 
 install: $(STAMP)
 
@@ -39,10 +39,12 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in benchmarks/[a-z]*.py; do \
-		name=$$(basename "$$script" .py); \
+	@for name in $$(basename -s .py benchmarks/[a-z]*.py) chaos; do \
 		echo "== $$name" >&2; $(BIN)/python -m "benchmarks.$$name" --quick || exit 1; \
 	done
+
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos --kills 100 --pauses 20
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

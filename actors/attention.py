@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
 from actors.aside import aside
+from actors.departure import Departure
 from actors.member import Member
 from actors.token_stream import TokenStreamServer
 from afd_ray.config import Config
@@ -18,13 +21,17 @@ from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.loop import Wire
+from afd_ray.engine.moving_in import Moved, MovingIn
 from afd_ray.engine.scheduler import Scheduler
+from afd_ray.handoff.kv_fetcher import KVFetcher
+from afd_ray.handoff.kv_wire import kv_digest
 from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
-from afd_ray.request import Request
+from afd_ray.request import KVTicket, Request
 
 MAX_CACHE_BYTES = 1 << 30
 CACHE_SHARE = 0.1
@@ -40,6 +47,7 @@ class AttentionActor(Member):
         self._loop: AttentionLoop | None = None
         self._port = 0
         self._loading = asyncio.Lock()
+        self._departures: list[Departure] = []
         self._refusal: str | None = None
         """Why no request is taken, until an epoch is entered."""
 
@@ -50,7 +58,9 @@ class AttentionActor(Member):
             self._seat.load(number)
         async with self._loading:
             if self._loop is None:
-                self._loop = await aside(self._build)
+                loop = self._loop = await aside(self._build)
+                fetcher = KVFetcher(ray.util.get_node_ip_address(), self._secret, self._kv_digest(loop.cache))
+                loop.moving_in = MovingIn(loop.scheduler, loop.cache, fetcher)
                 self._start_thread(self._loop)
                 self._port = await self._tokens.start()
         return await self._introduce() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
@@ -59,13 +69,26 @@ class AttentionActor(Member):
     async def move_out(self, number: int, deadline_s: float) -> int:
         """Answer every request, and each that comes from now on, with Moved: its ingress goes on with it elsewhere. Gives how many there were.
 
-        None of them gets another token here; blocks of those in flight are freed at the end of their micro-batch. Ends like a drain.
+        None of them gets another token here. Their keys and values stay until they are fetched or not wanted, at most
+        `failure.drain_timeout_s`; returns then. Ends like a drain.
         """
         self._require_well()
         self._seat.move_out(number)
         self._expect(number, deadline_s)
-        loop = self._ready_loop()
-        return await asyncio.wrap_future(loop.call(functools.partial(_give_back, loop, self._tokens)))
+        loop, bound_s = self._ready_loop(), min(self._config.failure.drain_timeout_s, deadline_s)
+        with suppress(RuntimeError):  # without an epoch nothing is in flight
+            await asyncio.wrap_future(loop.drain())
+        if self._seat.moving_out != number:
+            raise Stale(f"{self._name}: epoch {number} was given up before the requests were")
+        departure = Departure(loop, ray.util.get_node_ip_address(), self._secret, self._kv_digest(loop.cache))
+        self._departures.append(departure)
+        try:
+            moved = await asyncio.wrap_future(loop.call(functools.partial(_give_back, departure, self._tokens)))
+            await aside(departure.await_taken, bound_s)
+        finally:
+            await aside(departure.close)
+            self._departures.remove(departure)
+        return moved
 
     @ray.method
     async def stay(self, number: int) -> None:
@@ -96,6 +119,7 @@ class AttentionActor(Member):
             "kv_total": loop.scheduler.kv_total,
             "micro_batches": loop.scheduler.in_use,
             "expert_loads": loop.expert_loads.tolist(),
+            "moved_in": asdict(loop.moving_in.moved if loop.moving_in else Moved()),
             "pace": pace.model_dump() if pace else None,
             "ttft_ms": loop.clocks.ttft.recent(now_s),
             "tpot_ms": loop.clocks.tpot.recent(now_s),
@@ -105,7 +129,7 @@ class AttentionActor(Member):
     async def check_integrity(self) -> list[str]:
         """What is wrong with the KV blocks, a line each; also tells of requests and streams left behind when idle."""
         loop = self._ready_loop()
-        findings = await asyncio.wrap_future(loop.call(functools.partial(_findings, loop.scheduler)))
+        findings = await asyncio.wrap_future(loop.call(functools.partial(_findings, loop.scheduler, self._departures)))
         if not loop.scheduler.has_work and self._tokens.requests:
             findings.append(f"{self._tokens.requests} requests are routed to a stream, but none is in progress")
         return findings
@@ -114,7 +138,8 @@ class AttentionActor(Member):
         config = self._config
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated = config.ffn.colocated
-        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated)))
+        shared = config.attention.shared_expert
+        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
         cache, allocator = build_cache(config, half.config)
         scheduler = Scheduler(
             allocator=allocator,
@@ -129,13 +154,16 @@ class AttentionActor(Member):
         ffn = packed_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
         return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, config.attention.pace, config.ffn.pace)
 
-    def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
+    def _kv_digest(self, cache: PagedCache) -> int:
+        return kv_digest(self._model_digest, cache.layers, cache.head_dim, cache.dtype)
+
+    def _submit(self, request: Request, generated: Sequence[int] = (), ticket: KVTicket | None = None) -> None:
         if self._seat.moving_out:
             self._tokens.move([request.id])
             return
         if self._failure is not None or self._refusal is not None:
             raise RuntimeError(f"the attention actor has failed: {self._failure or self._refusal}")
-        submitted = self._ready_loop().submit(request, generated)
+        submitted = self._ready_loop().submit(request, generated, ticket)
         submitted.add_done_callback(functools.partial(_answer_refusal, self._tokens, request.id))
 
     def _abort(self, request_id: str) -> None:
@@ -185,11 +213,11 @@ class AttentionActor(Member):
         return "head", steps
 
 
-def _give_back(loop: AttentionLoop, tokens: TokenStreamServer) -> int:
+def _give_back(departure: Departure, tokens: TokenStreamServer) -> int:
     """On the step loop's thread, so that no token follows the answer."""
-    moved = loop.abort_all()
-    tokens.move(moved)
-    return len(moved)
+    tickets = departure.tickets()
+    tokens.hand_over(tickets)
+    return len(tickets)
 
 
 def _answer_refusal(tokens: TokenStreamServer, request_id: str, submitted: "Future[None]") -> None:
@@ -224,5 +252,6 @@ def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAl
     return cache, BlockAllocator(num_blocks, wanted.block_size)
 
 
-def _findings(scheduler: Scheduler) -> list[str]:
-    return check_integrity(scheduler.allocator, scheduler.sequences)
+def _findings(scheduler: Scheduler, departures: Sequence[Departure]) -> list[str]:
+    left = [sequence for departure in departures for sequence in departure.left.sequences]
+    return check_integrity(scheduler.allocator, [*scheduler.sequences, *left])

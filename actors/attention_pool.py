@@ -11,6 +11,7 @@ from actors.course import Course
 from actors.http.backend import Overloaded, Unavailable
 from actors.queue_pace import QueuePace
 from actors.token_stream import TokenStreamClient
+from afd_ray.membership.attempts import Succession
 from afd_ray.request import Request, TokenOutput
 
 PATIENCE_S = 60.0
@@ -33,6 +34,7 @@ class AttentionPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_moved` is called whenever a request goes on with another actor."""
+        self.succession = Succession()
         self._connect, self._max_queued, self._patience_s = connect, max_queued, patience_s
         self._on_moved, self._clock = on_moved, clock
         self._links: dict[str, AttentionLink] = {}
@@ -121,6 +123,8 @@ class AttentionPool:
                         if course.queued:
                             self._leave_queue(course)
                             self._pace.left(self._clock())
+                        if output.token_id is not None:
+                            self.succession.note(output.epoch)
                         yield output
                 if course.over:
                     return

@@ -20,12 +20,13 @@ from actors.cluster_view import ClusterView
 from actors.controller import NAME, NAMESPACE, Controller
 from actors.http.backend import Unavailable
 from actors.roster import first_line
-from actors.transition import epoch_of
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
+from afd_ray.membership.epochs import epoch_of
 from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import FinishReason, Request, SamplingParams, TokenOutput
 from afd_ray.text import IncrementalDetokenizer, Tokenizer
+from placement.groups import ON_HEAD
 
 T = TypeVar("T")
 PROGRESS_PERIOD_S = 0.25
@@ -339,9 +340,17 @@ def start_ray(config: Config) -> None:
 
 def create_controller(config: Config, name: str = NAME, *, detached: bool = False) -> Any:
     """The controller actor, new; raises ClusterError when one of that name lives. `detached`: it outlives this process."""
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1}
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        "resources": ON_HEAD,
+        "max_concurrency": 1000,
+        "max_restarts": -1,
+    }
+    lifetime = "detached" if detached else None
     try:
-        return ray.remote(Controller).options(**options, lifetime="detached" if detached else None).remote(config, name)
+        return ray.remote(Controller).options(**options, lifetime=lifetime).remote(config, name)
     except ValueError as error:
         raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
 

@@ -93,6 +93,7 @@ class AFDGroup(BaseGroup):
         spin_us: float = 0.0,
         digest: int = 0,
         send_timeout_s: float = 10.0,
+        silence_s: float | None = None,
     ) -> Endpoint:
         """Listen, and make a ring for each of `peers` (rank: capacity in bytes); the endpoint is for the peers."""
         if self._mesh is not None:
@@ -108,6 +109,7 @@ class AFDGroup(BaseGroup):
             spin_us=spin_us,
             digest=digest,
             send_timeout_s=send_timeout_s,
+            silence_s=silence_s,
         )
         return self._mesh.endpoint
 
@@ -123,9 +125,7 @@ class AFDGroup(BaseGroup):
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Build every edge and carry a large message over each; errors name the rank (see RingMesh)."""
-        began_s = time.monotonic()
         self.mesh.connect(endpoints, timeout_s)
-        self.mesh.warm_up(max(timeout_s - (time.monotonic() - began_s), 0.0))
 
     def destroy_group(self) -> None:
         """Leave at once; the peers' readers get LinkError."""

@@ -58,7 +58,7 @@ class Controller:
             return
         logger.warning("the controller was restarted, and takes the cluster over")
         missing = self._crew.adopt(left.actors)
-        self._transition.loads = left.loads
+        self._transition.epochs.loads, self._transition.epochs.decided = left.loads, left.epochs
         self._transition.tell(Adopted(left.record))
         for member in missing:
             self._transition.tell(Lost(member, "it ended while there was no controller"))
@@ -113,9 +113,7 @@ class Controller:
             if tensor_parallel * expert_parallel != 1:
                 raise ValueError(f"a colocated cluster has no FFN ranks to cut, got {tensor_parallel} x {expert_parallel}")
             expert_parallel = 0
-        answer = await self._resize(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
-        if answer["outcome"] != "committed":
-            raise RuntimeError(answer["reason"])
+        await self._reshape(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
 
     @ray.method
     async def rebalance(self) -> dict[str, Any]:
@@ -123,11 +121,13 @@ class Controller:
         loads = await self._expert_loads()
         if not any(loads):
             raise ValueError("no expert was chosen in this epoch yet, so there is nothing to place them by: send requests first")
-        before, self._transition.loads = self._transition.loads, loads
-        answer = await self._resize(self._wanted(), anew=True)
-        if answer["outcome"] != "committed":
-            self._transition.loads = before
-            raise RuntimeError(answer["reason"])
+        epochs = self._transition.epochs
+        before, epochs.loads = epochs.loads, loads
+        try:
+            await self._reshape(self._wanted(), anew=True)
+        except RuntimeError:
+            epochs.loads = before
+            raise
         roster = self._transition.roster
         assert roster is not None
         return {"epoch": roster.number, "experts": self._transition.epoch(roster).experts}
@@ -248,6 +248,12 @@ class Controller:
             raise RuntimeError(answer["reason"])
         return answer
 
+    async def _reshape(self, shape: Shape, *, anew: bool = False) -> None:
+        """Raises RuntimeError when it is refused or rolled back."""
+        answer = await self._resize(shape, anew=anew)
+        if answer["outcome"] != "committed":
+            raise RuntimeError(answer["reason"])
+
     async def _expert_loads(self) -> list[int]:
         """How often each expert was chosen in this epoch, by all attention ranks."""
         hands = [hand for hand in self._transition.hands if hand.role == "attention"]
@@ -255,8 +261,9 @@ class Controller:
         return [sum(counts) for counts in zip(*(answer["expert_loads"] for answer in answers), strict=True)]
 
     def _store(self, record: Record) -> None:
-        crew = self._crew
-        ledger.write(self._name, ledger.Entry(record, crew.uid, crew.secret, crew.describe(), tuple(self._transition.loads)))
+        crew, epochs = self._crew, self._transition.epochs
+        entry = ledger.Entry(record, crew.uid, crew.secret, crew.describe(), tuple(epochs.loads), epochs.decided)
+        ledger.write(self._name, entry)
 
     async def _stop(self) -> None:
         transition = self._transition

@@ -7,7 +7,7 @@ from actors.http.backend import Unavailable
 from actors.token_frames import Answer, Moved, Refused
 from actors.token_stream import Answers, Lost, TokenStreamClient
 from afd_ray.membership.attempts import Journal
-from afd_ray.request import FinishReason, Request, TokenOutput
+from afd_ray.request import FinishReason, KVTicket, Request, TokenOutput
 
 MAX_ENGINE_FAILURES = 3
 """In a row, without a token: the request may be what engines fail of, and must not take one after the other with it."""
@@ -31,6 +31,7 @@ class Course:
         self.stopped: str | None = None
         """One line, once it is to end."""
         self._journal = Journal()
+        self._ticket: KVTicket | None = None
         self._answers: Answers | None = None
         self._engine_failures = 0
 
@@ -50,7 +51,8 @@ class Course:
         number, position = self._journal.begin(), len(self._journal.tokens)
         # An id of its own: nothing that is still said or done about an earlier attempt concerns this one.
         request = self.request if number == 1 else replace(self.request, id=f"{self.request.id}~{number}")
-        answers = self._answers = stream.submit(request, self._journal.tokens)
+        ticket, self._ticket = self._ticket, None
+        answers = self._answers = stream.submit(request, self._journal.tokens, ticket)
         try:
             while isinstance(answer := await answers.get(), TokenOutput):
                 if answer.token_id is not None:
@@ -82,6 +84,7 @@ class Course:
             self.given_back = last.reason
         elif isinstance(last, Moved):
             self.given_back = last.failure or "its attention actor leaves"
+            self._ticket = last.ticket
             self._engine_failures += bool(last.failure)
             if self._engine_failures >= MAX_ENGINE_FAILURES:
                 raise Unavailable(last.failure)

@@ -15,7 +15,7 @@ from actors.attention import AttentionActor
 from actors.ffn import FFNActor
 from actors.roster import Hand, first_line, gather_named
 from afd_ray.config import Config
-from placement.groups import Reservation, inventory, release, reserve
+from placement.groups import Reservation, inventory, release, release_named, reserve
 from placement.planner import Group, Placed, Role, plan
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Crew:
             apart = not self.config.ffn.colocated and self.config.placement.separate_nodes
             groups = [group for group, _ in wanted]
             placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), apart)
-            reserved = await reserve(placed, f"afd-{self.uid}-e{number}", self.config.placement.timeout_s)
+            reserved = await reserve(placed, self._ray_name(f"e{number}"), self.config.placement.timeout_s)
             for reservation, (group, names) in zip(reserved, wanted, strict=True):
                 self._held.append(Held(reservation, [None] * group.actors))
                 started += self._launch(self._held[-1], names)
@@ -129,7 +129,10 @@ class Crew:
         ]
 
     def adopt(self, described: list[tuple[Reservation, list[Found | None]]]) -> list[str]:
-        """Take these over; gives the names of those that Ray does not know any more."""
+        """Take these over; gives the names of those that Ray does not know any more.
+
+        Whatever else bears this cluster's name is ended: a controller that died had begun to start it, and could not tell.
+        """
         missing = []
         for reservation, found in described:
             self._held.append(Held(reservation, [one.name if one else None for one in found]))
@@ -140,7 +143,17 @@ class Crew:
                     missing.append(one.name)
                     continue
                 self.hands[one.name] = Hand(one.name, one.role, handle, reservation, one.bundle, one.identity)
+        self._end_unknown()
         return missing
+
+    def _end_unknown(self) -> None:
+        known = {self._ray_name(member) for member in self.hands}
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            name = actor["name"]
+            if actor["namespace"] == self.namespace and name.startswith(self._ray_name("")) and name not in known:
+                logger.warning("%s was started and never taken into the cluster: it is ended", name)
+                ray.kill(ray.get_actor(name, namespace=self.namespace))
+        release_named(self._ray_name("e"), keep={held.reservation.id for held in self._held})
 
     def _found(self, member: str | None, bundle: int) -> Found | None:
         hand = self.hands.get(member) if member else None
@@ -181,8 +194,9 @@ class Crew:
         )
         return Hand(name, group.role, handle, reservation, bundle)
 
-    def _ray_name(self, member: str) -> str:
-        return f"afd-{self.uid}-{member}"
+    def _ray_name(self, what: str) -> str:
+        """Of a member, or of the placement groups of an epoch."""
+        return f"afd-{self.uid}-{what}"
 
     def _attention_group(self) -> Group:
         attention = self.config.attention

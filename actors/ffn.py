@@ -13,7 +13,6 @@ from afd_ray.engine.loop import Wire
 from afd_ray.kernels.packed import packed_ffn
 from afd_ray.kernels.regather import lack, regather
 from afd_ray.membership.epoch import Epoch
-from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import load_ffn, read_ffn
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
@@ -35,21 +34,19 @@ class FFNActor(Member):
         self._standby: Standby | None = None
 
     @ray.method
-    async def load(self, shard: FFNShard, number: int = 0) -> dict[str, Any]:
+    async def load(self, shard: FFNShard, number: int) -> dict[str, Any]:
         """Load this shard, for the coming epoch of that number, beside the one served until `switch`.
 
         Gives where the actor runs, and `moved_experts`: how many experts were read, because they were not held in this form.
         """
-        if number:
-            self._seat.load(number)
-        moved = 0
-        if self._half_for(shard) is None:
-            held = self._loop.half if self._loop else None
+        self._seat.load(number)
+        moved, half = 0, self._half_for(shard)
+        if half is None:
+            held = min(self._halves(), key=lambda half: len(lack(half.shard, shard).experts), default=None)
             moved = len(lack(held.shard, shard).experts if held else shard.experts)
             half = await aside(self._build, shard, held)
-            if number and number <= self._seat.over:
-                raise Stale(f"{self._name}: epoch {number} was given up while its weights were loaded")
-            self._keep(number, half)
+            self._seat.load(number)  # a later epoch's half may be there by now
+        self._keep(number, half)
         return await self._introduce() | {"moved_experts": moved}
 
     @ray.method
@@ -62,16 +59,19 @@ class FFNActor(Member):
         }
 
     def _keep(self, number: int, half: FFNHalf) -> None:
+        """For this epoch from now on, and no earlier one: what still comes to drop an earlier one's does not drop it."""
         if self._loop is None:
             self._loop = FFNLoop(half, self._config.ffn.pace)
             self._start_thread(self._loop)
         else:
-            self._standby = Standby(number or max(self._seat.serving, self._seat.over) + 1, half)
+            self._standby = None if half is self._loop.half else Standby(number, half)
 
     def _half_for(self, shard: FFNShard) -> FFNHalf | None:
-        halves = [self._standby.half] if self._standby else []
-        halves += [self._loop.half] if self._loop else []
-        return next((half for half in halves if half.shard == shard), None)
+        return next((half for half in self._halves() if half.shard == shard), None)
+
+    def _halves(self) -> list[FFNHalf]:
+        """The served one first."""
+        return [*([self._loop.half] if self._loop else []), *([self._standby.half] if self._standby else [])]
 
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
@@ -108,7 +108,7 @@ class FFNActor(Member):
         return self._ready_loop().half
 
     def _held(self) -> list[AttentionHalf | FFNHalf]:
-        return [self._ready_half(), *([self._standby.half] if self._standby else [])]
+        return [*self._halves()]
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "ffn", steps * self._ready_half().config.num_hidden_layers

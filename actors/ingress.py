@@ -23,6 +23,7 @@ from actors.http.metrics import IngressMetrics, Snapshot
 from afd_ray.config import Config, check_supported, load_config
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
+from placement.groups import ON_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ STOPPING = "the server is stopping"
 SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 ROOM_FOR_RUNNING_REQUESTS = 65_536
 """Our own queue limit decides, not Serve's."""
+# A replica that died is noticed, and replaced, after a period; one that is only silent after three timeouts.
+HEALTH_CHECK_PERIOD_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 5.0
 
 
 class ClusterBackend:
@@ -90,7 +94,7 @@ class ClusterBackend:
         return dict(await self._view.ask("exchange_metrics", ingress_id, snapshot, timeout_s=ANSWER_TIMEOUT_S))
 
     async def metrics(self) -> dict[str, float]:
-        gauges = {"ready": float(self.ready())}
+        gauges = {"ready": float(self.ready()), "stale_epoch_tokens": float(self._view.pool.succession.stale)}
         try:
             return gauges | cluster_gauges(await self.status())
         except Unavailable:
@@ -127,6 +131,16 @@ def model_card(model: dict[str, Any]) -> ModelCard:
     return ModelCard(model["name"], model["max_context"], model["vocab_size"], tokenizer, created=int(time.time()))
 
 
+MOVED_GAUGES = {
+    "with_kv": "requests_moved_with_kv",
+    "recomputed": "requests_moved_and_recomputed",
+    "failed": "kv_fetches_failed",
+    "kv_bytes": "kv_bytes_fetched",
+    "kv_ms": "kv_fetching_ms",
+}
+"""By the name in the status."""
+
+
 def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     """What `/metrics` tells of the cluster, summed over the attention actors."""
     names = {
@@ -139,7 +153,8 @@ def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
     actors = {
         f"{role}_actors": float(sum(actor["state"] == "running" for actor in status[role])) for role in ("attention", "ffn")
     }
-    return {**sums, **actors, "epoch": float(status["epoch"])}
+    moved = {gauge: float(status["moved_in"].get(key, 0)) for key, gauge in MOVED_GAUGES.items()}
+    return {**sums, **actors, **moved, "epoch": float(status["epoch"])}
 
 
 @serve.ingress()
@@ -216,10 +231,14 @@ def build(controller_name: str, config: Config) -> serve.Application:
         "api_keys_file": _keys_path(config.server.api_keys_file),
         "admin_keys_file": _keys_path(config.server.admin_keys_file),
     }
+    # Several replicas are spread: no single host is to take all of them along.
+    where = ON_HEAD if server["replicas"] == 1 else {}
     options = {
         "num_replicas": server["replicas"],
         "max_ongoing_requests": server["max_queued_requests"] + ROOM_FOR_RUNNING_REQUESTS,
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "ray_actor_options": {"num_cpus": 0, "resources": where, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": config.failure.drain_timeout_s,
         "logging_config": LoggingConfig(enable_access_log=False, log_level="WARNING"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from actors.crew import Found
+from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.events import Record
 from placement.groups import Reservation
 
@@ -21,6 +22,8 @@ class Entry:
     secret: bytes
     actors: list[tuple[Reservation, list[Found | None]]]
     loads: tuple[int, ...]
+    epochs: dict[int, Epoch]
+    """By number: of the rosters that the record is about."""
 
 
 def read(name: str) -> Entry | None:

@@ -95,7 +95,7 @@ class Member(Observed):
     async def prepare(self, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> dict[str, Any]:
         """Open this member's side of the epoch's group, beside the one it serves in; gives its endpoint for `connect`."""
         self._require_well()
-        number = epoch.number
+        number, events = epoch.number, asyncio.get_running_loop()
         await self._close(self._seat.prepare(number))
         try:
             self._check_weights(epoch, rank)
@@ -108,14 +108,16 @@ class Member(Observed):
             await place.close()
             raise Stale(f"{self._name}: epoch {number} was given up while its group was opened")
         self._places[number] = place
-        self._ends[number] = asyncio.get_running_loop().create_future()
+        self._ends[number] = events.create_future()
+        # The step loop does not look at it before it is entered.
+        place.group.mesh.on_broken(lambda error: tell(events, self._lose_standby, number, str(error)))
         return place.group.endpoint.to_dict()
 
     @ray.method
     async def connect(self, number: int, endpoints: dict[int, dict[str, Any]], timeout_s: float) -> dict[int, str]:
-        """Connect and warm up every edge of the standby place; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
+        """Connect and warm up every edge of the standby place; gives the link kind by peer. Raises LinkError naming the edge."""
         self._seat.connect(number)
-        return await self._places[number].connect(endpoints, timeout_s)
+        return await self._place(number).connect(endpoints, timeout_s)
 
     @ray.method
     async def switch(self, number: int) -> float:
@@ -125,14 +127,15 @@ class Member(Observed):
         0 where neither was.
         """
         self._require_well()
-        before, place = self._seat.serving, self._places.get(number)
-        if number != before and place is None:
-            raise Stale(f"{self._name}: it has no place in epoch {number} yet")
-        if not self._seat.switch(number):
+        before = self._seat.serving
+        if number == before:
             return self._ready_loop().pause_ms or 0.0
-        assert place is not None
+        place = self._place(number)
+        self._seat.switch(number)
         self._overdue.call_off()
         self._patience.call_off()
+        if self._seat.unlinked:
+            self._wait_for_another(number, "its links broke before it was entered")
         self._part(before)
         return await asyncio.wrap_future(self._enter(place.wire))
 
@@ -254,11 +257,21 @@ class Member(Observed):
             raise RuntimeError(f"{self._name}: the step loop is over: {self._failure}")
 
     def _lose(self, number: int, reason: str) -> None:
-        """A link broke: the loop waits for a later epoch."""
+        """A link broke: where it serves the loop waits for a later epoch."""
         if not self._seat.broke(number):
             return
         logger.warning("%s: epoch %d is lost: %s", self._name, number, reason)
         self._part(number, reason)
+        if number == self._seat.serving:
+            self._wait_for_another(number, reason)
+
+    def _lose_standby(self, number: int, reason: str) -> None:
+        """A link broke of a place that is not entered yet; where it serves the loop itself tells, once it has read what came before."""
+        if number == self._seat.standby:
+            self._lose(number, reason)
+
+    def _wait_for_another(self, number: int, reason: str) -> None:
+        """Requests stay while a later epoch may come."""
         why = f"epoch {number} was lost ({reason}), and no other came within {PATIENCE_S:g} s"
         self._patience.set(PATIENCE_S, self._give_up, why)
 
@@ -276,6 +289,12 @@ class Member(Observed):
         end = self._ends.get(number)
         if end is not None and not end.done():
             end.set_result(reason)
+
+    def _place(self, number: int) -> Place:
+        """Raises Stale while it is not open."""
+        if number not in self._places:
+            raise Stale(f"{self._name}: it has no place in epoch {number} yet")
+        return self._places[number]
 
     async def _close(self, number: int) -> None:
         """The place in that epoch, if there is one."""

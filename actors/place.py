@@ -18,6 +18,9 @@ from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
 
+SILENT_SHARE = 2 / 3
+"""Of the time in which a loss must be noticed: the kernel looks a little later than it is told to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -42,7 +45,7 @@ class Place:
         return await aside(_open, terms, epoch, rank, group_name, spin_us)
 
     async def connect(self, endpoints: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, str]:
-        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError or TimeoutError naming the edge."""
+        """Connect and warm up every edge; gives the link kind by peer. Raises LinkError naming the edge."""
         peers = {rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}
         await aside(self.group.connect, peers, timeout_s)
         return self.group.mesh.edge_kinds()
@@ -64,7 +67,15 @@ def _open(terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float
     host = ray.util.get_node_ip_address()
     group = join_group(epoch.world_size, rank, group_name)
     try:
-        group.open(secret=terms.secret, host=host, peers=peers, kind=kind, spin_us=spin_us, digest=contract)
+        group.open(
+            secret=terms.secret,
+            host=host,
+            peers=peers,
+            kind=kind,
+            spin_us=spin_us,
+            digest=contract,
+            silence_s=config.failure.detect_timeout_s * SILENT_SHARE,
+        )
     except BaseException:
         leave_group(group_name)
         raise

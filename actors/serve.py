@@ -138,6 +138,9 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
     # and its router shares the proxy's event loop: a hop between threads for each token is a third of what the proxy costs.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    # Serve starts another proxy after three failed looks at the one there was: by default half a minute without anybody who listens.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "actors.http.guard.middlewares")
     start_ray(config)
     report(f"Ray is at {ray.get_runtime_context().gcs_address}")
     try:

@@ -1,5 +1,6 @@
 """The cluster's status, in the form that command line and HTTP show."""
 
+import asyncio
 from typing import Any
 
 from actors.roster import Hand, ask, placement_groups
@@ -8,6 +9,8 @@ from afd_ray.config import Config
 from afd_ray.membership.events import Roster
 from afd_ray.telemetry import mean_us, quantiles_ms
 
+ANSWER_TIMEOUT_S = 2.0
+"""Who takes longer is shown as last known: a status must not wait for the lost."""
 STAGES = ("attention", "ffn", "a2f", "f2a", "attention_wait", "ffn_wait")
 
 
@@ -15,10 +18,13 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     """As design promises it; actors that do not answer are shown as they were last known."""
     coordinator, crew = transition.coordinator, transition.crew
     hands = list(crew.hands.values())
-    answers = {hand.name: await _answer(hand) for hand in hands}
+    answered = await asyncio.gather(*map(_answer, hands))
+    answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
     roster = transition.roster
     epoch = transition.epoch(roster) if roster else None
-    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
+    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [
+        (hand, None) for hand in transition.departed if hand.name not in answers
+    ]
     attention = [answer for hand, answer in shown if answer and hand.role == "attention"]
     totals = [_pairs(answer["totals"]) for answer in answers.values() if answer]
     return {
@@ -33,6 +39,7 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
         "stages_us": {stage: mean_us(totals, stage) for stage in STAGES},
         "micro_batches": epoch.micro_batches if epoch else None,
         "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
+        "moved_in": _summed([answer["moved_in"] for answer in attention]),
         "reason": coordinator.broken or None,
         "last_resize": transition.last_resize,
     }
@@ -48,10 +55,15 @@ async def _answer(hand: Hand) -> dict[str, Any] | None:
     if not hand.identity:
         return None
     try:
-        (answer,) = await ask([hand], "status", timeout_s=5)
+        (answer,) = await ask([hand], "status", timeout_s=ANSWER_TIMEOUT_S)
     except (RuntimeError, TimeoutError):
         return None
     return dict(answer)
+
+
+def _summed(counts: list[dict[str, float]]) -> dict[str, float]:
+    """Over the attention actors that there are now."""
+    return {name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())}
 
 
 def _pairs(totals: dict[str, Any]) -> dict[str, tuple[int, int]]:

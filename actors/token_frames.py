@@ -5,15 +5,17 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Submit(NamedTuple):
     request: Request
     generated: tuple[int, ...] = ()
     """Tokens that it has from elsewhere: the actor goes on after them."""
+    ticket: KVTicket | None = None
+    """Where the keys and values of these are."""
 
 
 class Abort(NamedTuple):
@@ -33,6 +35,8 @@ class Moved(NamedTuple):
     request_id: str
     failure: str = ""
     """One line, where the actor has failed; empty where it only hands its requests over."""
+    ticket: KVTicket | None = None
+    """For whoever goes on with it: where its keys and values are."""
 
 
 Answer = TokenOutput | Refused | Moved
@@ -80,15 +84,15 @@ def _order_fields(order: Submit | Abort) -> tuple[Any, ...]:
         return (order.request_id,)
     request = order.request
     params = {name: getattr(request.params, name) for name in SamplingParams.__dataclass_fields__}
-    return (request.id, request.prompt_token_ids, params, order.generated)
+    return (request.id, request.prompt_token_ids, params, order.generated, order.ticket)
 
 
 def _decode_order(raw: tuple[Any, ...]) -> Submit | Abort | Refused:
     if len(raw) == 1:
         return Abort(raw[0])
-    request_id, prompt, params, generated = raw
+    request_id, prompt, params, generated, ticket = raw
     try:
-        return Submit(Request(request_id, prompt, SamplingParams(**params)), generated)
+        return Submit(Request(request_id, prompt, SamplingParams(**params)), generated, _decode_ticket(ticket))
     except (TypeError, ValueError) as error:
         return Refused(request_id, str(error))
 
@@ -98,10 +102,18 @@ def _encode_answer(answer: Answer) -> tuple[Any, ...]:
         return (_REFUSED, *answer)
     if isinstance(answer, Moved):
         return (_MOVED, *answer)
-    return (_TOKEN, answer.request_id, answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error)
+    value = (answer.token_id, answer.logprob, answer.top_logprobs, answer.finish_reason, answer.error, answer.epoch)
+    return (_TOKEN, answer.request_id, *value)
 
 
 def _decode_answer(raw: tuple[Any, ...]) -> Answer:
     kind, *fields = raw
+    if kind == _MOVED:
+        request_id, failure, ticket = fields
+        return Moved(request_id, failure, _decode_ticket(ticket))
     answer: Answer = _ANSWERS[kind](*fields)
     return answer
+
+
+def _decode_ticket(raw: tuple[Any, ...] | None) -> KVTicket | None:
+    return None if raw is None else KVTicket(*raw)

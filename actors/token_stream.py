@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -23,7 +23,7 @@ from actors.token_frames import (
     encode_hello,
     encode_order,
 )
-from afd_ray.request import Request, TokenOutput
+from afd_ray.request import KVTicket, Request, TokenOutput
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -88,14 +88,14 @@ class _Subscriber:
 class TokenStreamServer:
     """Hosted in an attention actor: takes requests from ingress streams, and sends each its tokens.
 
-    `submit` takes a request and the tokens that it has already; it and `abort` are called on the event loop that ran `start`, and must return
+    `submit` takes a request, the tokens that it has already and where their keys and values are; it and `abort` are called on the event loop that ran `start`, and must return
     at once. `submit` raises ValueError (one line) for a request that can never run, RuntimeError (one line) when this actor cannot run any: such a
     request goes back to its ingress, to go on elsewhere. `publish` may be called from any thread. When a stream breaks, its requests are aborted.
     """
 
     def __init__(
         self,
-        submit: Callable[[Request, tuple[int, ...]], None],
+        submit: Callable[[Request, tuple[int, ...], KVTicket | None], None],
         abort: Callable[[str], object],
         *,
         secret: bytes,
@@ -142,6 +142,10 @@ class TokenStreamServer:
     def move(self, request_ids: Iterable[str], failure: str = "") -> None:
         """Gives these requests back to their ingress, to go on elsewhere; from any thread. `failure`: one line, where this actor has failed."""
         self.publish([Moved(request_id, failure) for request_id in request_ids])
+
+    def hand_over(self, tickets: Mapping[str, KVTicket | None]) -> None:
+        """`move` of requests whose keys and values others may fetch."""
+        self.publish([Moved(request_id, ticket=ticket) for request_id, ticket in tickets.items()])
 
     def publish(self, outputs: Sequence[Answer]) -> None:
         """Sends each output to the stream that submitted its request; drops those whose stream is gone."""
@@ -206,7 +210,7 @@ class TokenStreamServer:
         self._routes[request_id] = subscriber
         subscriber.requests.add(request_id)
         try:
-            self._submit(order.request, order.generated)
+            self._submit(order.request, order.generated, order.ticket)
         except ValueError as error:
             self._forget(request_id)
             subscriber.outbox.put([Refused(request_id, str(error))])
@@ -288,13 +292,13 @@ class TokenStreamClient:
         """Returns when no request is in flight."""
         await self._idle.wait()
 
-    def submit(self, request: Request, generated: Sequence[int] = ()) -> Answers:
-        """Sends the request, with the tokens that it has already. Its answers arrive in the queue; the last is one that `is_last`."""
+    def submit(self, request: Request, generated: Sequence[int] = (), ticket: KVTicket | None = None) -> Answers:
+        """Sends the request, with the tokens that it has already and where their keys and values are. Its answers arrive in the queue; the last is one that `is_last`."""
         answers: Answers = asyncio.Queue()
         if self.lost is not None:
             answers.put_nowait(Lost(request.id, self.lost))
             return answers
-        self._outbox.put([encode_order(Submit(request, tuple(generated)))])
+        self._outbox.put([encode_order(Submit(request, tuple(generated), ticket))])
         pending = _Pending(answers, len(request.prompt_token_ids) + (request.params.max_tokens or 0))
         self._pending[request.id] = pending
         self.outstanding_tokens += pending.tokens

@@ -18,6 +18,7 @@ from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.spin import SPIN_US
 from afd_ray.membership.contract import check_same_model
 from afd_ray.membership.epoch import Epoch
+from afd_ray.membership.epochs import Epochs
 from afd_ray.membership.events import (
     Answered,
     Ask,
@@ -51,24 +52,22 @@ START_S = 120.0
 """For the processes of reserved actors to come up."""
 REMEMBERED_S = 60.0
 """For how long the status shows an actor that died."""
+RECONNECT = 4
+"""Times `failure.detect_timeout_s`: for the edges between those who are left after a loss. All of them answer, so whoever does not connect is cut off."""
 MARGIN_S = 2.0
 """A member is told to be done so much sooner than it is given up: it can say what is wrong."""
 
 
-def epoch_of(config: Config, model: ModelConfig, shape: Shape, number: int, loads: Sequence[int] = ()) -> Epoch:
-    """An epoch of this shape as configured; `loads`: how often each expert was chosen, empty where that is not known.
-
-    A smaller shape has room for fewer copies of experts than configured.
-    """
-    ffn = config.ffn
-    redundant = min(ffn.redundant_experts, max(0, model.moe_num_experts * (shape.expert_parallel - 1)))
-    return shape.epoch(number).with_experts(model, ffn.dispatch, redundant, loads)
-
-
 def deadlines_of(config: Config) -> Deadlines:
     """As configured."""
-    start_s = config.handoff.start_timeout_s
-    return Deadlines(provide_s=config.placement.timeout_s + START_S, prepare_s=start_s, connect_s=start_s + MARGIN_S)
+    start_s, fetched_s = config.handoff.start_timeout_s, config.failure.drain_timeout_s
+    return Deadlines(
+        provide_s=config.placement.timeout_s + START_S,
+        prepare_s=start_s,
+        connect_s=start_s + MARGIN_S,
+        reconnect_s=min(start_s, RECONNECT * config.failure.detect_timeout_s) + MARGIN_S,
+        move_out_s=fetched_s + 2 * MARGIN_S,
+    )
 
 
 class Transition:
@@ -79,15 +78,13 @@ class Transition:
         self.coordinator = Coordinator(deadlines_of(config))
         self.crew = crew
         self.changed = asyncio.Condition()
-        self.loads: Sequence[int] = ()
-        """How often each expert was chosen when they were placed last."""
+        self.epochs = Epochs(config, model)
         self.last_resize: dict[str, Any] | None = None
-        self._config, self._model, self._store = config, model, store
+        self._model, self._store = model, store
         self._vigil = Vigil(crew, config.failure.detect_timeout_s, self.tell)
         self._asked: dict[str, asyncio.Future[Done]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: deque[Event] = deque()
-        self._epochs: dict[int, Epoch] = {}
         self._endpoints: dict[int, dict[int, dict[str, Any]]] = {}
         self._providing: dict[int, asyncio.Task[None]] = {}
         self._pauses_ms: dict[int, list[float]] = {}
@@ -131,9 +128,9 @@ class Transition:
 
     def epoch(self, roster: Roster) -> Epoch:
         """What its members are told of it."""
-        if roster.number not in self._epochs:
-            self._epochs[roster.number] = epoch_of(self._config, self._model, roster.shape, roster.number, self.loads)
-        return self._epochs[roster.number]
+        change = self.coordinator.change
+        recovers = change is not None and change.kind == "recover" and change.roster == roster
+        return self.epochs.of(roster, change.base if change and recovers else None)
 
     def tell(self, event: Event) -> None:
         """Let the coordinator decide what follows from this, and do it."""
@@ -155,7 +152,7 @@ class Transition:
 
         Raises ValueError for a shape that cannot be.
         """
-        epoch_of(self._config, self._model, shape, 1, self.loads).check(self._model)
+        self.epochs.check(shape)
         ask_id, before, started_s = os.urandom(8).hex(), self.roster, time.monotonic()
         self._asked[ask_id] = asyncio.get_running_loop().create_future()
         self.tell(Asked(ask_id, shape, anew))
@@ -180,7 +177,7 @@ class Transition:
 
     def close(self) -> None:
         """Watch nobody any more."""
-        self._vigil.watch(0, ())
+        self._vigil.watch((), ())
         for task in self._tasks:
             task.cancel()
 
@@ -188,13 +185,14 @@ class Transition:
 
     def _do(self, effect: Effect) -> None:
         if isinstance(effect, Store):
+            self.epochs.forget(but=self._numbers)
             self._store(effect.record)
         elif isinstance(effect, Provide):
             self._providing[effect.number] = self._begin(self._provide(effect))
         elif isinstance(effect, Ask):
             self._ask(effect)
         elif isinstance(effect, Watch):
-            self._vigil.watch(effect.number, effect.members)
+            self._vigil.watch(effect.epochs, effect.members)
         elif isinstance(effect, Release):
             self._release(effect.members)
         elif isinstance(effect, Deadline):
@@ -205,6 +203,13 @@ class Transition:
                 waiting.set_result(effect)
         elif isinstance(effect, Publish):
             self._begin(self._publish())
+
+    @property
+    def _numbers(self) -> set[int]:
+        """Of the epochs that serve, come, or were to be gone back to."""
+        change = self.coordinator.change
+        rosters = (self.roster, change.base, change.roster) if change else (self.roster,)
+        return {roster.number for roster in rosters if roster}
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -25,15 +25,16 @@ class Vigil:
         self._beats: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[tuple[int, str], asyncio.Task[None]] = {}
 
-    def watch(self, number: int, members: Sequence[str]) -> None:
-        """Exactly these from now on, and how epoch `number` goes for them."""
+    def watch(self, epochs: Sequence[int], members: Sequence[str]) -> None:
+        """Exactly these from now on, and how these epochs go for them."""
         wanted = {member for member in members if member in self._crew}
+        seats = {(number, member) for number in epochs for member in wanted}
         _keep(self._beats, wanted)
-        _keep(self._ends, {(number, member) for member in wanted} if number else set())
+        _keep(self._ends, seats)
         for member in wanted - self._beats.keys():
             self._beats[member] = asyncio.create_task(self._beat(self._crew[member]))
-        for key in {(number, member) for member in wanted if number} - self._ends.keys():
-            self._ends[key] = asyncio.create_task(self._end(number, self._crew[key[1]]))
+        for number, member in seats - self._ends.keys():
+            self._ends[number, member] = asyncio.create_task(self._end(number, self._crew[member]))
 
     async def _beat(self, hand: Hand) -> None:
         """A beat every third of the time allowed, each given the other two: silence is noticed within the whole."""

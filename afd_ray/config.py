@@ -67,6 +67,8 @@ class Attention(Section):
     num_cpus: NonNegativeFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     labels: dict[str, str] = {}
+    shared_expert: bool = False
+    """Attention actors compute the shared experts, while the FFN ranks compute the routed ones."""
     pace: Pace | None = None
     kv_cache: KVCache = KVCache()
 
@@ -111,10 +113,11 @@ class Placement(Section):
 
 class Failure(Section):
     detect_timeout_s: Seconds = 1.0
+    """An actor that is silent for so long is lost; those who are left have four times as long to connect with each other."""
     request_timeout_s: Seconds | None = None
     """From request to last token, where the request itself gives no `timeout_s`."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
-    """What requests in progress have to finish in when the server is told to stop."""
+    """What requests in progress have to finish in when the server is told to stop, or to be fetched in from an attention actor that leaves."""
 
 
 class Counts(Section):
@@ -230,7 +233,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
     except ValidationError as error:
         raise ConfigError(one_line(error, Config)) from None
     _check_bounds(config.autoscaling)
-    _check_colocated(config.ffn)
+    _check_colocated(config)
     return config
 
 
@@ -264,7 +267,10 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
             raise ConfigError(f"autoscaling.min.{role}: {low} must be at most autoscaling.max.{role}, {high}")
 
 
-def _check_colocated(ffn: FFN) -> None:
+def _check_colocated(config: Config) -> None:
+    ffn = config.ffn
+    if ffn.colocated and config.attention.shared_expert:
+        raise ConfigError("attention.shared_expert: true must be false with ffn.colocated: every attention actor holds every FFN")
     for key in ("tensor_parallel", "expert_parallel", "redundant_experts", "dispatch"):
         alone = FFN.model_fields[key].default
         if ffn.colocated and getattr(ffn, key) != alone:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -70,6 +70,17 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
 
 
+class KVTicket(NamedTuple):
+    """Where the keys and values of a request lie that an attention actor gave back: who goes on with it may fetch them, once."""
+
+    address: str
+    """host:port of the actor that has them."""
+    key: bytes
+    positions: int
+    """Computed tokens, from the first on; at least 1."""
+    size_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One new token of one request, or only the news that it ended (`token_id` None)."""
@@ -83,6 +94,8 @@ class TokenOutput:
     """None while the request goes on."""
     error: str | None = None
     """One line, with `finish_reason` "error"."""
+    epoch: int = field(default=0, compare=False)
+    """In which it was computed; 0 where that is not known."""
 
 
 def _finite(value: float) -> bool:

@@ -31,9 +31,11 @@ from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn
 from afd_ray.request import Request, SamplingParams, TokenOutput
-from benchmarks import _netns
+from benchmarks.testbed.switch import Switch, leave_network, switch
 
 ATTENTION, FFN = 0, 1
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+"""Of both, where they are on two hosts."""
 BLOCK_SIZE = 16
 TIMEOUT_S = 30.0
 WARM_UP_STEPS = 2
@@ -140,11 +142,13 @@ def pair(directory: Path) -> Iterator[Pair]:
 
 
 @contextmanager
-def pair_of_hosts(directory: Path) -> Iterator[tuple[Pair, _netns.Relay]]:
+def pair_of_hosts(directory: Path) -> Iterator[tuple[Pair, Switch]]:
     """A pair of which each has a network of its own, and the wire between them; needs the rights of root."""
     made = Pair(directory, apart=True)
     try:
-        with _netns.relay(made.pids) as wire:
+        with switch() as wire:
+            for address, pid in zip(ADDRESSES, made.pids, strict=True):
+                wire.attach(address, pid)
             yield made, wire
     finally:
         made.close()
@@ -168,7 +172,7 @@ def _serve(role: type["Half"], directory: Path, apart: bool, pipe: Connection) -
 
 def _settle(role: type["Half"], directory: Path, apart: bool) -> "Half":
     if apart:
-        _netns.leave_network()
+        leave_network()
     return role(directory)
 
 
@@ -233,7 +237,6 @@ class Half:
     def connect(self, endpoints: dict[int, dict[str, Any]]) -> None:
         assert self.mesh is not None
         self.mesh.connect({rank: Endpoint.from_dict(endpoint) for rank, endpoint in endpoints.items()}, TIMEOUT_S)
-        self.mesh.warm_up(TIMEOUT_S)
 
     def next_message(self) -> Message:
         assert self.mesh is not None
@@ -283,7 +286,8 @@ class AttentionSide(Half):
             self.scheduler.add(Request(f"r{i}", tuple(rng.choices(range(model.vocab_size), k=load.context)), ENDLESS))
         batch = self.scheduler.schedule(0)
         assert batch is not None
-        self.scheduler.complete(batch, [Sampled(7)] * load.rows)
+        # Different tokens: equal ones would all choose the same experts, and the FFN alone would read few of its weights.
+        self.scheduler.complete(batch, [Sampled(rng.randrange(model.vocab_size)) for _ in range(load.rows)])
 
     def rewind(self) -> None:
         """Forget the tokens of the last run, so that every run has the same contexts."""

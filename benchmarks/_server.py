@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,13 @@ STOP_TIMEOUT_S = 60.0
 class Server:
     """A started server. `output` and `errors` grow as it writes."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], popen: Callable[..., "subprocess.Popen[str]"] = subprocess.Popen
+    ) -> None:
+        """`popen` starts it: subprocess.Popen, or the method of a test bed's host."""
         command = [sys.executable, "-m", "actors.cli", "serve", "--port", "0", *arguments]
         # A session of its own: a Ctrl-C at the terminal must not reach it before whoever started it has cleaned up.
-        self.process = subprocess.Popen(
+        self.process = popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
         self.output: list[str] = []

@@ -191,7 +191,6 @@ def open_link(kind: LinkKind, rank: int, pipe: Connection) -> RingMesh:
     mesh = open_mesh(rank, 2, 0, secret=b"benchmark", host=HOST, peers={1 - rank: RING_BYTES}, kind=kind, spin_us=SPIN_US)
     pipe.send(mesh.endpoint.to_dict())
     mesh.connect({1 - rank: Endpoint.from_dict(pipe.recv())}, TIMEOUT_S)
-    mesh.warm_up(TIMEOUT_S)
     return mesh
 
 

@@ -23,9 +23,10 @@ from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.mesh import LinkKind
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
+from benchmarks import testbed
 from benchmarks._machine import hardware
-from benchmarks._netns import ADDRESSES, Relay
-from benchmarks._pair import Load, Pair, pair, pair_of_hosts
+from benchmarks._pair import ADDRESSES, Load, Pair, pair, pair_of_hosts
+from benchmarks.testbed.switch import Switch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,7 +103,7 @@ class Row(NamedTuple):
 class Bench:
     """A checkpoint, its pairs of processes, and the runs with them."""
 
-    def __init__(self, here: Pair, hosts: tuple[Pair, Relay] | None) -> None:
+    def __init__(self, here: Pair, hosts: tuple[Pair, Switch] | None) -> None:
         self.here, self.hosts = here, hosts
         self.samples: dict[tuple[Load, Link, int], list[Sample]] = defaultdict(list)
 
@@ -128,7 +129,7 @@ class Bench:
             return self.here.linked(slots, link.kind, LOCAL, STEPS)
         assert self.hosts is not None
         pair, wire = self.hosts
-        wire.delay(link.one_way_ms)
+        wire.link(*ADDRESSES, testbed.Link(delay_ms=link.one_way_ms))
         return pair.linked(slots, link.kind, ADDRESSES, STEPS)
 
 

@@ -2,13 +2,17 @@
 
 import asyncio
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import ray
+from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from placement.planner import Infeasible, Node, Placed
 
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Resources for what would end with Ray's head in any case: so no other node takes it along. Without demands Ray would put it anywhere."""
 NODE_ID_LABEL = "ray.io/node-id"
 POLL_S = 0.05
 
@@ -54,6 +58,13 @@ def release(reservations: list[Reservation]) -> None:
     """Give the resources back; what ran in the groups is killed by Ray."""
     for reservation in reservations:
         remove_placement_group(reservation.group)
+
+
+def release_named(prefix: str, keep: Collection[str]) -> None:
+    """Remove all groups whose names begin so, but those with the ids in `keep`; for what nobody holds a reservation of any more."""
+    for group_id, table in placement_group_table().items():
+        if table["name"].startswith(prefix) and table["state"] != "REMOVED" and group_id not in keep:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def describe(reservation: Reservation) -> dict[str, Any]:

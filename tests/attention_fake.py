@@ -1,14 +1,15 @@
 """An attention actor without an engine, behind a real token stream: it gives the tokens of `reply`, one at a time, when it is told to."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from actors.token_stream import TokenStreamClient, TokenStreamServer
-from afd_ray.request import FinishReason, Request, TokenOutput
+from afd_ray.request import FinishReason, KVTicket, Request, TokenOutput
 
 SECRET = b"s" * 32
 TIMEOUT_S = 30
+NO_TICKETS: Mapping[str, KVTicket] = {}
 
 
 def token_after(request: Request, position: int) -> int:
@@ -26,8 +27,10 @@ class FakeAttention:
     def __init__(self) -> None:
         self.running: dict[str, tuple[Request, list[int]]] = {}
         self.submitted: list[tuple[str, tuple[int, ...]]] = []
+        self.tickets: dict[str, KVTicket | None] = {}
         self.aborted: list[str] = []
         self.leaving = False
+        self.epoch = 0
         self.refusal: ValueError | None = None
         self.server = TokenStreamServer(self._submit, self._abort, secret=SECRET)
         self.address = ""
@@ -50,9 +53,9 @@ class FakeAttention:
         while self.running:
             self.step()
 
-    def move_out(self) -> None:
+    def move_out(self, tickets: Mapping[str, KVTicket] = NO_TICKETS) -> None:
         self.leaving = True
-        self.server.move(list(self.running))
+        self.server.hand_over({request_id: tickets.get(request_id) for request_id in self.running})
         self.running.clear()
 
     def fail(self, reason: str) -> None:
@@ -66,10 +69,11 @@ class FakeAttention:
         if reason:
             del self.running[request_id]
         logprob = None if request.params.logprobs is None else -float(len(tokens))
-        return TokenOutput(request_id, tokens[-1], logprob, finish_reason=reason)
+        return TokenOutput(request_id, tokens[-1], logprob, finish_reason=reason, epoch=self.epoch)
 
-    def _submit(self, request: Request, generated: tuple[int, ...]) -> None:
+    def _submit(self, request: Request, generated: tuple[int, ...], ticket: KVTicket | None) -> None:
         self.submitted.append((request.id, generated))
+        self.tickets[request.id] = ticket
         if self.refusal is not None:
             raise self.refusal
         if self.leaving:

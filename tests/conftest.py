@@ -56,6 +56,16 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def needs_testbed() -> None:
+    """Skips where there can be no test bed, and fails instead where that would hide a failure."""
+    from benchmarks.testbed import why_not
+
+    reason = why_not()
+    if reason:
+        (pytest.fail if os.environ.get("AFD_RAY_NEEDS_TEST_BED") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
 def live() -> Iterator["LiveServer"]:
     """The one `afd-ray serve` of the whole run."""
     from tests.live_server import live_server

@@ -1,6 +1,7 @@
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_a_role_reads_its_own_values_only(written: Path) -> None:
     assert sum(elements(read.shape) for read in reads) == parts["experts"] * 2 // 8 // 2 + (parts["shared"] + parts["dense"]) // 4
     down = next(read for read in reads if ".moe.down_proj." in read.stored.key)
     assert down.slices == (slice(None), slice(16, 32))
+
+
+def test_shared_experts_are_read_by_the_role_that_computes_them(written: Path) -> None:
+    checkpoint, shard = Checkpoint.open(written), FFNShard(tuple(range(8)), shared=False)
+    attention, rank = load_attention(checkpoint, shared=True), load_ffn(checkpoint, shard)
+    read = Counter(part_of(read.stored.key) for read in plan_reads(checkpoint, attention))
+    assert read["shared"] == 3 * len(CONFIG.moe_layers)
+    assert read.keys().isdisjoint({"experts", "dense"})
+    assert {part_of(read.stored.key) for read in plan_reads(checkpoint, rank, shard)} == {"experts", "dense"}
+    hidden, experts, weights = torch.randn(6, CONFIG.hidden_size), torch.randint(8, (6, 3)), torch.rand(6, 3)
+    shared = attention.layer(1).share(hidden)
+    assert shared is not None
+    assert attention.layer(0).share(hidden) is None, "a dense layer has none"
+    whole = load_model(checkpoint).ffn(1, Routed(hidden, experts, weights))
+    assert torch.allclose(shared + rank(1, Routed(hidden, experts, weights)), whole, atol=1e-5)
 
 
 def test_a_module_built_unallocated_takes_no_memory() -> None:

@@ -37,7 +37,7 @@ COVER: list[tuple[Shape, int]] = [
     ((2, 1, 1), 1),
     ((3, 1, 1), 2),
 ]
-# With links and dispatch other than the default's, and copies of experts, for which there must be two instances.
+# With links, dispatch and place of the shared expert other than the default's, and copies of experts, for which there must be two instances.
 OTHER_COVER: list[tuple[Shape, int]] = [((2, 2, 2), 2)]
 FEW = 16
 """Of the prompts, for what is slow."""
@@ -82,7 +82,9 @@ def expected(tiny_directory: Path, prompts: list[list[int]]) -> list[list[int]]:
 def other_cluster(request: pytest.FixtureRequest, tiny_directory: Path, two_nodes: None) -> Iterator[Cluster]:
     dispatch, kind = request.param
     ffn = {"tensor_parallel": 2, "expert_parallel": 2, "dispatch": dispatch, "redundant_experts": 3}
-    with Cluster.start(config_for(tiny_directory, ffn=ffn, handoff={"kind": kind}), name=f"afd-{dispatch}-{kind}") as cluster:
+    attention = {"replicas": 2, "shared_expert": dispatch == "routed"}
+    config = config_for(tiny_directory, attention=attention, ffn=ffn, handoff={"kind": kind})
+    with Cluster.start(config, name=f"afd-{dispatch}-{kind}") as cluster:
         yield cluster
 
 

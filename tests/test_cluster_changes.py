@@ -3,14 +3,14 @@
 import os
 import random
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from actors.cluster import Cluster, ClusterError
 from actors.controller import NAMESPACE
@@ -18,6 +18,7 @@ from afd_ray.config import parse_config
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from afd_ray.models.presets import PRESETS
 from afd_ray.request import SamplingParams
+from tests.cluster_load import Answers, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_nodes")]
 
@@ -27,99 +28,40 @@ GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, top_p=0.9, frequency_penalty=0.2, seed=11, ignore_eos=True)
 NAME = "afd-changing"
 REPAIR_TIMEOUT_S = 90.0
+REDUNDANT = 4
+"""Of 8 experts, as far as a shape has room for copies."""
 
-Changes = list[dict[str, int]]
 # Up and down, in tensor and in expert parallelism.
-RESIZES: Changes = [
+RESIZES: list[dict[str, int]] = [
     {"attention": 2, "ffn": 2},
     {"ffn": 2, "ffn_tensor_parallel": 2},
     {"attention": 1, "ffn": 1, "ffn_tensor_parallel": 1},
-]
-# The whole way, more than once: 20 in a row.
-LONG_WAY: Changes = 2 * [
-    {"attention": 3},
-    {"ffn": 2},
-    {"attention": 2},
-    {"ffn": 4},
-    {"attention": 1},
-    {"ffn": 3},
-    {"ffn": 4, "ffn_tensor_parallel": 2},
-    {"attention": 2},
-    {"ffn": 1, "ffn_tensor_parallel": 1},
-    {"attention": 1},
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tiny_directory: Path, two_nodes: None) -> Iterator[Cluster]:
-    raw = {"model": {"path": str(tiny_directory)}, "attention": {"replicas": 1}, "failure": {"detect_timeout_s": 3.0}}
+    raw = {
+        "model": {"path": str(tiny_directory)},
+        "attention": {"replicas": 1},
+        "ffn": {"redundant_experts": REDUNDANT},
+        "failure": {"detect_timeout_s": 3.0},
+    }
     with Cluster.start(parse_config(raw), name=NAME) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def answers(cluster: Cluster, tiny_directory: Path) -> Answers:
+    """Half greedy, as the reference has it; half sampled with a seed, as the undisturbed cluster has it."""
     rng = random.Random(3)
     vocab = PRESETS["step3-tiny"].vocab_size
-    return [rng.choices(range(vocab), k=rng.randint(1, 120)) for _ in range(CLIENTS)]
-
-
-@pytest.fixture(scope="module")
-def expected(cluster: Cluster, tiny_directory: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Half greedy, as the reference has it; half sampled with a seed, as the undisturbed cluster has it."""
+    prompts = [rng.choices(range(vocab), k=rng.randint(1, 120)) for _ in range(CLIENTS)]
     reference = load_model(Checkpoint.open(tiny_directory))
     greedy = [reference.generate_greedy(prompt, MAX_TOKENS) for prompt in prompts[::2]]
     seeded = [list(answer.token_ids) for answer in cluster.generate(prompts[1::2], SEEDED)]
-    return [tokens for pair in zip(greedy, seeded, strict=True) for tokens in pair]
-
-
-class Load:
-    """Clients that ask again and again, and compare every answer with the undisturbed one."""
-
-    def __init__(self, cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]) -> None:
-        self.wrong: list[str] = []
-        self.rounds = 0
-        self._cluster, self._prompts, self._expected = cluster, prompts, expected
-        self._over = threading.Event()
-        self._round_over = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def await_rounds(self, more: int) -> None:
-        """Until so many rounds have begun and ended from now on."""
-        with self._round_over:
-            enough = self.rounds + more + 1
-            assert self._round_over.wait_for(lambda: self.rounds >= enough or bool(self.wrong), 120)
-
-    def _run(self) -> None:
-        params = [GREEDY if i % 2 == 0 else SEEDED for i in range(len(self._prompts))]
-        while not self._over.is_set():
-            try:
-                answers = self._cluster.generate(self._prompts, params, timeout_s=120)
-                differ = [i for i, answer in enumerate(answers) if list(answer.token_ids) != self._expected[i]]
-                self.wrong += [f"round {self.rounds}: request {i} has other tokens" for i in differ]
-            except (ClusterError, TimeoutError) as error:
-                self.wrong.append(f"round {self.rounds}: {error}")
-            with self._round_over:
-                self.rounds += 1
-                self._round_over.notify_all()
-
-
-@contextmanager
-def load(cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]) -> Iterator[Load]:
-    """Going on while the block runs; at its end every answer was right, and nothing is left of the requests."""
-    running = Load(cluster, prompts, expected)
-    try:
-        yield running
-        running.await_rounds(1)
-    finally:
-        running.stop()
-    assert running.wrong == []
-    assert cluster.check_integrity() == []
+    tokens = [tokens for pair in zip(greedy, seeded, strict=True) for tokens in pair]
+    return Answers(prompts, CLIENTS // 2 * [GREEDY, SEEDED], tokens)
 
 
 def await_status(cluster: Cluster, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -141,12 +83,9 @@ def reset(cluster: Cluster, attention: int, ffn: int, tensor_parallel: int = 1) 
     return cluster.status()
 
 
-@pytest.mark.parametrize("changes", [pytest.param(RESIZES, id="short"), pytest.param(LONG_WAY, id="20", marks=pytest.mark.full)])
-def test_resizes_under_load_change_no_token(
-    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], changes: Changes
-) -> None:
-    with load(cluster, prompts, expected) as running:
-        for change in changes:
+def test_resizes_under_load_change_no_token(cluster: Cluster, answers: Answers) -> None:
+    with load(cluster, answers) as running:
+        for change in RESIZES:
             before = cluster.status()
             answer = cluster.scale(**change)
             assert (answer["outcome"], answer["reason"]) == ("committed", None)
@@ -159,11 +98,9 @@ def test_resizes_under_load_change_no_token(
     assert len(cluster.status()["placement_groups"]) == 2
 
 
-def test_a_resize_that_cannot_be_is_rolled_back_and_harms_nobody(
-    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
-) -> None:
+def test_a_resize_that_cannot_be_is_rolled_back_and_harms_nobody(cluster: Cluster, answers: Answers) -> None:
     before = reset(cluster, 1, 1)
-    with load(cluster, prompts, expected):
+    with load(cluster, answers):
         answer = cluster.scale(attention=40)
         assert answer["outcome"] == "rolled_back"
         assert "needed: attention 39 CPUs in 39 group(s)" in answer["reason"]
@@ -174,6 +111,19 @@ def test_a_resize_that_cannot_be_is_rolled_back_and_harms_nobody(
         after = cluster.status()
         assert (after["epoch"], after["state"], after["last_resize"]) == (before["epoch"], "ready", answer)
         assert cluster.scale(attention=2)["outcome"] == "committed"
+
+
+def test_requests_of_an_actor_that_leaves_bring_their_keys_and_values(cluster: Cluster) -> None:
+    before = reset(cluster, 2, 1)
+    rng = random.Random(4)
+    prompts = [rng.choices(range(PRESETS["step3-tiny"].vocab_size), k=880) for _ in range(4)]
+    params = [GREEDY if i % 2 == 0 else SEEDED for i in range(4)]
+    undisturbed = [list(answer.token_ids) for answer in cluster.generate(prompts, params)]
+    with load(cluster, Answers(prompts, params, undisturbed)):
+        assert cluster.scale(attention=1)["outcome"] == "committed"
+    after = cluster.status()["moved_in"]
+    assert after["with_kv"] > before["moved_in"]["with_kv"]
+    assert after["kv_bytes"] > before["moved_in"]["kv_bytes"]
 
 
 def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) -> None:
@@ -189,21 +139,15 @@ def test_a_second_resize_meanwhile_is_refused_with_the_reason(cluster: Cluster) 
     assert ray.get(first)["outcome"] == "committed"
 
 
-@pytest.mark.parametrize(
-    ("role", "how"),
-    [
-        ("ffn", signal.SIGKILL),
-        ("attention", signal.SIGKILL),
-        pytest.param("ffn", signal.SIGSTOP, marks=pytest.mark.full),
-        pytest.param("attention", signal.SIGSTOP, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # the default suite kills in `test_chaos`
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_actor_is_replaced_and_no_client_sees_it(
-    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]], role: str, how: signal.Signals
+    cluster: Cluster, answers: Answers, role: str, how: signal.Signals
 ) -> None:
     before = reset(cluster, 2, 2)
     victim = living(before)[role][-1]
-    with load(cluster, prompts, expected):
+    with load(cluster, answers):
         os.kill(victim["pid"], how)
         after = await_status(cluster, lambda now: now["state"] == "ready" and now["epoch"] > before["epoch"])
     assert {name: len(actors) for name, actors in living(after).items()} == {"attention": 2, "ffn": 2}
@@ -212,12 +156,11 @@ def test_a_lost_actor_is_replaced_and_no_client_sees_it(
     assert ("died" if how == signal.SIGKILL else "has not answered") in dead["reason"]
 
 
-def test_the_controller_dies_and_its_successor_takes_over(
-    cluster: Cluster, prompts: list[list[int]], expected: list[list[int]]
-) -> None:
+@pytest.mark.full
+def test_the_controller_dies_and_its_successor_takes_over(cluster: Cluster, answers: Answers) -> None:
     before = reset(cluster, 1, 2)
     ffn_pids = [actor["pid"] for actor in living(before)["ffn"]]
-    with load(cluster, prompts, expected) as running:
+    with load(cluster, answers) as running:
         ray.kill(cluster.controller, no_restart=False)
         running.await_rounds(1)
         after = cluster.status()
@@ -226,11 +169,54 @@ def test_the_controller_dies_and_its_successor_takes_over(
         assert cluster.scale(attention=2)["outcome"] == "committed"
 
 
+def test_a_controller_that_dies_while_it_starts_actors_leaves_none_of_them(cluster: Cluster) -> None:
+    before = reset(cluster, 1, 1)
+    uid, known = uid_of(before), members(uid_of(before))
+    pending = cluster.controller.scale.remote(3)
+    while members(uid) == known:
+        assert not ray.wait([pending], timeout=0)[0]
+    ray.kill(cluster.controller, no_restart=False)
+    until(lambda: answers_status(cluster))
+    after = await_status(cluster, lambda now: now["state"] == "ready")
+    assert after["epoch"] == before["epoch"]
+    until(lambda: (members(uid), groups(uid)) == (known, len(after["placement_groups"])))
+
+
 def test_nothing_is_left_of_all_that(cluster: Cluster) -> None:
     status = reset(cluster, 1, 1)
+    uid = uid_of(status)
+    assert members(uid) == {status[role][0]["id"] for role in ("attention", "ffn")}
+    assert groups(uid) == len(status["placement_groups"]) == 2
+
+
+def until(wanted: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + REPAIR_TIMEOUT_S
+    while not wanted():
+        assert time.monotonic() < deadline_s
+
+
+def answers_status(cluster: Cluster) -> bool:
+    """Whether a controller is there: not while it is being restarted."""
+    try:
+        cluster.status()
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    return True
+
+
+def uid_of(status: dict[str, Any]) -> str:
+    """What a cluster's names in Ray have in common."""
+    group_id = status["placement_groups"][0]["id"]
+    return str(placement_group_table()[group_id]["name"]).split("-")[1]
+
+
+def members(uid: str) -> set[str]:
+    """That Ray knows."""
     named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
-    uid = next(name for name in named if name.endswith(status["ffn"][0]["id"])).split("-")[1]
-    assert sorted(name for name in named if name.startswith(f"afd-{uid}-")) == sorted(
-        f"afd-{uid}-{status[role][0]['id']}" for role in ("attention", "ffn")
-    )
-    assert len(status["placement_groups"]) == 2
+    return {name.removeprefix(f"afd-{uid}-") for name in named if name.startswith(f"afd-{uid}-")}
+
+
+def groups(uid: str) -> int:
+    """Placement groups that Ray holds."""
+    tables = placement_group_table().values()
+    return sum(table["name"].startswith(f"afd-{uid}-") and table["state"] != "REMOVED" for table in tables)

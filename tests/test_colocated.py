@@ -36,7 +36,6 @@ def lone_meshes(epoch: Epoch) -> list[RingMesh]:
     ]
     for mesh in meshes:
         mesh.connect({other.rank: other.endpoint for other in meshes}, 5.0)
-        mesh.warm_up(5.0)
     return meshes
 
 

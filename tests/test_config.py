@@ -152,6 +152,11 @@ def test_a_colocated_cluster_has_no_ffn_ranks_to_cut(key: str) -> None:
         load_config(None, ["ffn.colocated=true", f"ffn.{key}=2"])
 
 
+def test_a_colocated_cluster_has_no_shared_experts_to_move() -> None:
+    with pytest.raises(ConfigError, match=r"attention\.shared_expert: true must be false with ffn\.colocated"):
+        load_config(None, ["ffn.colocated=true", "attention.shared_expert=true"])
+
+
 def test_pace_is_linear() -> None:
     pace = Pace(base_us=10, per_row_us=2, per_context_token_us=0.5)
     assert pace.duration_us(rows=3, context_tokens=4) == 18

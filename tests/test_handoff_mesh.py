@@ -1,13 +1,17 @@
 """Groups over shared memory and sockets: what arrives, what is refused, and what a lost peer looks like."""
 
 import logging
+import pickle
+import queue
 import random
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,14 +66,13 @@ def opened() -> Iterator[Open]:
 
 
 def join(members: list[RingMesh]) -> None:
-    """Connect members of one group that live in this process, all at once, and warm their edges up."""
+    """Connect members of one group that live in this process, all at once."""
     endpoints = {member.rank: member.endpoint for member in members}
     failures: list[Exception] = []
 
     def join_one(member: RingMesh) -> None:
         try:
             member.connect(endpoints, timeout_s=10)
-            member.warm_up(timeout_s=10)
         except Exception as error:
             failures.append(error)
 
@@ -363,8 +366,45 @@ def test_a_missing_rank_is_named(opened: Open) -> None:
     with pytest.raises(LinkError, match=r"edge to rank 2: 127.0.0.1:.* cannot be reached"):
         members[1].connect(endpoints, timeout_s=10)
     lonely, silent = opened(0), opened(1)
-    with pytest.raises(TimeoutError, match=r"rank 0 waited 0.05 s for these ranks to connect: 1"):
+    with pytest.raises(LinkError, match=r"edge to rank 1: it has not connected in 0.05 s; missing ranks: 1"):
         lonely.connect({1: silent.endpoint}, timeout_s=0.05)
+
+
+def test_an_edge_that_cannot_be_had_is_named_by_its_ends_and_holds_nobody_else_up(opened: Open) -> None:
+    """As after a cut between ranks 0 and 1: each finds a door at which nobody answers in place of the other's."""
+    members = [opened(rank, 3) for rank in range(3)]
+    endpoints = {member.rank: member.endpoint for member in members}
+    with closing(socket.create_server(("127.0.0.1", 0))) as deaf:
+        nowhere = {rank: replace(endpoints[rank], port=deaf.getsockname()[1]) for rank in range(2)}
+        seen = [endpoints | {1: nowhere[1]}, endpoints | {0: nowhere[0]}, endpoints]
+        with ThreadPoolExecutor(3) as pool:
+            ends = [pool.submit(member.connect, view, 1.0) for member, view in zip(members, seen, strict=True)]
+    errors = [end.exception() for end in ends]
+    assert [error.peer if isinstance(error, LinkError) else None for error in errors] == [1, 0, None]
+
+
+def test_an_error_names_the_peer_in_another_process_too() -> None:
+    error = pickle.loads(pickle.dumps(LinkError(3, "gone")))
+    assert (str(error), error.peer, error.reason) == ("edge to rank 3: gone", 3, "gone")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_does_not_receive_is_told_of_a_break_too(opened: Open, kind: LinkKind) -> None:
+    first, second = pair(opened, kind)
+    broken: queue.SimpleQueue[LinkError] = queue.SimpleQueue()
+    first.on_broken(broken.put)
+    second.close()
+    assert broken.get(timeout=10).peer == 1
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_one_end_hears_of_a_socket_that_is_shut_down_though_the_other_does_nothing(opened: Open, way: str) -> None:
+    first, second = pair(opened, "tcp")
+    broken: queue.SimpleQueue[LinkError] = queue.SimpleQueue()
+    first.on_broken(broken.put)
+    dialled = (first if way == "out" else second)._outbound[1 if way == "out" else 0]
+    dialled._connection.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+    assert broken.get(timeout=10).peer == 1
 
 
 @pytest.mark.parametrize("kind", ["shm", "tcp"])

@@ -20,7 +20,6 @@ def join(rank: int, pipe: Connection, kind: LinkKind, spin_us: float) -> RingMes
     mesh = open_mesh(rank, 2, 0, secret=b"s", host="127.0.0.1", peers={1 - rank: 1 << 14}, kind=kind, spin_us=spin_us)
     pipe.send(mesh.endpoint.to_dict())
     mesh.connect({1 - rank: Endpoint.from_dict(pipe.recv())}, timeout_s=WAIT_S)
-    mesh.warm_up(timeout_s=WAIT_S)
     return mesh
 
 

@@ -13,7 +13,7 @@ from actors.attention_pool import AttentionPool
 from actors.http.backend import Overloaded, Unavailable
 from actors.ingress import ClusterBackend, cluster_gauges
 from actors.token_stream import TokenStreamClient, TokenStreamServer
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 from tests.ingress_fake import write_tokenizer
 
 SECRET = b"s" * 32
@@ -34,7 +34,7 @@ class Actor:
         self.address = f"127.0.0.1:{await self.server.start()}"
         return self
 
-    def submit(self, request: Request, generated: tuple[int, ...]) -> None:
+    def submit(self, request: Request, generated: tuple[int, ...], ticket: KVTicket | None) -> None:
         self.requests.append(request.id)
         self.changed.set()
 
@@ -193,7 +193,8 @@ class Controller:
             {"state": "running", "running": 2, "waiting": 1, "kv_used": 3, "kv_total": 8},
             {"state": "dead", "running": None},
         ]
-        return {"epoch": self.epoch, "attention": attention, "ffn": [{"state": "running"}]}
+        moved_in = {"with_kv": 5, "recomputed": 4, "failed": 1, "kv_bytes": 4096, "kv_ms": 2.5}
+        return {"epoch": self.epoch, "attention": attention, "ffn": [{"state": "running"}], "moved_in": moved_in}
 
     async def _scale(self, attention: int) -> dict[str, Any]:
         raise ValueError("attention must be at most 2, got 9")
@@ -243,4 +244,6 @@ async def test_gauges_are_sums_over_attention_actors(tmp_path: Path) -> None:
     assert cluster_gauges(status) == {
         "requests_running": 2.0, "requests_waiting": 1.0, "kv_blocks_used": 3.0, "kv_blocks_total": 8.0,
         "attention_actors": 1.0, "ffn_actors": 1.0, "epoch": 1.0,
+        "requests_moved_with_kv": 5.0, "requests_moved_and_recomputed": 4.0,
+        "kv_fetches_failed": 1.0, "kv_bytes_fetched": 4096.0, "kv_fetching_ms": 2.5,
     }  # fmt: skip

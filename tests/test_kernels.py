@@ -192,6 +192,17 @@ def test_a_packed_attention_half_equals_the_plain_one(rows: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_packed_shared_expert_at_attention_equals_the_plain_one(rows: int) -> None:
+    plain = filled(AttentionLayer(CONFIG, 1, shared=True))
+    assert isinstance(plain, AttentionLayer)
+    x = noise(rows, CONFIG.hidden_size)
+    ours = PackedAttentionLayer(plain).share(x)
+    assert ours is not None
+    assert_close(ours, plain.float().share(x.float()))
+
+
+@needs_kernels
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (16, 3), (50, 8)])
 def test_packed_routing_equals_the_plain_one(experts: int, top_k: int, normalise: bool) -> None:
@@ -225,6 +236,8 @@ def test_scores_that_are_not_numbers_still_choose_an_expert() -> None:
         FFNShard(tuple(range(16))),
         FFNShard((3, 4), Slice(1, 3), Slice(2, 3), first_id=3),
         FFNShard((3, 4, 9), Slice(1, 3), Slice(1, 3), first_id=7, at_home=True),
+        FFNShard((3, 4, 9), Slice(1, 3), Slice(1, 3), first_id=7, at_home=True, shared=False),
+        FFNShard((3, 4), Slice(0, 1), Slice(0, 1), first_id=3, shared=False),
     ],
 )
 def test_a_packed_ffn_half_equals_the_plain_one(shard: FFNShard) -> None:

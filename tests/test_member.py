@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
+from actors import departure, place
 from actors import member as member_module
-from actors import place
 from actors.attention import AttentionActor
 from actors.collective import AFDGroup
 from actors.ffn import FFNActor
@@ -24,7 +24,7 @@ from afd_ray.config import Config, parse_config
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import Checkpoint, load_model
-from afd_ray.models.step3 import FFNShard
+from afd_ray.models.step3 import FFNHalf, FFNShard
 from afd_ray.request import Request, SamplingParams, TokenOutput
 
 TIMEOUT_S = 20.0
@@ -256,7 +256,8 @@ async def test_waiting_for_another_epoch_is_bounded(config: Config, expected: li
         assert await attention.tokens("t") == expected
 
 
-async def test_requests_move_out_and_stay(config: Config, expected: list[int]) -> None:
+async def test_requests_move_out_and_stay(config: Config, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departure, "UNASKED_S", 0.01)  # nobody goes on with them
     async with roster(config, Epoch(1, 2, 1, 1, 2)) as made:
         stays, goes = made.attention
         goes.submit("r", 10_000)
@@ -348,8 +349,75 @@ async def test_only_experts_that_are_not_held_are_read(config: Config) -> None:
         await made.form(Epoch(4, 1, 1, 2, 2))
         assert (await ffn.status())["experts"] == [0, 1, 2, 3]
         assert (await ffn.load(FFNShard((2, 3, 4)), 5))["moved_experts"] == 1
-        await ffn.discard(5)
+        assert (await ffn.load(FFNShard((2, 3, 4, 5)), 6))["moved_experts"] == 1, "also from what was loaded for the epoch before"
+        await ffn.discard(6)
         assert ffn._held() == [ffn._ready_half()]
+
+
+async def test_a_slow_load_does_not_replace_what_a_later_one_brought(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (ffn,) = made.ffn
+        build, begun, may_end = ffn._build, threading.Event(), threading.Event()
+
+        def slow(shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
+            if shard.experts == (0, 1):
+                begun.set()
+                may_end.wait(TIMEOUT_S)
+            return build(shard, held)
+
+        monkeypatch.setattr(ffn, "_build", slow)
+        earlier = asyncio.ensure_future(ffn.load(FFNShard((0, 1)), 2))
+        await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        await ffn.load(FFNShard((2, 3)), 3)
+        may_end.set()
+        with pytest.raises(Stale, match="load for epoch 2 comes too late, it gets ready for 3"):
+            await earlier
+        assert ffn._half_for(FFNShard((2, 3))) is not None
+
+
+async def test_weights_that_a_later_epoch_takes_on_are_not_dropped_with_the_earlier_one(config: Config) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (ffn,) = made.ffn
+        shard = FFNShard((2, 3))
+        await ffn.load(shard, 2)
+        assert (await ffn.load(shard, 3))["moved_experts"] == 0
+        await ffn.discard(2)
+        assert ffn._half_for(shard) is not None
+        await ffn.discard(3)
+        assert ffn._half_for(shard) is None
+
+
+async def test_a_standby_place_whose_links_break_is_told_of_while_the_old_epoch_serves_on(
+    config: Config, expected: list[int]
+) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,), (ffn,) = made.attention, made.ffn
+        attention.submit("r")
+        await made.stand_by(Epoch(2, 1, 1, 1, 2))
+        ffn._places[2].group.mesh.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert "edge to rank 1" in await attention.lost(2)
+        assert await attention.tokens("r") == expected
+        await asyncio.gather(*(m.discard(2) for m in made.members))
+        await made.form(Epoch(3, 1, 1, 1, 2))
+        attention.submit("s")
+        assert await attention.tokens("s") == expected
+
+
+async def test_a_standby_place_that_broke_is_entered_without_a_link_and_left_for_a_later_one(
+    config: Config, expected: list[int]
+) -> None:
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,), (ffn,) = made.attention, made.ffn
+        await made.stand_by(Epoch(2, 1, 1, 1, 2))
+        ffn._places[2].group.mesh.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            await attention.lost(2)
+        await attention.switch(2)
+        attention.submit("r")
+        assert await attention.beat() == 2
+        await made.form(Epoch(3, 1, 1, 1, 2))
+        assert await attention.tokens("r") == expected
 
 
 async def test_a_step_loop_that_fails_is_told_and_takes_no_other_epoch(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from afd_ray.engine.pipeline import Interval, Load, Ready, micro_batches_for, next_slot, predicted_period, timeline
+from afd_ray.engine.pipeline import Interval, Load, Ready, enough_slots, micro_batches_for, next_slot, predicted_period, timeline
 from afd_ray.engine.stage_costs import CostLine, StageCosts, StageTimes
 
 
@@ -29,8 +29,8 @@ def test_two_micro_batches_leave_bubbles_when_the_wire_is_long() -> None:
     assert drawn(intervals, "ffn") ==       "...0011..0011."  # fmt: skip
 
 
-def test_the_longest_waiting_slot_goes_first() -> None:
-    assert next_slot([Ready(0, since=7), Ready(2, since=3), Ready(1, since=5)]) == 2
+def test_the_slot_nearest_to_its_token_goes_first_then_the_one_that_waited_longest() -> None:
+    assert next_slot([Ready(0, 4, since=3), Ready(2, 5, since=9), Ready(1, 5, since=7)]) == 1
     assert next_slot([]) is None
 
 
@@ -90,3 +90,38 @@ def test_the_count_in_use_stays_until_another_gains_enough() -> None:
     assert [micro_batches_for(decoding(96), costs, 512, most=4, in_use=count) for count in (1, 2, 3, 4)] == [3, 2, 3, 4]
     much = proportional(10, transfer_us=100)
     assert micro_batches_for(decoding(96), much, 512, most=4, in_use=2) == 3
+
+
+STEP3_LAYERS = 61
+
+
+def waits(intervals: list[Interval]) -> float:
+    """How long attention stands still between its first and its last work."""
+    served = sorted((i.start, i.end) for i in intervals if i.stage == "attention")
+    return served[-1][1] - served[0][0] - sum(end - start for start, end in served)
+
+
+def test_three_equal_stages_of_272_us_take_49_8_ms_and_leave_no_bubble() -> None:
+    """Sections 3.1 and 6 of the paper: 61 layers, three micro-batches, the transfer both ways as long as either half."""
+    times = StageTimes(attention=272, a2f=91, ffn=272, f2a=181)
+    two_steps = timeline(2 * STEP3_LAYERS, 3, times)
+    assert waits(two_steps) == 0
+    began = [i.start for i in two_steps if i.stage == "attention" and i.slot == 0]
+    assert (began[STEP3_LAYERS] - began[0]) / 1e3 == pytest.approx(49.8, abs=0.05)
+    assert STEP3_LAYERS * predicted_period(times, 3) == began[STEP3_LAYERS] - began[0]
+
+
+@pytest.mark.parametrize("transfer", range(0, 1361, 68))
+def test_a_longer_transfer_takes_more_micro_batches_to_hide(transfer: int) -> None:
+    """Equal halves: the fewest micro-batches of which none waits are 2 + transfer / half, rounded up."""
+    times = StageTimes(attention=272, a2f=transfer / 3, ffn=272, f2a=transfer * 2 / 3)
+    fewest = next(slots for slots in range(1, 12) if waits(timeline(8, slots, times)) < 1e-6)
+    assert fewest == enough_slots(times)
+
+
+@pytest.mark.parametrize("ffn", [68, 136, 408])
+@pytest.mark.parametrize("transfer", [0, 100, 272, 600])
+def test_with_enough_micro_batches_the_slower_half_never_waits(ffn: int, transfer: int) -> None:
+    times = StageTimes(attention=272, a2f=transfer / 2, ffn=ffn, f2a=transfer / 2)
+    slots = enough_slots(times)
+    assert predicted_period(times, slots) == slots * max(times.attention, times.ffn)

@@ -152,6 +152,19 @@ def test_who_does_not_answer_connect_is_lost_and_not_those_who_name_it() -> None
     assert world.coordinator.state == "ready"
 
 
+def test_who_connects_in_a_recovery_gets_less_time() -> None:
+    world = cluster(2, 1, 1)
+    world.held = {("connect", "ffn-2")}
+    world.tell(Asked("grow", shape(2, 1, 2)))
+    resize = world.coordinator.change
+    world.tell(Lost("attention-0", "killed"))
+    recovery = world.coordinator.change
+    assert resize is not None
+    assert recovery is not None
+    assert (resize.phase, recovery.phase) == ("connect", "connect")
+    assert recovery.deadline_s < resize.deadline_s / 4
+
+
 def test_living_ranks_that_cannot_hold_more_wait_for_the_replacement() -> None:
     world = cluster(1, 1, 2)
     world.errors["load", "ffn-1"] = ("out of memory", None)

@@ -11,7 +11,7 @@ import pytest_asyncio
 from actors.attention_pool import AttentionPool
 from actors.course import MAX_ENGINE_FAILURES
 from actors.http.backend import Unavailable
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 from tests.attention_fake import TIMEOUT_S, FakeAttention, Relay, connect, eventually, reply
 
 
@@ -173,6 +173,24 @@ async def test_requests_on_an_actor_that_leaves_stay_until_it_gives_them_back(cl
     (await cluster.taken(client)).finish()
     await client.ended_as_undisturbed()
     await eventually(lambda: first.server.streams == 0)
+
+
+async def test_a_ticket_is_for_the_next_actor_alone(cluster: Cluster) -> None:
+    await cluster.live("A0", "A1")
+    client = Client(cluster.pool, "r")
+    first = await cluster.taken(client)
+    first.step(2)
+    await client.has(2)
+    ticket = KVTicket("10.0.0.1:5", b"key", 4, 4096)
+    first.move_out({"r": ticket})
+    second = await cluster.taken(client)
+    assert second.tickets == {"r~2": ticket}
+    await cluster.live("A2")
+    await second.die()
+    third = await cluster.taken(client)
+    assert third.tickets == {"r~3": None}
+    third.finish()
+    await client.ended_as_undisturbed()
 
 
 async def test_what_a_lost_actor_still_says_reaches_nobody(cluster: Cluster) -> None:
@@ -346,3 +364,28 @@ async def test_a_request_that_has_all_its_tokens_just_ends(cluster: Cluster) -> 
     assert [(output.token_id, output.finish_reason) for output in full.outputs] == [(9, None), (None, "length")]
     assert [(output.token_id, output.finish_reason) for output in stopped.outputs] == [(9, None), (None, "stop")]
     assert sum(len(actor.submitted) for actor in cluster.actors.values()) == 2
+
+
+async def test_a_token_of_an_earlier_epoch_than_another_stream_has_reached_is_counted(cluster: Cluster) -> None:
+    await cluster.start("A0", "A1")
+    cluster.view("A0", "A1")
+    await cluster.pool.settle()
+    clients = [Client(cluster.pool, name) for name in ("r", "s")]
+    old, new = cluster.actors["A0"], cluster.actors["A1"]
+    await eventually(lambda: bool(old.running and new.running))
+    new.epoch = 1
+    old.epoch = 1
+    old.step()
+    new.step()
+    await eventually(lambda: all(len(client.outputs) == 1 for client in clients))
+    assert (cluster.pool.succession.newest, cluster.pool.succession.stale) == (1, 0)
+    new.epoch = 2
+    new.step()
+    await eventually(lambda: cluster.pool.succession.newest == 2)
+    assert cluster.pool.succession.stale == 0
+    old.step(2)
+    await eventually(lambda: cluster.pool.succession.stale == 2)
+    old.finish()
+    new.finish()
+    for client in clients:
+        await client.ended_as_undisturbed()

@@ -6,7 +6,7 @@ from afd_ray.engine.kv_cache import BlockAllocator, check_integrity
 from afd_ray.engine.sampling import Sampled
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.engine.sequence import MicroBatch
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 
 EOS, TOKEN = 0, 7
 
@@ -267,6 +267,60 @@ def test_generated_tokens_are_resumed_ahead_of_requests_not_begun() -> None:
     assert play(scheduler, 2) == (
         "slot 0: old prefill 0..3, older prefill 0..3, new prefill 0..1\nslot 0: older decode@4, new decode@2"
     )
+
+
+def arriving(positions: int = 9) -> Scheduler:
+    """With a request whose first positions are being fetched, admitted and not there yet."""
+    scheduler = make()
+    scheduler.add(request("a", 8), (TOKEN,) * 2, KVTicket("host:1", b"key", positions, 0))
+    assert scheduler.schedule(0) is None
+    (sequence,) = scheduler.to_fetch
+    assert (sequence.block_table, sequence.remaining, sequence.to_prefill) == ([0, 1, 2], 10, 10 - positions)
+    sequence.ticket = None
+    assert scheduler.to_fetch == []
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("positions", "schedule"), [(9, "slot 0: a decode@9"), (4, "slot 0: a prefill 4..9"), (0, "slot 0: a prefill 0..7")]
+)
+def test_a_request_whose_keys_and_values_have_come_goes_on_after_them(positions: int, schedule: str) -> None:
+    scheduler = arriving()
+    scheduler.add(request("b", 3))
+    assert play(scheduler, 1) == "slot 0: b prefill 0..2", "others are not held up"
+    scheduler.abort("b")
+    scheduler.arrived("a", positions)
+    assert str(scheduler.schedule(0)) == schedule
+    assert check_integrity(scheduler.allocator, scheduler.sequences) == []
+
+
+def test_abort_while_arriving_frees_when_the_fetch_is_over() -> None:
+    scheduler = arriving()
+    assert scheduler.abort("a")
+    assert not scheduler.abort("a")
+    assert (scheduler.requests_in_progress(), scheduler.kv_used, scheduler.has_work) == ([], 3, True)
+    assert check_integrity(scheduler.allocator, scheduler.sequences) == []
+    scheduler.arrived("a", 9)
+    assert (scheduler.kv_used, scheduler.has_work) == (0, False)
+
+
+def test_draining_leaves_blocks_that_are_written_to_until_the_fetch_is_over() -> None:
+    scheduler = arriving()
+    assert [asked.id for asked, _ in scheduler.drain_all()] == ["a"]
+    assert scheduler.kv_used == 3
+    scheduler.arrived("a", 9)
+    assert (scheduler.kv_used, scheduler.schedule(0)) == (0, None)
+
+
+def test_what_arrives_counts_against_the_limits_of_admission() -> None:
+    scheduler = make(running=1)
+    scheduler.add(request("a", 8), (), KVTicket("host:1", b"key", 7, 0))
+    scheduler.add(request("b", 3))
+    assert scheduler.schedule(0) is None
+    with pytest.raises(ValueError, match="request id must be new"):
+        scheduler.add(request("a", 3))
+    scheduler.arrived("a", 7)
+    assert play(scheduler, 1) == "slot 0: a decode@7"
 
 
 def test_draining_gives_back_every_request_with_its_tokens() -> None:

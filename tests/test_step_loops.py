@@ -100,7 +100,7 @@ def cluster(
     meshes: Sequence[Mesh] | None = None,
 ) -> LocalCluster:
     return LocalCluster(
-        load_attention(checkpoint),
+        load_attention(checkpoint, shared=epoch.shared_at_attention),
         load or (lambda shard: load_ffn(checkpoint, shard)),
         epoch,
         num_blocks=num_blocks,
@@ -129,6 +129,22 @@ def test_equal_to_the_reference(
     checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], epoch: Epoch
 ) -> None:
     check_equal(checkpoint, epoch, requests, expected)
+
+
+@pytest.mark.parametrize("epoch", [shape(2, 2, 1, 2), shape(2, 1, 2, 3, "routed", redundant=3)], ids=name)
+def test_equal_to_the_reference_when_attention_ranks_compute_the_shared_expert(
+    checkpoint: Checkpoint, requests: list[Request], expected: dict[str, list[int]], epoch: Epoch
+) -> None:
+    check_equal(checkpoint, replace(epoch, shared_at_attention=True), requests, expected)
+
+
+def test_an_epoch_that_has_shared_experts_elsewhere_is_not_entered(checkpoint: Checkpoint) -> None:
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 1)) as local:
+        loop = local.attention[0]
+        local.stop()
+    epoch = Epoch(2, 1, 1, 1, 1, shared_at_attention=True)
+    with pytest.raises(RuntimeError, match="shared experts must be where the epoch says"):
+        loop._enter(Wire(loopback_group(2, 2)[0], epoch, 0, torch.float32))
 
 
 @pytest.mark.full

@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from actors.token_frames import Abort, Answer, Moved, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
 from actors.token_stream import Answers, Lost, StreamLost, TokenStreamClient, TokenStreamServer, is_last
-from afd_ray.request import Request, SamplingParams, TokenOutput
+from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 
 SECRET = b"s" * 32
 TIMEOUT_S = 30
@@ -27,7 +27,7 @@ class Actor:
         self.server = TokenStreamServer(self.submit, self.abort, secret=SECRET)
         self.address = ""
 
-    def submit(self, request: Request, generated: tuple[int, ...]) -> None:
+    def submit(self, request: Request, generated: tuple[int, ...], ticket: KVTicket | None) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append(request.id)
@@ -100,6 +100,7 @@ def test_frames_keep_every_field() -> None:
         Refused("r", "no"),
         Moved("r"),
         Moved("r", "out of memory"),
+        Moved("r", ticket=KVTicket("10.0.0.1:5", b"\0key", 12, 3456)),
     ]
     assert decode_answers(encode_answers(answers)) == answers
 

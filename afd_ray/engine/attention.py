@@ -13,19 +13,21 @@ from torch import Tensor
 from afd_ray.engine.boundary import Boundary
 from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.engine.left_behind import Kept, LeftBehind
 from afd_ray.engine.loop import StepLoop, Wire
+from afd_ray.engine.moving_in import MovingIn
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.paged_attention import attend_paged, plan_attention
 from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
 from afd_ray.engine.request_clocks import RequestClocks
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.engine.stage_costs import StageMeter, transfer_us
+from afd_ray.engine.stage_costs import StageCosts, StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
-from afd_ray.models.step3 import AttentionHalf, Routed
-from afd_ray.request import Request, TokenOutput
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed
+from afd_ray.request import KVTicket, Request, TokenOutput
 
 Publish = Callable[[list[TokenOutput]], None]
 
@@ -39,6 +41,8 @@ class AttentionLoop(StepLoop):
         super().__init__(arrival="f2a", waiting="attention_wait")
         self.half, self.cache, self.scheduler, self.pace = half, cache, scheduler, pace
         self.clocks = RequestClocks()
+        self.moving_in: MovingIn | None = None
+        """What fetches keys and values; None: requests from elsewhere are computed again."""
         self._publish = publish
         self._routing: RowRouting | None = None
         self.expert_loads = torch.zeros(half.config.moe_num_experts, dtype=torch.int64)
@@ -56,12 +60,17 @@ class AttentionLoop(StepLoop):
         """Whether no new micro-batch is begun."""
         return self._boundary.draining
 
-    def submit(self, request: Request, generated: Sequence[int] = ()) -> "Future[None]":
-        """Queue a request, or go on with one that has `generated` tokens from elsewhere.
+    @property
+    def costs(self) -> StageCosts:
+        """What its stages have been measured to take."""
+        return self._meter.costs
+
+    def submit(self, request: Request, generated: Sequence[int] = (), ticket: KVTicket | None = None) -> "Future[None]":
+        """Queue a request, or go on with one that has `generated` tokens from elsewhere, and maybe its keys and values.
 
         The future raises ValueError (one line) if it can never be served.
         """
-        return self.call(lambda: self._submit(request, generated))
+        return self.call(lambda: self._submit(request, generated, ticket))
 
     def abort(self, request_id: str) -> "Future[None]":
         """Forget a request and free its blocks; unknown ids are ignored."""
@@ -73,6 +82,13 @@ class AttentionLoop(StepLoop):
         for request_id in ids:
             self._abort(request_id)
         return ids
+
+    def hand_over(self, left: LeftBehind) -> dict[str, Kept | None]:
+        """On the loop's thread: as `abort_all`, but what requests hold stays behind; gives what that is by id. At a step boundary it is everything."""
+        kept = {request.id: left.keep(request.id) for request, _ in self.scheduler.requests_in_progress()}
+        for request_id in kept:
+            self._abort(request_id)
+        return kept
 
     def drain(self) -> "Future[None]":
         """Begin no new micro-batch; done at the step boundary, when nothing is in flight and no wave waits for this rank.
@@ -98,8 +114,11 @@ class AttentionLoop(StepLoop):
         return self._forget_all()
 
     def _enter(self, wire: Wire) -> None:
+        if self.half.shared != wire.epoch.shared_at_attention:
+            raise RuntimeError("shared experts must be where the epoch says: with the attention ranks, or with the FFN ranks")
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
+        self.scheduler.epoch = wire.epoch.number
         self._flights = [None] * slots
         self._parked = [True] * slots
         self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
@@ -117,7 +136,7 @@ class AttentionLoop(StepLoop):
 
     def _run_stage(self) -> bool:
         filled = self._work_came and self._fill_idle_slots()
-        slot = next_slot([Ready(i, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
+        slot = next_slot([Ready(i, f.layer, f.since) for i, f in enumerate(self._flights) if f and not f.awaited])
         if slot is not None:
             self._advance(slot)
         return filled or slot is not None
@@ -125,15 +144,25 @@ class AttentionLoop(StepLoop):
     def _under_way(self) -> bool:
         return any(flight is not None for flight in self._flights)
 
-    def _submit(self, request: Request, generated: Sequence[int] = ()) -> None:
-        self.scheduler.add(request, generated)
-        self._work_came = True
+    def _submit(self, request: Request, generated: Sequence[int] = (), ticket: KVTicket | None = None) -> None:
+        self.scheduler.add(request, generated, self._worth(request, generated, ticket))
         self.clocks.start(request.id, time.monotonic(), continued=bool(generated))
 
     def _abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
-        self._work_came = True  # its blocks may let another in
         self.clocks.forget(request_id)
+
+    def _worth(self, request: Request, generated: Sequence[int], ticket: KVTicket | None) -> KVTicket | None:
+        """What to fetch for a request that has begun elsewhere."""
+        if self.moving_in is None or not (generated or ticket):
+            return None
+        return self.moving_in.weigh(ticket, len(request.prompt_token_ids) + len(generated), self.costs)
+
+    def _take_commands(self) -> bool:
+        """Whatever was told may be work for an idle slot, or free blocks that one waits for."""
+        told = super()._take_commands()
+        self._work_came = self._work_came or told
+        return told
 
     def _forget_all(self) -> list[str]:
         self._take_back()
@@ -151,12 +180,10 @@ class AttentionLoop(StepLoop):
     def _drain(self, reached: "Future[None]") -> None:
         if self._wire is None:
             raise RuntimeError("the step loop has no epoch to drain")
-        self._boundary.ask(reached)
-        self._work_came = True  # the next stage looks whether anything is in flight
+        self._boundary.ask(reached)  # the next stage looks whether anything is in flight
 
     def _resume(self) -> None:
         self._boundary.end("resumed before the step boundary")
-        self._work_came = True
         if self._wire is not None:
             self._idle_since_ns = None
 
@@ -214,6 +241,8 @@ class AttentionLoop(StepLoop):
     def _begin(self, slot: int) -> bool:
         """Put a new micro-batch into an idle slot; False (and the slot parked) when there is nothing for it."""
         batch = None if self._boundary.draining else self.scheduler.schedule(slot)
+        if self.moving_in is not None:
+            self.moving_in.fetch_admitted(self.call)
         if batch is None:
             self._park(slot)
             return False
@@ -271,8 +300,15 @@ class AttentionLoop(StepLoop):
         hold(self.pace, started_ns, flight.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
-        flight.observed.attended((flight.dispatched_ns - started_ns) / 1000)
+        self._share(layer, flight, routed.hidden)
+        flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
+
+    def _share(self, layer: AttentionLayer, flight: Flight, hidden: Tensor) -> None:
+        """The shared expert, if it is here, while the FFN ranks compute the others."""
+        shared = layer.share(hidden)
+        if shared is not None:
+            flight.residual += shared
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
         """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
@@ -318,7 +354,7 @@ class AttentionLoop(StepLoop):
 
     def _replan(self) -> None:
         """Balance by what stages cost by now, and use as many slots as pay."""
-        scheduler, costs = self.scheduler, self._meter.costs
+        scheduler, costs = self.scheduler, self.costs
         scheduler.costs = costs.row
         if self.wire.epoch.adaptive:
             budget, slots = scheduler.token_budget, scheduler.slots

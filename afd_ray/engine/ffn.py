@@ -13,6 +13,7 @@ from torch import Tensor
 
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
+from afd_ray.engine.pipeline import Ready, next_slot
 from afd_ray.engine.waves import Conductor, Wave
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import Owned, ownership
@@ -87,7 +88,8 @@ class FFNLoop(StepLoop):
         self._slots, self._turns, self._conductor = [], deque(), None
 
     def _run_stage(self) -> bool:
-        slot = next((slot for slot in self._turns if self._slots[slot].ready), None)
+        slots = self._slots
+        slot = next_slot([Ready(i, slots[i].layer, since) for since, i in enumerate(self._turns) if slots[i].ready])
         if slot is None:
             return False
         self._turns.remove(slot)

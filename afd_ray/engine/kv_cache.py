@@ -1,7 +1,7 @@
 """The paged KV cache: blocks handed out to sequences, and the tensor that they index."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -64,12 +64,19 @@ class PagedCache:
         # Zeros, not empty: padding rows of a gather are masked with weight 0, and 0 * NaN of stale memory is NaN.
         # NumPy's, not torch's: they come from the kernel untouched, so that blocks never used take no memory.
         shape = (layers, num_blocks, block_size, 2 * head_dim)
-        self.blocks = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+        memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+        self.blocks = torch.from_numpy(memory).view(dtype).view(shape)
+        self._memory = memory.data
         self._tokens = self.blocks.view(layers, num_blocks * block_size, 2 * head_dim)
 
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values, in all layers."""
+        return self.nbytes // (self.num_blocks * self.block_size)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [N, D] at token slots [N] int64; writing the same again changes nothing."""
@@ -81,6 +88,30 @@ class PagedCache:
     def gather(self, layer: int, blocks: Tensor, out: Tensor) -> Tensor:
         """Copy blocks [M] int64 of one layer to `out` [M, block_size, 2 * D]."""
         return torch.index_select(self.blocks[layer], 0, blocks, out=out)
+
+    def spans(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
+        """For each layer the bytes of the first `tokens` positions, in their order: writable views, neighbouring blocks as one.
+
+        The bytes together do not depend on where the blocks are, nor on their size.
+        """
+        token_bytes = 2 * self.head_dim * self.dtype.itemsize
+        runs = [(first * token_bytes, end * token_bytes) for first, end in slot_runs(block_table, tokens, self.block_size)]
+        for layer in range(self.layers):
+            start = layer * self.num_blocks * self.block_size * token_bytes
+            yield [self._memory[start + first : start + end] for first, end in runs]
+
+
+def slot_runs(block_table: list[int], tokens: int, block_size: int) -> list[tuple[int, int]]:
+    """The token slots (first, end) of the first `tokens` positions, in their order; neighbouring blocks as one."""
+    runs: list[tuple[int, int]] = []
+    for index, block in enumerate(block_table[: -(-tokens // block_size)]):
+        first = block * block_size
+        end = first + min(block_size, tokens - index * block_size)
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((first, end))
+    return runs
 
 
 def slot_indices(block_table: list[int], start: int, count: int, block_size: int) -> list[int]:

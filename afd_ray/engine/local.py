@@ -50,7 +50,6 @@ def ring_group(
         endpoints = {mesh.rank: mesh.endpoint for mesh in meshes}
         with ThreadPoolExecutor(len(meshes)) as pool:
             list(pool.map(lambda mesh: mesh.connect(endpoints, CONNECT_TIMEOUT_S), meshes))
-            list(pool.map(lambda mesh: mesh.warm_up(CONNECT_TIMEOUT_S), meshes))
         yield meshes
     finally:
         for mesh in meshes:

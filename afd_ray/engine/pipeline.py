@@ -1,5 +1,6 @@
 """The pipeline's schedule as pure functions: what to run next, and what a step costs when the stages overlap."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -17,13 +18,19 @@ class Ready(NamedTuple):
     """A micro-batch slot whose next stage can run now."""
 
     slot: int
+    layer: int
+    """That is due; after the last one the head."""
     since: int
     """Order of arrival: smaller has waited longer."""
 
 
 def next_slot(ready: Sequence[Ready]) -> int | None:
-    """The slot to run next: the one that has waited longest, so that slots keep their distance around the ring."""
-    return min(ready, key=lambda r: (r.since, r.slot)).slot if ready else None
+    """The slot to run next: the one nearest to its token, then the one that has waited longest.
+
+    So slots spread over the layers: while one is at the head or in a dense layer, which are attention's, others are in layers that
+    are the FFN's. In turn, all would be at the head at once, and the FFN idle. None starves: who has its token is last from then on.
+    """
+    return min(ready, key=lambda r: (-r.layer, r.since, r.slot)).slot if ready else None
 
 
 class Interval(NamedTuple):
@@ -61,6 +68,11 @@ def timeline(layers: int, slots: int, times: StageTimes) -> list[Interval]:
 def predicted_period(times: StageTimes, slots: int) -> float:
     """How long `slots` micro-batches take for one layer each: either half has them all to serve, and none comes back sooner than its own round."""
     return max(slots * times.attention, slots * times.ffn, sum(times))
+
+
+def enough_slots(times: StageTimes) -> int:
+    """From how many micro-batches on the slower half never waits, however long the other takes: 2 + transfer / slower half."""
+    return math.ceil(2 + (times.a2f + times.f2a) / max(times.attention, times.ffn))
 
 
 class Load(NamedTuple):

@@ -10,7 +10,7 @@ from afd_ray.engine.sampling import Sampled
 from afd_ray.engine.sequence import Chunk, MicroBatch, Sequence
 from afd_ray.engine.shares import LEAST_PREFILL, ROWS_ALONE, Share
 from afd_ray.engine.stage_costs import CostLine
-from afd_ray.request import FinishReason, Request, TokenOutput
+from afd_ray.request import FinishReason, KVTicket, Request, TokenOutput
 
 
 class Scheduler:
@@ -42,9 +42,12 @@ class Scheduler:
         self.costs: CostLine | None = None
         """What a row of a micro-batch takes on its way through a layer; None: not known, rows count alike."""
         self.preemptions = 0
+        self.epoch = 0
+        """What its tokens say that they were computed in."""
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, Sequence] = {}  # admission order
         self._idle: dict[str, Sequence] = {}  # running and not in flight, least recently scheduled first
+        self._arriving: dict[str, Sequence] = {}  # have blocks; their keys and values are fetched from another actor
         self._in_flight: dict[int, MicroBatch] = {}
         self._decode_turn = False
 
@@ -63,7 +66,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._arriving or self._waiting)
 
     @property
     def kv_used(self) -> int:
@@ -77,8 +80,9 @@ class Scheduler:
     def load(self) -> Load:
         """What there is to run, admitted or not."""
         decoding = [sequence for sequence in self._running.values() if sequence.decodes]
-        prefill = sum(s.remaining for s in self._running.values() if not s.decodes) + sum(s.remaining for s in self._waiting)
-        return Load(len(self._running) + len(self._waiting), len(decoding), sum(s.computed for s in decoding), prefill)
+        prefill = sum(s.remaining for s in self._running.values() if not s.decodes) + sum(s.to_prefill for s in self._waiting)
+        requests = len(self._running) + len(self._arriving) + len(self._waiting)
+        return Load(requests, len(decoding), sum(s.computed for s in decoding), prefill)
 
     @property
     def context_limit(self) -> int:
@@ -87,16 +91,21 @@ class Scheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Every unfinished sequence: running in order of admission, then waiting."""
-        return [*self._running.values(), *self._waiting]
+        """Every unfinished sequence: running in order of admission, arriving, then waiting."""
+        return [*self._running.values(), *self._arriving.values(), *self._waiting]
 
-    def add(self, request: Request, generated: Many[int] = ()) -> None:
+    @property
+    def to_fetch(self) -> list[Sequence]:
+        """Arriving sequences that have a ticket still. Who takes it fetches the keys and values into their blocks, and calls `arrived`."""
+        return [sequence for sequence in self._arriving.values() if sequence.ticket is not None]
+
+    def add(self, request: Request, generated: Many[int] = (), ticket: KVTicket | None = None) -> None:
         """Queue a request, or go on with one that has `generated` tokens from elsewhere; those go ahead of requests not begun.
 
-        Raises ValueError, one line, when it can never fit or its id is in use.
+        `ticket`: once it has blocks, the keys and values of so many of its tokens, not all, are to be fetched. Raises ValueError, one line, when it can never fit or its id is in use.
         """
         self._refuse_unfit(request, len(generated))
-        sequence = Sequence(request, generated)
+        sequence = Sequence(request, generated, ticket)
         if not generated:
             self._waiting.append(sequence)
             return
@@ -104,8 +113,8 @@ class Scheduler:
         self._waiting.insert(place, sequence)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request; False when it is not here. If it is in flight, its blocks are freed when its micro-batch completes."""
-        sequence = self._running.get(request_id)
+        """Forget a request; False when it is not here. If it is in flight or arriving, its blocks are freed when that is over."""
+        sequence = self._running.get(request_id) or self._arriving.get(request_id)
         if sequence is None:
             return self._abort_waiting(request_id)
         if sequence.aborted:
@@ -114,6 +123,23 @@ class Scheduler:
         if request_id in self._idle:
             self._release(sequence)
         return True
+
+    def detach(self, request_id: str) -> Sequence | None:
+        """Forget a request, and leave its blocks to the caller, who frees them; None (and nothing done) if it is in flight or has nothing computed."""
+        sequence = self._idle.get(request_id)
+        if sequence is None or not sequence.computed:
+            return None
+        del self._running[request_id], self._idle[request_id]
+        return sequence
+
+    def arrived(self, request_id: str, positions: int) -> None:
+        """The fetch is over: so many tokens' keys and values are in the sequence's blocks. 0: it failed, and all are computed here."""
+        sequence = self._arriving.pop(request_id)
+        if sequence.aborted:
+            self.allocator.free(sequence.block_table)
+            return
+        sequence.computed = positions
+        self._running[request_id] = self._idle[request_id] = sequence
 
     def schedule(self, slot: int) -> MicroBatch | None:
         """The rows that a free slot computes next: a fair share of decode rows, then prefill; None if idle or not in use."""
@@ -182,8 +208,10 @@ class Scheduler:
         """`requests_in_progress`, and forget them all and free their blocks; nothing may be in flight."""
         self._require_landed("drain_all")
         progress = self.requests_in_progress()
-        for sequence in self.sequences:
+        for sequence in self._running.values():
             self.allocator.free(sequence.block_table)
+        for sequence in self._arriving.values():
+            sequence.aborted = True  # its blocks are being written to
         self._waiting.clear()
         self._running.clear()
         self._idle.clear()
@@ -199,7 +227,7 @@ class Scheduler:
             )
         if request.params.max_tokens is not None and generated >= request.params.max_tokens:
             raise ValueError(f"generated must be fewer than max_tokens ({request.params.max_tokens}), got {generated} tokens")
-        if request.id in self._running or any(request.id == other.id for other in self._waiting):
+        if request.id in self._running or request.id in self._arriving or any(request.id == s.id for s in self._waiting):
             raise ValueError(f"request id must be new, got {request.id}, which is in progress")
 
     def _require_landed(self, what: str) -> None:
@@ -214,17 +242,20 @@ class Scheduler:
 
     def _admit(self) -> None:
         """First come, first served. A sequence gets blocks for all its tokens at once, so that no prefill stalls half way."""
-        while self._waiting and len(self._running) < self.max_running:
+        while self._waiting and (admitted := len(self._running) + len(self._arriving)) < self.max_running:
             sequence = self._waiting[0]
             needed = self.allocator.blocks_for(len(sequence.token_ids))
             # A block of headroom for each running sequence, lest the newcomer be preempted before it has begun.
-            if needed + len(self._running) > self.allocator.available:
+            if needed + admitted > self.allocator.available:
                 return
             blocks = self.allocator.allocate(needed)
             assert blocks is not None
             sequence.block_table = blocks
             self._waiting.popleft()
-            self._running[sequence.id] = self._idle[sequence.id] = sequence
+            if sequence.ticket is not None:
+                self._arriving[sequence.id] = sequence
+            else:
+                self._running[sequence.id] = self._idle[sequence.id] = sequence
 
     def _share(self, slot: int) -> Share:
         others = [self._in_flight.get(other) for other in range(self.in_use) if other != slot]
@@ -313,7 +344,7 @@ class Scheduler:
         reason = finish_reason(sequence, self.eos_token_ids, self.context_limit)
         if reason is not None:
             self._release(sequence)
-        return TokenOutput(sequence.id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        return TokenOutput(sequence.id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason, epoch=self.epoch)
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.free(sequence.block_table)

@@ -4,21 +4,23 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from afd_ray.request import Request
+from afd_ray.request import KVTicket, Request
 
 
 class Sequence:
     """The mutable state of one request: its tokens, and where their keys and values lie."""
 
-    __slots__ = ("aborted", "block_table", "computed", "passed_over", "prompt_count", "request", "token_ids")
+    __slots__ = ("aborted", "block_table", "computed", "passed_over", "prompt_count", "request", "ticket", "token_ids")
 
-    def __init__(self, request: Request, generated: Many[int] = ()) -> None:
+    def __init__(self, request: Request, generated: Many[int] = (), ticket: KVTicket | None = None) -> None:
         self.request = request
         self.prompt_count = len(request.prompt_token_ids)
         self.token_ids: list[int] = [*request.prompt_token_ids, *generated]
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
         self.block_table: list[int] = []
+        self.ticket = ticket
+        """Of keys and values that are to be fetched; None: none, or they are on their way."""
         self.aborted = False
         self.passed_over = 0
         """Turns in a row at which a slot left it for another."""
@@ -39,6 +41,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be chosen."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def to_prefill(self) -> int:
+        """Of `remaining`, what is not to be fetched."""
+        return self.remaining - (self.ticket.positions if self.ticket else 0)
 
     @property
     def decodes(self) -> bool:

@@ -111,7 +111,7 @@ class Gate:
 
 
 def dial(host: str, port: int, *, source_host: str, secret: bytes, claim: Claim, deadline_s: float) -> socket.socket:
-    """A connection to the gate of rank `claim.target`, both sides proven; LinkError or TimeoutError, naming the rank.
+    """A connection to the gate of rank `claim.target`, both sides proven; LinkError, naming the rank.
 
     `deadline_s` is on the monotonic clock.
     """
@@ -119,7 +119,7 @@ def dial(host: str, port: int, *, source_host: str, secret: bytes, claim: Claim,
     try:
         connection = socket.create_connection((host, port), timeout=_left_s(deadline_s), source_address=(source_host, 0))
     except TimeoutError:
-        raise TimeoutError(f"edge to rank {peer}: no answer from {host}:{port} in time") from None
+        raise LinkError(peer, f"no answer from {host}:{port} in time") from None
     except OSError as error:
         raise LinkError(peer, f"{host}:{port} cannot be reached from {source_host} ({error.strerror})") from None
     try:
@@ -127,7 +127,7 @@ def dial(host: str, port: int, *, source_host: str, secret: bytes, claim: Claim,
         tune(connection)
     except TimeoutError:
         connection.close()
-        raise TimeoutError(f"edge to rank {peer}: {host}:{port} did not finish the handshake in time") from None
+        raise LinkError(peer, f"{host}:{port} did not finish the handshake in time") from None
     except (OSError, ValueError) as error:
         connection.close()
         raise LinkError(peer, f"handshake with {host}:{port} failed: {error}") from None

@@ -22,12 +22,13 @@ def open_mesh(
     spin_us: float = 0.0,
     digest: int = 0,
     send_timeout_s: float = 10.0,
+    silence_s: float | None = None,
 ) -> RingMesh:
     """A member that listens on `host` and has a ring for each of `peers` (rank: capacity in bytes), not yet connected.
 
-    Pass its `endpoint` to the peers and theirs to `connect`, then call `warm_up`. `auto` shares memory with peers on the
+    Pass its `endpoint` to the peers and theirs to `connect`. `auto` shares memory with peers on the
     same host and uses sockets otherwise; `gloo` is for a whole group. A ring's capacity is the largest message it takes; give it twice the bytes in
-    flight on the edge. Raises ValueError for bad arguments and OSError for an address that cannot be bound.
+    flight on the edge. A socket whose peer acknowledges nothing for `silence_s` breaks: nothing else tells of a host out of reach. Raises ValueError for bad arguments and OSError for an address that cannot be bound.
     """
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, it must be from 0 to world_size - 1 = {world_size - 1}")
@@ -40,5 +41,5 @@ def open_mesh(
         raise ValueError(f"digest {digest} or epoch {epoch} is out of range, allowed: 64 and 32 bits, not negative")
     if not secret:
         raise ValueError("secret is empty, allowed: at least one byte")
-    terms = Terms(rank, epoch, digest, secret, host, kind, send_timeout_s)
+    terms = Terms(rank, epoch, digest, secret, host, kind, send_timeout_s, silence_s)
     return RingMesh(terms, world_size, peers, spin_us)

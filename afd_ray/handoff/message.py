@@ -95,12 +95,15 @@ class Message(NamedTuple):
 
 
 class LinkError(RuntimeError):
-    """The edge to `peer` is gone or speaks another contract."""
+    """The edge to `peer` is gone, cannot be had, or speaks another contract. It is the same in another process."""
 
     def __init__(self, peer: int, reason: str) -> None:
-        super().__init__(f"edge to rank {peer}: {reason}")
+        super().__init__(peer, reason)
         self.peer = peer
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"edge to rank {self.peer}: {self.reason}"
 
 
 class Mesh(Protocol):

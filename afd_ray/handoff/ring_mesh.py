@@ -1,7 +1,7 @@
 """The real group: a ring for each inbound edge, filled by a process of this host or from a socket."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,12 +57,24 @@ class RingMesh:
         return sum(edge.stale_messages for edge in self._inbound)
 
     def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
-        """Build every edge, both ways; LinkError or TimeoutError, one line naming the rank, when one cannot be had."""
-        self._wiring.connect(endpoints, timeout_s)
+        """Build every edge, both ways, and carry one large message over each; call it on all members at the same time.
+
+        Raises LinkError, one line naming the rank, for an edge that cannot be had, is silent or damages bytes.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        self._wiring.connect(endpoints, timeout_s, self._greet)
         if any(edge.kind == "tcp" for edge in self._inbound):
             self._sockets = self._wiring.intake
         if any(edge.kind == "gloo" for edge in self._inbound):
             self._spin = Spin(0.0)  # one that spins keeps the interpreter from the threads that receive
+        self._await_greetings(timeout_s, deadline_s)
+
+    def on_broken(self, tell: Callable[[LinkError], None]) -> None:
+        """Call `tell` for each edge that breaks, as soon as that is known, on any thread; may be more than once for an edge.
+
+        For those who do not receive: a receiver is told by `receive`, after what arrived before.
+        """
+        self._wiring.breaks.listener = tell
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         edge = self._outbound.get(peer)
@@ -132,21 +144,18 @@ class RingMesh:
         """Bytes of the ring that a connected peer has for this member: the largest message it takes, headers included."""
         return self._wiring.capacity_to(peer)
 
-    def warm_up(self, timeout_s: float) -> None:
-        """Carry one large message over every edge, both ways, and check it; call on all members, before other messages.
+    def _greet(self, peer: int) -> None:
+        """At once, while other edges are still being built: who waits for it is not to wait for those."""
+        header = Header(Kind.WARMUP, epoch=self.epoch, source=self.rank)
+        self.send(peer, header, [_pattern(self.rank, peer, self.capacity_to(peer))])
 
-        Raises LinkError for an edge that is broken or damages bytes, TimeoutError for one that stays silent.
-        """
-        deadline_s = time.monotonic() + timeout_s
-        for peer in self._outbound:
-            header = Header(Kind.WARMUP, epoch=self.epoch, source=self.rank)
-            self.send(peer, header, [_pattern(self.rank, peer, self.capacity_to(peer))])
+    def _await_greetings(self, timeout_s: float, deadline_s: float) -> None:
         silent = list(self._inbound)
         while silent := [edge for edge in silent if not self._warmed(edge)]:
             self._wiring.raise_broken()
             if time.monotonic() > deadline_s:
                 ranks = ", ".join(str(edge.peer) for edge in silent)
-                raise TimeoutError(f"rank {self.rank} waited {timeout_s:g} s for the warm-up message of ranks: {ranks}")
+                raise LinkError(silent[0].peer, f"its warm-up message has not come in {timeout_s:g} s; silent ranks: {ranks}")
             time.sleep(_WARM_UP_POLL_S)
 
     def _warmed(self, edge: Inbound) -> bool:

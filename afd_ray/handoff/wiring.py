@@ -6,27 +6,28 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from afd_ray.handoff import shm
+from afd_ray.handoff.breaks import Breaks, Life
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.gate import Gate, dial
 from afd_ray.handoff.gloo import GlooEdge, GlooInlet, Meeting, join_meeting, pair_up
 from afd_ray.handoff.handshake import NONCE_BYTES, Carrier, Claim, Verdict, digest_mismatch, judge
 from afd_ray.handoff.inbound import Inbound
-from afd_ray.handoff.intake import Intake, Pumped
+from afd_ray.handoff.intake import Intake
 from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.poller import GONE, READ, Poller
-from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet
+from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet, notice_silence
 
 LinkKind = Literal["auto", "shm", "tcp", "gloo"]
 LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 OWN_CLOSE = "this mesh is closed"
 
 _CONNECT_POLL_S = 0.5e-3
-_MANY_POKES = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -42,30 +43,8 @@ class Terms:
     host: str
     kind: LinkKind
     send_timeout_s: float
-
-
-class _Life:
-    """The connection of a shm edge, as its receiver looks at it: it tells of the peer's end, and a byte on it is a poke."""
-
-    def __init__(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
-        self.connection = connection
-        self._on_broken = on_broken
-
-    @property
-    def bulky(self) -> bool:
-        return False
-
-    def pump(self) -> Pumped:
-        try:
-            if self.connection.recv(_MANY_POKES):
-                return Pumped.OPEN
-            reason = PEER_CLOSED
-        except BlockingIOError:
-            return Pumped.OPEN
-        except OSError as error:
-            reason = f"{PEER_CLOSED} ({error.strerror})"
-        self._on_broken(reason)
-        return Pumped.OVER
+    silence_s: float | None
+    """After which a peer on another host is taken to be out of reach; None: never."""
 
 
 Outbound = shm.ShmEdge | TcpEdge | GlooEdge
@@ -77,6 +56,7 @@ class Wiring:
     def __init__(self, terms: Terms, peers: Mapping[int, int]) -> None:
         self.outbound: dict[int, Outbound] = {}
         self.any_broken = False
+        self.breaks = Breaks()
         self._closed = False
         self._terms = terms
         self._capacities: dict[int, int] = {}
@@ -109,31 +89,46 @@ class Wiring:
         self._poller.watch(self.intake, 0, self._help)
         self._poller.start()
 
-    def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float) -> None:
-        """Connect to every peer and wait until every peer has connected; after a failure only `close` is left."""
+    def connect(self, endpoints: Mapping[int, Endpoint], timeout_s: float, greet: Callable[[int], None]) -> None:
+        """Connect to every peer and wait until every peer has connected; after a failure only `close` is left.
+
+        `greet` is called for each peer as soon as there is a way to it, on any thread.
+        """
         deadline_s = time.monotonic() + timeout_s
         missing = [edge.peer for edge in self.inbound if edge.peer not in endpoints]
         if missing:
             raise LinkError(missing[0], f"no endpoint is known; missing ranks: {_listed(missing)}")
         for edge in self.inbound:
             self._check(edge.peer, endpoints[edge.peer])
-        for edge in self.inbound:
-            self._check_open()
-            self._dial(edge.peer, endpoints[edge.peer], deadline_s)
+        self._dial_all(endpoints, deadline_s, greet)
         self._await_inbound(timeout_s, deadline_s)
         if self._meeting is not None:
             for edge in self.inbound:
                 self._pair_up(edge, endpoints[edge.peer], self._meeting, deadline_s)
+                greet(edge.peer)
         self._check_open()
         self._segment.unlink()
         self._poller.call(self._gate.close)
+
+    def _dial_all(self, endpoints: Mapping[int, Endpoint], deadline_s: float, greet: Callable[[int], None]) -> None:
+        """All at once: what one peer does not answer is not to look to the others as if this member did not."""
+
+        def dial_one(peer: int) -> None:
+            self._dial(peer, endpoints[peer], deadline_s)
+            if self._meeting is None:
+                greet(peer)
+
+        with ThreadPoolExecutor(max(1, len(self.inbound))) as pool:
+            dials = [pool.submit(dial_one, edge.peer) for edge in self.inbound]
+        for dialled in dials:
+            dialled.result()
 
     def _await_inbound(self, timeout_s: float, deadline_s: float) -> None:
         while late := [edge.peer for edge in self.inbound if not edge.kind]:
             self._check_open()
             self.raise_broken()
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"rank {self._terms.rank} waited {timeout_s:g} s for these ranks to connect: {_listed(late)}")
+                raise LinkError(late[0], f"it has not connected in {timeout_s:g} s; missing ranks: {_listed(late)}")
             time.sleep(_CONNECT_POLL_S)
 
     def lend_intake(self) -> None:
@@ -157,7 +152,7 @@ class Wiring:
                 raise LinkError(edge.peer, edge.broken)
 
     def _check_open(self) -> None:
-        """LinkError when the mesh was closed meanwhile: another thread may close it while one connects."""
+        """LinkError when the mesh was closed meanwhile: another thread may close it while others connect."""
         if self._closed:
             raise LinkError(self._terms.rank, OWN_CLOSE)
 
@@ -169,6 +164,7 @@ class Wiring:
 
     def _dial(self, peer: int, endpoint: Endpoint, deadline_s: float) -> None:
         terms = self._terms
+        self._check_open()
         self._capacities[peer] = endpoint.rings[terms.rank]
         segment = self._attach(peer, endpoint)
         carrier = Carrier.GLOO if terms.kind == "gloo" else Carrier.SHM if segment else Carrier.TCP
@@ -186,12 +182,19 @@ class Wiring:
             edge = shm.ShmEdge(
                 peer, segment, connection, rank=terms.rank, digest=terms.digest, send_timeout_s=terms.send_timeout_s
             )
-            self._poller.call(partial(self._watch_life, connection, edge.fail))
+            self._poller.call(partial(self._watch_life, connection, partial(self._break_outbound, edge)))
             self.outbound[peer] = edge
         else:
             capacity_bytes, timeout_s = self._capacities[peer], terms.send_timeout_s
+            self._listen_for_silence(connection)
             socket_edge = TcpEdge(
-                peer, connection, self._poller, capacity_bytes=capacity_bytes, digest=terms.digest, send_timeout_s=timeout_s
+                peer,
+                connection,
+                self._poller,
+                capacity_bytes=capacity_bytes,
+                digest=terms.digest,
+                send_timeout_s=timeout_s,
+                on_broken=partial(self.breaks.tell, peer),
             )
             self._poller.call(socket_edge.watch)
             self.outbound[peer] = socket_edge
@@ -242,14 +245,20 @@ class Wiring:
             edge.kind = "gloo"
         elif claim.carrier == Carrier.SHM:
             self._watch_life(connection, on_broken)
-            self.intake.add(_Life(connection, on_broken))
+            self.intake.add(Life(connection, on_broken))
             edge.kind = "shm"
         else:
+            self._listen_for_silence(connection)
+            self._watch_life(connection, partial(self.breaks.tell, edge.peer))  # what came before may not be read yet
             self.intake.add(TcpInlet(connection, edge.memory, on_broken))
             edge.kind = "tcp"
 
+    def _listen_for_silence(self, connection: socket.socket) -> None:
+        if self._terms.silence_s is not None:
+            notice_silence(connection, self._terms.silence_s)
+
     def _watch_life(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
-        """The connection of a shm edge outlives its peer: its end is heard of whether or not this member is looking."""
+        """Hear of the connection's end whether or not this member is looking."""
         self._poller.watch(connection, GONE, lambda _events: self._on_gone(connection, on_broken))
 
     def _on_gone(self, connection: socket.socket, on_broken: Callable[[str], None]) -> None:
@@ -263,6 +272,11 @@ class Wiring:
         edge.broken = reason
         self.any_broken = True
         self.doorbell.wake()
+        self.breaks.tell(edge.peer, reason)
+
+    def _break_outbound(self, edge: shm.ShmEdge, reason: str) -> None:
+        edge.fail(reason)
+        self.breaks.tell(edge.peer, reason)
 
     def close(self) -> None:
         """Leave the group; harmless to repeat, from any thread."""

@@ -258,6 +258,12 @@ static long local(const FFNLayer *layer, const Choice *choice, long i)
     return id < layer->first_id + layer->count ? id - layer->first_id : -1;
 }
 
+// Whether the shared expert computed here serves this row.
+static int shared_serves(const FFNLayer *layer, const Choice *choice, long row)
+{
+    return layer->shared_inner && (!layer->at_home || local(layer, choice, row * choice->top_k) >= 0);
+}
+
 static void assign(const Assignments *a, long expert, long row, float weight)
 {
     const int32_t at = a->starts[expert]++;
@@ -270,14 +276,14 @@ static void sort(const FFNLayer *layer, const Choice *choice, const Assignments 
     const long rows = choice->rows, top_k = choice->top_k, count = 1 + layer->count;
     memset(a->starts, 0, (count + 1) * sizeof *a->starts);
     for (long row = 0; row < rows; row++)
-        a->starts[1] += !layer->at_home || local(layer, choice, row * top_k) >= 0;
+        a->starts[1] += shared_serves(layer, choice, row);
     for (long i = 0; i < rows * top_k; i++)
         if (local(layer, choice, i) >= 0)
             a->starts[local(layer, choice, i) + 2]++;
     for (long e = 0; e < count; e++)
         a->starts[e + 1] += a->starts[e];
     for (long row = 0; row < rows; row++)
-        if (!layer->at_home || local(layer, choice, row * top_k) >= 0)
+        if (shared_serves(layer, choice, row))
             assign(a, 0, row, 1.0f);
     for (long i = 0; i < rows * top_k; i++)
         if (local(layer, choice, i) >= 0)
@@ -319,7 +325,7 @@ static void down_panel(const FFNLayer *layer, const Assignments *a, long rows, l
             narrow16(out + i * layer->hidden + panel * WIDTH + c, _mm512_loadu_ps(total + i * WIDTH + c));
 }
 
-// out [rows, hidden]: the shared expert of x, and the sum of the chosen experts held here by their weights.
+// out [rows, hidden]: the shared expert of x (where shared_inner is not 0), and the sum of the chosen experts held here by their weights.
 void feed_forward(const FFNLayer *layer, const bf16 *x, const void *ids, int id_bytes, const bf16 *weights, bf16 *out,
                   long rows, long top_k, int threads)
 {

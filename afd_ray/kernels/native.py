@@ -55,7 +55,7 @@ class FFNLayer(ctypes.Structure):
     """The C struct of that name: the addresses of a layer's packed matrices, which must outlive it, and its shape."""
 
     _fields_ = (
-        ("shared_gate_up", _POINTER),  # of a dense layer: all there is
+        ("shared_gate_up", _POINTER),  # of a dense layer: all there is; None where attention ranks compute it
         ("shared_down", _POINTER),
         ("gate_up", _POINTER),
         ("down", _POINTER),
@@ -132,7 +132,7 @@ def linear(x: Tensor, packed: Tensor) -> Tensor:
 def feed_forward(layer: FFNLayer, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
     """x [N, H] through the layer's shared expert and those that it chose: [N, H].
 
-    ids [N, K] of any integer dtype and weights [N, K]; None in a dense layer.
+    ids [N, K] of any integer dtype and weights [N, K]; None in a dense layer, or for a shared expert alone.
     """
     x = x.contiguous()
     out = torch.empty_like(x)

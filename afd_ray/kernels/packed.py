@@ -52,7 +52,7 @@ class PackedAttentionLayer(AttentionLayer):
         self.gate = None if gate is None else _packed(gate)
         hidden, latent = attention.q_proj.weight.shape[::-1]
         self._native = native.AttentionLayer(
-            **_addresses(self),
+            **_addresses(self),  # of what is registered so far
             hidden=hidden,
             latent=latent,
             heads=attention.heads,
@@ -62,6 +62,9 @@ class PackedAttentionLayer(AttentionLayer):
             eps=plain.input_layernorm.eps,
             normalise=plain.normalise,
         )
+        shared = plain.share_expert
+        assert shared is None or isinstance(shared, DenseFFN)
+        self.share_expert = None if shared is None else PackedDenseFFN(shared)
 
     def before(self, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """residual [N, H] to q, k, v ready for attention."""
@@ -75,11 +78,24 @@ class PackedAttentionLayer(AttentionLayer):
         return residual, Routed(hidden, None, None) if self.gate is None else Routed(hidden, experts, weights)
 
 
+class PackedDenseFFN(nn.Module):
+    """`DenseFFN` in one call."""
+
+    def __init__(self, plain: DenseFFN) -> None:
+        super().__init__()
+        for name, tensor in _packed_dense(plain).items():
+            self.register_parameter(name, _held(tensor))
+        hidden, inner = plain.down_proj.weight.shape
+        self._native = native.FFNLayer(**_addresses(self), hidden=hidden, shared_inner=_padded(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H] to [N, H]."""
+        return native.feed_forward(self._native, x, None, None)
+
+
 class PackedFFNLayer(nn.Module):
     """`FFNLayer` in one call: the shared expert is one of the experts, and a dense layer is a shared expert alone."""
 
-    shared_gate_up: nn.Parameter
-    shared_down: nn.Parameter
     gate_up: nn.Parameter
     down: nn.Parameter
 
@@ -88,11 +104,11 @@ class PackedFFNLayer(nn.Module):
         super().__init__()
         for name, tensor in (packed_weights(plain) if weights is None else weights).items():
             self.register_parameter(name, _held(tensor))
-        shared = _shared(plain)
+        dense = _dense(plain)
         self._native = native.FFNLayer(
             **_addresses(self),
-            hidden=shared.down_proj.weight.shape[0],
-            shared_inner=len(self.shared_gate_up) * native.GATED_WIDTH,
+            hidden=plain.hidden,
+            shared_inner=0 if dense is None else _padded(dense.down_proj.weight.shape[1]),
             inner=0 if plain.moe is None else self.gate_up.shape[1] * native.GATED_WIDTH,
             count=0 if plain.moe is None else len(self.gate_up),
             first_id=plain.first_id,
@@ -110,21 +126,31 @@ PACKED_STACKS = ("gate_up", "down")
 
 def packed_weights(plain: FFNLayer) -> dict[str, Tensor]:
     """What a PackedFFNLayer of the same shape holds; without what is not allocated in `plain`, or counts no expert."""
-    weights = {}
-    shared, moe = _shared(plain), plain.moe
-    if not shared.down_proj.weight.is_meta:
-        weights["shared_gate_up"] = native.pack_gated(shared.gate_proj.weight, shared.up_proj.weight)
-        weights["shared_down"] = native.pack_down(shared.down_proj.weight)
+    weights: dict[str, Tensor] = {}
+    dense, moe = _dense(plain), plain.moe
+    if dense is not None and not dense.down_proj.weight.is_meta:
+        weights |= _packed_dense(dense)
     if moe is not None and len(moe.down_proj):
         weights["gate_up"] = native.pack_gated(moe.gate_proj, moe.up_proj)
         weights["down"] = native.pack_down(moe.down_proj)
     return weights
 
 
-def _shared(plain: FFNLayer) -> DenseFFN:
-    shared = plain.share_expert if plain.mlp is None else plain.mlp
-    assert shared is not None
-    return shared
+def _dense(plain: FFNLayer) -> DenseFFN | None:
+    """What every row goes through: the shared expert, if it is held here, or all of a dense layer."""
+    return plain.share_expert if plain.mlp is None else plain.mlp
+
+
+def _packed_dense(plain: DenseFFN) -> dict[str, Tensor]:
+    return {
+        "shared_gate_up": native.pack_gated(plain.gate_proj.weight, plain.up_proj.weight),
+        "shared_down": native.pack_down(plain.down_proj.weight),
+    }
+
+
+def _padded(inner: int) -> int:
+    """An intermediate dimension as it is packed."""
+    return -(-inner // native.GATED_WIDTH) * native.GATED_WIDTH
 
 
 def packed_attention(half: AttentionHalf) -> AttentionHalf:

@@ -4,6 +4,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
+class Succession:
+    """Of two epochs never both emit: what an ingress sees of that in the tokens that it lets through, whichever requests they are of."""
+
+    newest: int = 0
+    stale: int = 0
+    """Tokens of an epoch that came after one of a later epoch. 0, but for what a slow link held back while the others switched."""
+
+    def note(self, epoch: int) -> None:
+        if epoch < self.newest:
+            self.stale += 1
+        self.newest = max(self.newest, epoch)
+
+
+@dataclass(slots=True)
 class Journal:
     """One request's tokens as its client has them. Each submission to an attention actor is an attempt; only the last one is believed.
 

@@ -89,7 +89,7 @@ class Changes:
             change.phase = change.steps.pop(0)
             change.awaited, change.blame = set(), {}
             if self._enter(change):
-                change.deadline_s = self.deadlines.of(change.phase)
+                change.deadline_s = self.deadlines.of(change.phase, change.kind)
                 self._effects.append(Deadline(change.number, change.phase, change.deadline_s))
                 return
         if change.rolling_back:
@@ -115,7 +115,7 @@ class Changes:
         members = called(change, phase, self._pool.living())
         if members:
             change.awaited = set(members)
-            self._effects.append(Ask(change.number, phase, members, change.roster, self.deadlines.of(phase)))
+            self._effects.append(Ask(change.number, phase, members, change.roster, self.deadlines.of(phase, change.kind)))
         return bool(members)
 
     def _commit(self, change: Change) -> None:

@@ -31,6 +31,8 @@ class Epoch:
     """Whether every instance gets every row, or only those that need one of its experts."""
     experts: ExpertMap = ()
     """Which experts each instance holds; empty: each once, in nearly equal contiguous parts."""
+    shared_at_attention: bool = False
+    """Whether attention ranks compute the shared expert of their rows, while the FFN ranks compute the routed ones."""
 
     @property
     def routed(self) -> bool:
@@ -80,6 +82,7 @@ class Epoch:
 
         Where every instance gets every row, shared expert and dense layers are cut over the ranks of all instances, so that the
         sum of the partials counts them once. Where rows are routed each instance holds them whole, and serves the rows at home with it.
+        With `shared_at_attention` none of them holds a shared expert.
         """
         instance, tp_rank = self.instance_of(rank)
         experts = self.expert_map(config)
@@ -90,6 +93,7 @@ class Epoch:
             dense=within if self.routed else Slice(rank - self.attention, self.ffn),
             first_id=sum(map(len, experts[:instance])),
             at_home=self.routed,
+            shared=not self.shared_at_attention,
         )
 
     def with_experts(self, config: ModelConfig, dispatch: Dispatch, redundant: int, loads: Sequence[float] = ()) -> "Epoch":

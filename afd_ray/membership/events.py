@@ -243,9 +243,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Watch exactly these from now on: a heartbeat and the death of each (`Lost`), and `lost(number)` of those that the epoch has a rank for (`Unlinked`)."""
+    """Watch exactly these from now on: a heartbeat and the death of each (`Lost`), and `lost(n)`, for each of these epochs, of those that have a
+    seat in it (`Unlinked`)."""
 
-    number: int
+    epochs: tuple[int, ...]
+    """The one that serves, and the coming one while it stands by with all its edges."""
     members: tuple[str, ...]
 
 

@@ -47,7 +47,7 @@ class Coordinator(Changes):
         self._stopping = False
         self._stored: Record | None = None
         self._shown: tuple[Any, ...] = ()
-        self._watched: tuple[int, tuple[str, ...]] = (0, ())
+        self._watched: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Asked: self._on_asked,
             Withdrawn: self._on_withdrawn,
@@ -78,7 +78,7 @@ class Coordinator(Changes):
         if record != self._stored:
             self._stored = record
             yield Store(record)
-        watched = (self._roster.number if self._roster else 0, tuple(self._pool.living()))
+        watched = (self._open_epochs, tuple(self._pool.living()))
         if watched != self._watched:
             self._watched = watched
             yield Watch(*watched)
@@ -133,6 +133,13 @@ class Coordinator(Changes):
         if self._roster is None or change is None or change.phase not in ("move_out", "drain"):
             return ()
         return tuple(member for member in change.leavers if member in self._roster.attention)
+
+    @property
+    def _open_epochs(self) -> tuple[int, ...]:
+        """Those whose links matter: what breaks in the coming one before its commit can still be rolled back."""
+        change = self._change
+        coming = change is not None and change.phase in ("move_out", "drain", "fence")
+        return tuple(roster.number for roster in (self._roster, change.roster if change and coming else None) if roster)
 
     @property
     def record(self) -> Record:

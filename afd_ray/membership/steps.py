@@ -41,6 +41,8 @@ class Deadlines:
     load_s: float = 3600.0
     prepare_s: float = 10.0
     connect_s: float = 30.0
+    reconnect_s: float = 4.0
+    """Instead of `connect_s` in a recovery: everybody waits meanwhile, and is known to live."""
     move_out_s: float = 10.0
     drain_s: float = 5.0
     switch_s: float = 5.0
@@ -53,7 +55,9 @@ class Deadlines:
     """Until the wanted shape is tried again; doubles each time, up to `most_backoff_s`."""
     most_backoff_s: float = 30.0
 
-    def of(self, phase: Phase) -> float:
+    def of(self, phase: Phase, kind: Kind) -> float:
+        if (phase, kind) == ("connect", "recover"):
+            return self.reconnect_s
         return float(getattr(self, f"{phase}_s"))
 
     def backoff(self, attempts: int) -> float:

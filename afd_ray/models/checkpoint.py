@@ -114,12 +114,14 @@ def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None =
     return reads
 
 
-def load_attention(checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None) -> AttentionHalf:
-    """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN."""
+def load_attention(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None, *, shared: bool = False
+) -> AttentionHalf:
+    """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN, or, `shared`, its shared experts alone."""
     checkpoint.require_sound()
     config = _in_dtype(checkpoint.config, dtype)
     with Unallocated():
-        half = AttentionHalf(config)
+        half = AttentionHalf(config, shared)
     _fill(half, plan_reads(checkpoint, half), config.dtype, progress)
     return half
 

@@ -110,15 +110,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 class AttentionLayer(nn.Module):
-    """Norms, attention and the router of one layer: all of it but the FFN."""
+    """Norms, attention and the router of one layer: all of it but the FFN, or but the routed experts."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, shared: bool = False) -> None:
         super().__init__()
+        hidden = config.hidden_size
         self.top_k, self.normalise = config.moe_top_k, config.norm_expert_weight
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = Norm(hidden, config.rms_norm_eps)
         self.self_attn = MultiMatrixFactorizationAttention(config)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.moe = nn.ModuleDict({"gate": Linear(config.moe_num_experts, config.hidden_size)}) if config.is_moe(layer) else None
+        self.post_attention_layernorm = Norm(hidden, config.rms_norm_eps)
+        self.moe = nn.ModuleDict({"gate": Linear(config.moe_num_experts, hidden)}) if config.is_moe(layer) else None
+        shares = shared and config.is_moe(layer)
+        self.share_expert: nn.Module | None = DenseFFN(hidden, config.share_expert_dim) if shares else None
 
     def before(self, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """residual [N, H] to q, k, v ready for attention."""
@@ -133,15 +136,20 @@ class AttentionLayer(nn.Module):
         experts, weights = route(self.moe["gate"](hidden), self.top_k, self.normalise)
         return residual, Routed(hidden, experts, weights.to(hidden.dtype))
 
+    def share(self, hidden: Tensor) -> Tensor | None:
+        """The shared expert of the rows [N, H] that `after` gave; None where the FFN computes it, or there is none."""
+        return None if self.share_expert is None else self.share_expert(hidden)
+
 
 class AttentionHalf(nn.Module):
     """What an attention actor holds: embedding, attention layers with routers, final norm and head."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shared: bool = False) -> None:
+        """`shared`: with the shared experts, which the FFN ranks then leave out."""
         super().__init__()
-        self.config = config
+        self.config, self.shared = config, shared
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(AttentionLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(AttentionLayer(config, i, shared) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
 
@@ -218,6 +226,8 @@ class FFNShard(NamedTuple):
     """Id on the wire of the first expert held; the others follow."""
     at_home: bool = False
     """Whether the shared expert serves only the rows whose first expert is held here, so that the sum over instances counts it once."""
+    shared: bool = True
+    """Whether shared experts are held here, not by the attention ranks."""
 
     @classmethod
     def whole(cls, config: ModelConfig) -> "FFNShard":
@@ -232,19 +242,21 @@ class FFNLayer(nn.Module):
         super().__init__()
         hidden, moe = config.hidden_size, config.is_moe(layer)
         self.moe = Experts(len(shard.experts), hidden, shard.routed.width(config.moe_intermediate_size)) if moe else None
-        self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe else None
+        self.share_expert = DenseFFN(hidden, shard.dense.width(config.share_expert_dim)) if moe and shard.shared else None
         self.mlp = None if moe else DenseFFN(hidden, shard.dense.width(config.intermediate_size))
-        self.held, self.first_id, self.at_home = len(shard.experts), shard.first_id, shard.at_home
+        self.hidden, self.held, self.first_id, self.at_home = hidden, len(shard.experts), shard.first_id, shard.at_home
 
     def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
         """hidden [N, H], expert ids on the wire [N, K] of any integer dtype, weights [N, K]: this rank's partial sum [N, H]."""
         if self.mlp is not None:
             dense: Tensor = self.mlp(hidden)
             return dense
-        if ids is None or weights is None or self.share_expert is None or self.moe is None:
+        if ids is None or weights is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
         local = self._local(ids)
         partial: Tensor = self.moe(hidden, local, weights)
+        if self.share_expert is None:
+            return partial
         if self.at_home:
             rows = (local[:, 0] >= 0).nonzero().squeeze(1)
             partial = partial.index_add(0, rows, self.share_expert(hidden[rows]))

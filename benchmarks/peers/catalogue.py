@@ -15,6 +15,11 @@ def afd(checkpoint: Path, threads: int) -> Launch:
     return _here("ours", checkpoint, "--threads", str(threads))
 
 
+def afd_shared(checkpoint: Path, threads: int) -> Launch:
+    """With `attention.shared_expert`."""
+    return _here("ours", checkpoint, "--threads", str(threads), "--shared")
+
+
 def colocated(checkpoint: Path, threads: int) -> Launch:
     return _here("ours", checkpoint, "--threads", str(threads), "--colocated")
 
@@ -33,6 +38,7 @@ def torch(checkpoint: Path, threads: int) -> Launch:
 
 ENGINES: dict[str, Callable[[Path, int], Launch]] = {
     "afd": afd,
+    "afd-shared": afd_shared,
     "colocated": colocated,
     "vllm-compiled": vllm_compiled,
     "vllm-eager": vllm_eager,

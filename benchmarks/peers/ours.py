@@ -10,12 +10,12 @@ from afd_ray.request import SamplingParams
 from benchmarks.peers.protocol import Answer, Job, Pipe
 
 
-def configuration(checkpoint: str, threads: int, *, colocated: bool) -> dict[str, Any]:
-    """All cores for the one actor, or half of them for each of two."""
+def configuration(checkpoint: str, threads: int, *, colocated: bool = False, shared: bool = False) -> dict[str, Any]:
+    """All cores for the one actor, or half of them for each of two; `shared`: shared experts at attention."""
     cores = threads if colocated else max(1, threads // 2)
     return {
         "model": {"path": checkpoint},
-        "attention": {"replicas": 1, "num_cpus": cores},
+        "attention": {"replicas": 1, "num_cpus": cores, "shared_expert": shared},
         "ffn": {"colocated": colocated, "num_cpus": cores},
     }
 
@@ -29,11 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--colocated", action="store_true")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--colocated", action="store_true")
+    mode.add_argument("--shared", action="store_true", help="shared experts at attention")
     args = parser.parse_args()
     pipe = Pipe()
     try:
-        config = parse_config(configuration(args.checkpoint, args.threads, colocated=args.colocated))
+        config = parse_config(configuration(args.checkpoint, args.threads, colocated=args.colocated, shared=args.shared))
         with Cluster.start(config) as cluster:
             pipe.serve(partial(generate, cluster))
     except ConfigError as refused:

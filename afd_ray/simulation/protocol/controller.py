@@ -50,7 +50,7 @@ class Controller:
         self.dies_in: int | None = None
         """After so many more effects."""
         self.watched: set[str] = set()
-        self._watching = 0
+        self._watching: set[int] = set()
         self._views = 0
         self._calls: dict[str, float] = {}
         """When the last call to each member arrives: they start in order."""
@@ -115,7 +115,7 @@ class Controller:
             self._calls[name] = arrival_s
             takes_s = low_s + (high_s - low_s) * random()
             if self.world.faulty and random() < self.cluster.slowness:
-                takes_s += 4 * DEADLINES.of(effect.op) * random()
+                takes_s += 4 * effect.timeout_s * random()
             if self.world.faulty and random() < self.cluster.stuck:
                 continue
             fails = self.world.faulty and effect.op in self.cluster.failing and random() < 0.15
@@ -149,9 +149,10 @@ class Controller:
         for name in effect.members:
             if name not in before:
                 self.cluster.look(name, self)
-            if name not in before or effect.number != self._watching:
-                self.world.after(self.world.delay(0.001, 0.02), self._call_lost, name, effect.number)
-        self._watching = effect.number
+            for number in effect.epochs:
+                if name not in before or number not in self._watching:
+                    self.world.after(self.world.delay(0.001, 0.02), self._call_lost, name, number)
+        self._watching = set(effect.epochs)
 
     def _call_lost(self, name: str, number: int) -> None:
         member = self.cluster.members.get(name)

@@ -102,7 +102,7 @@ class Member(Process):
     def watch(self, number: int, tell: Callable[[str, str | None], None]) -> None:
         """`lost(number)`: tell once the seat fails; at once where it has."""
         self.watchers[number] = tell
-        if number > 0 and self.seat.failed(number):
+        if self.seat.failed(number):
             tell("its seat has failed", None)
 
     # --- the epoch's edges ----------------------------------------------------------------------------------------------------

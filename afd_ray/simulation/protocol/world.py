@@ -13,6 +13,7 @@ DEADLINES = Deadlines(
     load_s=2.0,
     prepare_s=1.0,
     connect_s=1.5,
+    reconnect_s=1.5,
     move_out_s=1.0,
     drain_s=1.0,
     switch_s=1.0,
