@@ -31,8 +31,8 @@ def timetable(durations_s: Mapping[Phase, float], deadlines: Deadlines) -> Timet
         duration_s = durations_s.get(phase, 0.0)
         if phase == "switch":
             switch_s = at_s
-        if duration_s > deadlines.of(phase):
-            return Timetable(switch_s, at_s + deadlines.of(phase), phase)
+        if duration_s > deadlines.of(phase, "resize"):
+            return Timetable(switch_s, at_s + deadlines.of(phase, "resize"), phase)
         at_s += duration_s
     return Timetable(switch_s, at_s)
 
