@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from actors.commands import checkpoint, demo, generate, plan, scale, serve, status, trace
+from actors.commands import checkpoint, demo, generate, plan, scale, serve, simulate, status, trace
 
-COMMANDS = (serve, status, scale, generate, trace, plan, checkpoint, demo)
+COMMANDS = (serve, status, scale, generate, trace, plan, simulate, checkpoint, demo)
 INTERRUPTED = 130
 
 

@@ -133,12 +133,19 @@ class Counts(Section):
 
 
 class Autoscaling(Section):
-    policy: str = Field(default="fixed", pattern=r"^[a-z][a-z0-9_]*$")
+    policy: str = Field(default="fixed", pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")
+    """A built-in one, or `module:function`."""
+    options: dict[str, float] = {}
+    """The policy's own settings."""
     period_s: Seconds = 5.0
     tpot_target_ms: PositiveFloat = 50.0
     ttft_target_ms: PositiveFloat = 1000.0
     min: Counts = Counts()
     max: Counts = Counts(attention=4, ffn=4)
+    resize_deadline_s: Seconds = 600.0
+    """A resize that a policy asked for is rolled back after that."""
+    override_s: Annotated[float, Field(ge=0)] = 900.0
+    """For so long policies leave alone what was set by hand."""
 
 
 class Server(Section):
@@ -150,6 +157,49 @@ class Server(Section):
     max_queued_requests: Annotated[int, Field(ge=0)] = 1024
     max_body_bytes: PositiveInt = 1_048_576
     replicas: Count = 1
+
+
+class Node(Section):
+    """Machines of one kind."""
+
+    actors: Count
+    """That fit on them in all."""
+    slowness: PositiveFloat = 1.0
+    """How many times as long stages last there."""
+    start_delay_s: NonNegativeFloat | None = None
+    """None: as everywhere."""
+
+
+class FailureAt(Section):
+    at_s: NonNegativeFloat
+    role: Literal["attention", "ffn"]
+
+
+class Simulation(Section):
+    """What `afd-ray simulate` needs to know beyond what a server does."""
+
+    layers: PositiveInt | None = None
+    """None: the model's."""
+    profile: str | None = None
+    """Measured stage times; None: `attention.pace` and `ffn.pace`."""
+    transfer: Pace | None = None
+    """With paces: both ways of one rank's rows."""
+    ffn_scaling: Literal["paced", "shared"] = "paced"
+    """With paces: paced FFN ranks last as long whatever their number, but for `ffn.dispatch: routed`; shared: ranks divide the work that the pace gives one."""
+    kv_blocks: PositiveInt | None = None
+    """Of each attention rank; None: `attention.kv_cache.num_blocks`, or 8,192."""
+    start_delay_s: NonNegativeFloat = 60.0
+    """From asking for an actor until it can load weights."""
+    load_s: NonNegativeFloat = 5.0
+    connect_s: NonNegativeFloat = 1.0
+    switch_pause_ms: NonNegativeFloat = 100.0
+    recover_s: NonNegativeFloat = 1.0
+    """From a loss being known until those who are left go on."""
+    nodes: list[Node] = []
+    """Empty: as many as asked for, all alike."""
+    failures: list[FailureAt] = []
+    mean_hours_between_failures: PositiveFloat | None = None
+    """Of one actor."""
 
 
 class Config(Section):
@@ -164,6 +214,7 @@ class Config(Section):
     failure: Failure = Failure()
     autoscaling: Autoscaling = Autoscaling()
     server: Server = Server()
+    simulation: Simulation = Simulation()
 
     def context_limit(self, model_limit: int) -> int:
         """Tokens of prompt and answer that a request may have at most; `model_limit`: what the model allows."""

@@ -46,10 +46,15 @@ class Share:
 
     def prefill_rows(self) -> int | None:
         """Prompt rows beside the decode rows taken that keep the micro-batch within MOST_STRETCH; None: as many as there are."""
-        if self._fair_us == 0 or self.costs.per_row_us == 0:
-            return None
-        allowed_us = MOST_STRETCH * (self.costs.base_us + self._fair_us) - self.costs.base_us - self._taken_us
-        return max(0, int(allowed_us / self.costs.per_row_us))
+        return prefill_room(self.costs, self._fair_us, self._taken_us)
 
     def _held_us(self, batch: MicroBatch | None) -> float:
         return sum(self.row_us(chunk.sequence) for chunk in batch.chunks if chunk.sequence.decodes) if batch else 0.0
+
+
+def prefill_room(costs: CostLine, fair_us: float, taken_us: float) -> int | None:
+    """Prompt rows that may join decode rows of `taken_us`, where a fair share of those lasts `fair_us`; None: as many as there are."""
+    if fair_us == 0 or costs.per_row_us == 0:
+        return None
+    allowed_us = MOST_STRETCH * (costs.base_us + fair_us) - costs.base_us - taken_us
+    return max(0, int(allowed_us / costs.per_row_us))

@@ -1,0 +1,27 @@
+"""What a cluster's stages cost, learned from samples over its whole life, whatever its counts were."""
+
+from afd_ray.engine.stage_costs import CostLine, CostMeter, StageCosts
+
+
+class StageBook:
+    """Microseconds of a layer of a micro-batch. FFN ranks share the work of a layer, so that what one number of ranks taught holds for another."""
+
+    def __init__(self) -> None:
+        self._attention, self._ffn, self._transfer = CostMeter(), CostMeter(), CostMeter()
+
+    def attended(self, rows: float, context_tokens: float, duration_us: float) -> None:
+        """One attention rank's micro-batch."""
+        self._attention.add(max(1, round(rows)), round(context_tokens), duration_us)
+
+    def fed(self, rows: float, ranks: int, duration_us: float) -> None:
+        """The rows of all attention ranks in the FFN of so many ranks."""
+        self._ffn.add(max(1, round(rows)), 0, duration_us * ranks)
+
+    def carried(self, rows: float, duration_us: float) -> None:
+        """One attention rank's rows on the wire, both ways."""
+        self._transfer.add(max(1, round(rows)), 0, duration_us)
+
+    def costs(self, ranks: int) -> StageCosts:
+        """With so many FFN ranks: attention and transfer by one attention rank's rows, the FFN by the rows of all."""
+        work = self._ffn.line
+        return StageCosts(self._attention.line, CostLine(*(part / max(1, ranks) for part in work)), self._transfer.line)

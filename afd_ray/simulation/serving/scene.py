@@ -1,0 +1,91 @@
+"""What is simulated: a configuration, and the machine that it would run on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from afd_ray.autoscaling.values import Counts, Goals
+from afd_ray.config import Config, model_directory
+from afd_ray.engine.stage_costs import CostLine
+from afd_ray.models.checkpoint import Checkpoint
+from afd_ray.simulation.serving.cluster import MakeRank
+from afd_ray.simulation.serving.counted import CountedRank
+from afd_ray.simulation.serving.scheduled import ScheduledRank
+from afd_ray.simulation.serving.stages import LinearStages, Profile, Scaling, StageModel, line_of
+
+AUTO_SLOTS = 4
+"""Micro-batches that `pipeline.micro_batches: auto` may use."""
+KV_BLOCKS = 8192
+
+
+class Scene(NamedTuple):
+    """A cluster to simulate."""
+
+    config: Config
+    stages: StageModel
+    layers: int
+    kv_blocks: int = KV_BLOCKS
+    """Of each attention rank."""
+    step_by_step: bool = False
+    """Every sequence through the live scheduler, instead of counting them."""
+
+    @classmethod
+    def of(cls, config: Config, step_by_step: bool = False) -> "Scene":
+        """All from the configuration; raises ValueError in one line, naming the key, for want of stage times."""
+        settings, blocks = config.simulation, config.attention.kv_cache.num_blocks
+        layers = settings.layers or Checkpoint.open(model_directory(config.model)).config.num_hidden_layers
+        return cls(
+            config, _stages(config), layers, settings.kv_blocks or (KV_BLOCKS if blocks == "auto" else blocks), step_by_step
+        )
+
+    @property
+    def slots(self) -> int:
+        """Micro-batches in flight at most."""
+        wanted = self.config.pipeline.micro_batches
+        return AUTO_SLOTS if wanted == "auto" else wanted
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of prompt and answer."""
+        held = self.kv_blocks * self.config.attention.kv_cache.block_size
+        return min(held, self.config.model.max_context or held)
+
+    @property
+    def goals(self) -> Goals:
+        """What the policy is asked for."""
+        scaling = self.config.autoscaling
+        return Goals(
+            tpot_ms=scaling.tpot_target_ms,
+            ttft_ms=scaling.ttft_target_ms,
+            least=Counts(scaling.min.attention, scaling.min.ffn),
+            most=Counts(scaling.max.attention, scaling.max.ffn),
+            ffn_step=self.config.ffn.tensor_parallel,
+            resize_deadline_s=scaling.resize_deadline_s,
+            options=scaling.options,
+        )
+
+    @property
+    def make_rank(self) -> MakeRank:
+        """A new attention rank."""
+        config, blocks = self.config, self.kv_blocks
+        kind = ScheduledRank if self.step_by_step else CountedRank
+
+        def make(costs: CostLine | None) -> CountedRank | ScheduledRank:
+            return kind(
+                blocks=blocks,
+                block_size=config.attention.kv_cache.block_size,
+                budget=config.pipeline.max_tokens_per_micro_batch,
+                max_running=config.pipeline.max_running_requests,
+                costs=costs,
+            )
+
+        return make
+
+
+def _stages(config: Config) -> StageModel:
+    settings, attention, ffn = config.simulation, config.attention.pace, config.ffn.pace
+    if settings.profile is not None:
+        return Profile.read(Path(settings.profile))
+    if attention is None or ffn is None:
+        raise ValueError("simulation.profile: without a file of stage times attention.pace and ffn.pace must be given")
+    scaling: Scaling = "shared" if settings.ffn_scaling == "shared" else "routed" if config.ffn.dispatch == "routed" else "none"
+    return LinearStages(line_of(attention), line_of(ffn), line_of(settings.transfer), scaling)

@@ -1,0 +1,148 @@
+"""How long simulated stages last: from lines (paced actors), from a cost model, or from a profile of a live cluster."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from afd_ray.config import Pace
+from afd_ray.engine.stage_costs import CostLine
+
+Scaling = Literal["shared", "routed", "none"]
+
+
+class Shape(NamedTuple):
+    """What the FFN's work is divided over."""
+
+    instances: int
+    tensor_parallel: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.instances * self.tensor_parallel
+
+
+class StageModel(Protocol):
+    """Microseconds of one layer of one micro-batch."""
+
+    def attention_us(self, rows: float) -> tuple[float, float]:
+        """For so many rows: what it takes without context, and what each cached token adds."""
+        ...
+
+    def ffn_us(self, rows: float, shape: Shape) -> float:
+        """For the rows of all attention ranks together."""
+        ...
+
+    def transfer_us(self, rows: float) -> float:
+        """Both ways, for one attention rank's rows."""
+        ...
+
+
+class LinearStages(NamedTuple):
+    """Straight lines, as paced actors follow them."""
+
+    attention: CostLine
+    ffn: CostLine
+    """Of an FFN rank; what becomes of it with other numbers of ranks says `scaling`."""
+    transfer: CostLine = CostLine()
+    scaling: Scaling = "shared"
+    """shared: the line is of one rank alone, and ranks divide its work. routed: an instance computes the rows with an expert of its own, as paced actors do with
+    `ffn.dispatch: routed`. none: every rank takes as long as one would, as paced actors do with `broadcast`."""
+    experts: int = 48
+    chosen: int = 3
+    """Experts of each row."""
+
+    def attention_us(self, rows: float) -> tuple[float, float]:
+        return self.attention.duration_us(rows), self.attention.per_token_us
+
+    def ffn_us(self, rows: float, shape: Shape) -> float:
+        if self.scaling == "shared":
+            return self.ffn.duration_us(rows) / shape.ranks
+        if self.scaling == "routed":
+            return self.ffn.duration_us(rows * share_of_rows(shape.instances, self.experts, self.chosen))
+        return self.ffn.duration_us(rows)
+
+    def transfer_us(self, rows: float) -> float:
+        return self.transfer.duration_us(rows)
+
+
+def share_of_rows(instances: int, experts: int, chosen: int) -> float:
+    """Of rows that choose experts evenly, how many have one in a given instance: 1 - C(E - E/N, k) / C(E, k)."""
+    elsewhere = experts - experts // instances
+    return 1 - math.comb(elsewhere, chosen) / math.comb(experts, chosen)
+
+
+class Profile:
+    """Measured stage times, between the measured points by straight lines, beyond them by the nearest one.
+
+    The file (`read`) is JSON: {"attention": [{"rows", "context_tokens", "us"}, ...], "ffn": [{"rows", "us", "ranks"}, ...],
+    "transfer": [{"bytes", "us"}, ...], "bytes_per_row"}; microseconds of one layer of one micro-batch, `context_tokens` of all its rows together,
+    `ranks` the FFN ranks that were there (default 1), transfers both ways.
+    """
+
+    def __init__(
+        self,
+        attention: Sequence[tuple[float, float, float]],
+        ffn: Sequence[tuple[float, float, int]],
+        transfer: Sequence[tuple[float, float]],
+    ):
+        """`attention`: (rows, context tokens, us); `ffn`: (rows, us, ranks); `transfer`: (rows, us)."""
+        by_rows = {rows: _context_line([point for point in attention if point[0] == rows]) for rows, _, _ in attention}
+        self._rows = np.array(sorted(by_rows))
+        self._fixed = np.array([by_rows[rows][0] for rows in self._rows])
+        self._per_token = np.array([by_rows[rows][1] for rows in self._rows])
+        self._ffn = {ranks: _curve([(rows, us) for rows, us, at in ffn if at == ranks]) for ranks in {at for _, _, at in ffn}}
+        self._transfer = _curve(transfer) if transfer else _curve([(0.0, 0.0)])
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """Raises ValueError in one line when the file is not a profile."""
+        try:
+            raw = json.loads(path.read_text())
+            width = float(raw.get("bytes_per_row", 1.0))
+            return cls(
+                [(p["rows"], p["context_tokens"], p["us"]) for p in raw["attention"]],
+                [(p["rows"], p["us"], p.get("ranks", 1)) for p in raw["ffn"]],
+                [(p["bytes"] / width, p["us"]) for p in raw.get("transfer", [])],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: is no profile of stage times: {error!r}") from None
+
+    def attention_us(self, rows: float) -> tuple[float, float]:
+        return _between(rows, self._rows, self._fixed), _between(rows, self._rows, self._per_token)
+
+    def ffn_us(self, rows: float, shape: Shape) -> float:
+        measured = min(self._ffn, key=lambda ranks: (abs(math.log(ranks / shape.ranks)), ranks))
+        return _between(rows, *self._ffn[measured]) * measured / shape.ranks
+
+    def transfer_us(self, rows: float) -> float:
+        return _between(rows, *self._transfer)
+
+
+def line_of(pace: Pace | None) -> CostLine:
+    """What a configured pace says; None: no time at all."""
+    return CostLine(pace.base_us, pace.per_row_us, pace.per_context_token_us) if pace else CostLine()
+
+
+def _context_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """(us without context, us a token) through the points of one row count, by least squares; neither is negative."""
+    context, us = np.array([p[1] for p in points], dtype=float), np.array([p[2] for p in points], dtype=float)
+    spread = context - context.mean()
+    slope = max(0.0, float((spread * us).sum() / (spread**2).sum())) if spread.any() else 0.0
+    return max(0.0, float(us.mean() - slope * context.mean())), slope
+
+
+def _curve(points: Sequence[tuple[float, float]]) -> tuple["np.ndarray", "np.ndarray"]:
+    ordered = sorted(points)
+    return np.array([x for x, _ in ordered], dtype=float), np.array([y for _, y in ordered], dtype=float)
+
+
+def _between(x: float, xs: "np.ndarray", ys: "np.ndarray") -> float:
+    """By straight lines; beyond the ends the outermost line goes on, but never below zero."""
+    if len(xs) == 1 or xs[0] <= x <= xs[-1]:
+        return float(np.interp(x, xs, ys))
+    i, j = (0, 1) if x < xs[0] else (-2, -1)
+    return max(0.0, float(ys[i] + (ys[j] - ys[i]) * (x - xs[i]) / (xs[j] - xs[i])))

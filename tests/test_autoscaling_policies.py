@@ -1,0 +1,179 @@
+"""The built-in policies and the closed form behind them."""
+
+import json
+import random
+import re
+
+import pytest
+
+from afd_ray.autoscaling import Counts, Goals, Observation, Quantiles, Stages, decide, load_policy
+from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast_growth
+from afd_ray.autoscaling.learning import StageBook
+from afd_ray.autoscaling.serve_policy import from_serve, to_serve
+from afd_ray.autoscaling.sizing import Demand, Sizing
+from afd_ray.autoscaling.values import State
+from afd_ray.engine.stage_costs import CostLine, StageCosts
+from tests.serving_scenes import LAYERS, MOST, STAGES, counts_at, play, steady
+
+COSTS = StageCosts(CostLine(40, 2.0, 0.004), CostLine(160, 6.0), CostLine(20, 0.2))
+SIZING = Sizing(COSTS, Counts(1, 1), LAYERS, 3)
+
+
+def seen(**changes: object) -> Observation:
+    base = {"counts": Counts(4, 4), "goals": Goals(tpot_ms=40.0, most=MOST), "layers": LAYERS, "micro_batches": 3, "costs": COSTS}
+    return Observation(**(base | changes))  # type: ignore[arg-type]
+
+
+# --- sizing ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_counts_needed_hold_the_target_and_one_rank_fewer_does_not(seed: int) -> None:
+    drawn = random.Random(seed)
+    sequences = drawn.uniform(1, 400)
+    demand, target = Demand(sequences, sequences * drawn.uniform(100, 8000), drawn.uniform(0, 3000)), drawn.uniform(30, 60)
+    needed = SIZING.needed(demand, target)
+    assert needed is not None
+    assert SIZING.tpot_ms(needed, demand, target) <= target * (1 + 1e-9)
+    for fewer in (needed._replace(attention=needed.attention - 1), needed._replace(ffn=needed.ffn - 1)):
+        assert min(fewer) == 0 or SIZING.tpot_ms(fewer, demand, target) > target
+
+
+def test_context_asks_for_attention_and_rows_for_ffn() -> None:
+    base, long, many = (SIZING.needed(demand, 40) for demand in (Demand(60, 60_000), Demand(60, 480_000), Demand(300, 60_000)))
+    assert base is not None
+    assert long is not None
+    assert many is not None
+    assert long.attention > base.attention
+    assert long.ffn == base.ffn
+    assert many.ffn / base.ffn > many.attention / base.attention
+
+
+def test_a_target_below_what_an_empty_pass_takes_needs_no_number() -> None:
+    assert SIZING.needed(Demand(10, 1000), 0.1) is None
+
+
+def test_the_book_learns_the_lines_whatever_the_counts() -> None:
+    book, drawn = StageBook(), random.Random(0)
+    for _ in range(400):
+        rows, context, ranks = drawn.randint(1, 200), drawn.randint(0, 100_000), drawn.randint(1, 16)
+        book.attended(rows, context, COSTS.attention.duration_us(rows, context))
+        book.fed(rows, ranks, COSTS.ffn.duration_us(rows) / ranks)
+    learned = book.costs(4)
+    assert learned.attention.duration_us(100, 50_000) == pytest.approx(COSTS.attention.duration_us(100, 50_000), rel=0.1)
+    assert learned.ffn.duration_us(100) == pytest.approx(COSTS.ffn.duration_us(100) / 4, rel=0.1)
+
+
+# --- policies ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fixed", "queue", "tpot", "balance", "predictive"])
+def test_states_are_json_and_answers_depend_on_nothing_else(name: str) -> None:
+    policy, state, drawn = load_policy(name), {}, random.Random(0)
+    for step in range(50):
+        running = drawn.randint(0, 300)
+        tpot = Quantiles(*(drawn.uniform(5, 100),) * 3) if running else None
+        stages = Stages(100, 120, 20, 5, drawn.uniform(0, 10)) if running else None
+        looked = seen(running=running, context_tokens=running * 700, output_tokens_s=running * 20.0, tpot_ms=tpot, stages=stages)
+        first = policy(looked, state, step * 5.0)
+        assert first == policy(looked, json.loads(json.dumps(state)), step * 5.0)
+        assert first == decide(policy, looked, state, step * 5.0), "nothing for the guard to mend"
+        state = json.loads(json.dumps(first.state))
+
+
+def test_balance_grows_attention_when_the_kv_cache_fills() -> None:
+    decision = load_policy("balance")(seen(running=10, context_tokens=5000, kv_used=0.95), {}, 0.0)
+    assert decision.counts.attention > 4
+    assert decision.counts.ffn == 4
+
+
+def test_balance_counts_more_for_the_half_that_the_other_waits_for() -> None:
+    waits_for_ffn, waits_for_attention = Stages(100, 120, 0, 90, 0), Stages(120, 100, 0, 0, 90)
+    wanted = []
+    for stages in (waits_for_ffn, waits_for_attention):
+        state: State = {}
+        for step in range(40):
+            late = seen(running=150, context_tokens=75_000, output_tokens_s=3000.0, tpot_mean_ms=80.0, stages=stages)
+            state = load_policy("balance")(late, state, step * 5.0).state
+        wanted.append(load_policy("balance")(late, state, 200.0).reason.split()[-1])
+    attention, ffn = ([int(count) for count in re.findall(r"\d+", text)] for text in reversed(wanted))
+    assert attention[0] > ffn[0]
+    assert attention[1] < ffn[1]
+
+
+@pytest.mark.parametrize("name", ["tpot", "balance", "predictive"])
+def test_a_load_that_doubles_is_met_and_one_that_goes_is_followed(name: str) -> None:
+    arrivals = [*steady(0.5, 300), *steady(4, 900, since_s=300), *steady(0.1, 1800, since_s=900)]
+    outcome = play(load_policy(name), arrivals)
+    before, during, after = (sum(counts_at(outcome, at_s)) for at_s in (290, 880, 1790))
+    assert before < during > after
+    assert outcome.summary()["reversals"] <= 4
+    late = [point.tpot_p95_ms for point in outcome.points if 600 < point.at_s < 900]
+    assert sum(ms is not None and ms > 40.0 for ms in late) <= len(late) / 10
+
+
+# --- forecast --------------------------------------------------------------------------------------------------------------------
+
+
+def growth_of(loads: list[float], horizon_s: float = 60.0) -> float:
+    state: State = {}
+    growth = 1.0
+    for step, load in enumerate(loads):
+        growth, state = forecast_growth(load, horizon_s, state, step * 5.0)
+    return growth
+
+
+def test_a_rising_load_is_foreseen_and_an_even_or_falling_one_is_not() -> None:
+    assert growth_of([100.0] * 100) == pytest.approx(1)
+    assert growth_of([500.0 - step for step in range(100)]) == 1
+    assert growth_of([100.0 + step for step in range(100)]) == pytest.approx(1 + 12 / 199, rel=0.05)
+    assert growth_of([1.0, 1000.0]) <= MOST_GROWTH
+
+
+# --- Ray Serve's form ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ray_serves_own_policy_scales_the_simulated_cluster() -> None:
+    from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
+    from ray.serve.config import AutoscalingConfig
+
+    config = AutoscalingConfig(
+        min_replicas=1, max_replicas=8, target_ongoing_requests=2, upscale_delay_s=10, downscale_delay_s=60
+    )
+    outcome = play(from_serve(replica_queue_length_autoscaling_policy, config), [*steady(4, 300), *steady(0.2, 900, since_s=300)])
+    assert sum(counts_at(outcome, 290)) > 2
+    assert counts_at(outcome, 890) == Counts(1, 1)
+
+
+def test_ours_answer_ray_serves_context() -> None:
+    from ray.serve.config import AutoscalingContext
+
+    context = AutoscalingContext(
+        deployment_id=None,  # type: ignore[arg-type]
+        deployment_name="attention",
+        app_name="afd",
+        current_num_replicas=2,
+        target_num_replicas=2,
+        running_replicas=[],
+        total_num_requests=100.0,
+        total_queued_requests=0.0,
+        aggregated_metrics={"tpot_ms": {"a": 45.0, "b": 60.0}},  # type: ignore[dict-item]
+        raw_metrics=None,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=6,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=0.0,
+        config=None,
+    )
+    replicas, state = to_serve(load_policy("tpot"), "attention", Goals(tpot_ms=40.0))(context)
+    assert replicas == 3
+    json.dumps(state)
+
+
+def test_a_policy_of_ones_own_is_loaded_by_name() -> None:
+    assert load_policy("tests.serving_scenes:by_completions").__name__ == "by_completions"
+    with pytest.raises(ValueError, match=r"tests\.serving_scenes:STAGES is no function"):
+        load_policy("tests.serving_scenes:STAGES")
+    assert STAGES
