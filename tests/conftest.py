@@ -27,6 +27,17 @@ def _only_marked_tests_start_ray(request: pytest.FixtureRequest, monkeypatch: py
     monkeypatch.setattr(ray, "init", refuse)
 
 
+@pytest.fixture(autouse=True)
+def _how_ray_authenticates_stays_as_it_was() -> Iterator[None]:
+    """A command that joins a cluster decides it for its process; here the Ray cluster of other tests would be left without an answer."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    yield
+    if before is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+    else:
+        os.environ["RAY_AUTH_MODE"] = before
+
+
 @pytest.fixture(scope="session")
 def two_nodes() -> Iterator[None]:
     """The one Ray cluster of the whole run: two nodes in this machine's processes, this process connected to it."""
