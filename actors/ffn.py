@@ -7,6 +7,7 @@ import ray
 
 from actors.aside import aside
 from actors.member import Member
+from actors.memory import give_back
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.loop import Wire
@@ -75,9 +76,12 @@ class FFNActor(Member):
 
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
-        if held is None:
-            return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
-        return regather(held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense))
+        try:
+            if held is None:
+                return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+            return regather(held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense))
+        finally:
+            give_back()
 
     def _check_weights(self, epoch: Epoch, rank: int) -> None:
         if self._half_for(epoch.shard(rank, self._ready_half().config)) is None:
