@@ -9,6 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from actors.commands.joining import use_token
+
+# Before any test module imports Ray, which reads it once: a benchmark that is imported later would set it, and clients and clusters of this
+# process would then differ.
+use_token()
+
 pytest.register_assert_rewrite("tests.live_server")
 
 if TYPE_CHECKING:
