@@ -53,10 +53,14 @@ def test_serve_reads_the_tokenizer_before_ray_starts(tiny_directory: Path, tmp_p
 
 
 def test_a_terminal_that_closes_stops_the_server() -> None:
-    with stop_signals() as (stop, at_once):
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.is_set()
-        assert not at_once.is_set()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+    try:
+        with stop_signals() as (stop, at_once):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.is_set()
+            assert not at_once.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_under_nohup_it_goes_on() -> None:

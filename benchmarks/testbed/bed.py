@@ -180,9 +180,15 @@ class Bed:
             host.off()
 
 
+def _hidden(paths: Sequence[Path]) -> list[str]:
+    """Those that a host would not see, each once: where this project itself lies in /tmp, its code has to be shared."""
+    within = [Path(path) for path in dict.fromkeys(paths) if any(Path(path).is_relative_to(place) for place in OWN)]
+    return [str(path) for path in within if not any(path != other and path.is_relative_to(other) for other in within)]
+
+
 @contextmanager
 def bed(names: Sequence[str] = NAMES, *, shared: Sequence[Path] = (), seed: int = 0) -> Iterator[Bed]:
-    """Hosts of these names, up and linked. They see all files of this machine but those in `boot.OWN`, unless they are `shared`.
+    """Hosts of these names, up and linked. They see all files of this machine but those in `boot.OWN`, unless they are `shared` or this project's own.
 
     `seed`: of which packets are lost. Raises RuntimeError (one line) where there can be no test bed.
     """
@@ -190,7 +196,7 @@ def bed(names: Sequence[str] = NAMES, *, shared: Sequence[Path] = (), seed: int 
     if reason:
         raise RuntimeError(reason)
     addresses = {name: f"{SUBNET}.{i}" for i, name in enumerate(names, 1)}
-    seen = [str(path) for path in shared if any(Path(path).is_relative_to(place) for place in OWN)]
+    seen = _hidden((Path.cwd(), Path(sys.prefix), *shared))
     known = "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **addresses}.items())
     with switch(seed) as wire:
         made = Bed([Host(name, address, known, seen) for name, address in addresses.items()], wire)
