@@ -18,7 +18,7 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     """As design promises it; actors that do not answer are shown as they were last known."""
     coordinator, crew = transition.coordinator, transition.crew
     hands = list(crew.hands.values())
-    answered = await asyncio.gather(*map(_answer, hands))
+    answered = await asyncio.gather(*map(answer_of, hands))
     answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
     hands = [hand for hand in hands if hand.name in crew]  # who was released meanwhile is not dead; who was lost has departed
     roster = transition.roster
@@ -50,7 +50,8 @@ def _in_order(hands: list[Hand], roster: Roster | None) -> list[Hand]:
     return sorted(hands, key=lambda hand: ranks.get(hand.name, len(ranks)))
 
 
-async def _answer(hand: Hand) -> dict[str, Any] | None:
+async def answer_of(hand: Hand) -> dict[str, Any] | None:
+    """An actor's part; None for one that is not up yet, or does not answer."""
     if not hand.identity:
         return None
     try:
