@@ -18,9 +18,9 @@ import ray
 
 from actors.cluster import Cluster
 from afd_ray.config import parse_config
+from afd_ray.measured import Measured
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.measured import Measured
 from afd_ray.request import SamplingParams
 from benchmarks._machine import hardware
 
