@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,12 +19,14 @@ from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
+from afd_ray.engine.look import look_at_attention
 from afd_ray.engine.loop import Wire
 from afd_ray.engine.moving_in import Moved, MovingIn
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.handoff.kv_wire import kv_digest
 from afd_ray.kernels.packed import packed_attention, packed_ffn
+from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import load_attention, load_ffn
@@ -109,8 +110,8 @@ class AttentionActor(Member):
 
     @ray.method
     async def status(self) -> dict[str, Any]:
-        """This actor's part of the cluster's status, with raw latencies (ms) of the last minute."""
-        loop, now_s = self._ready_loop(), time.monotonic()
+        """This actor's part of the cluster's status."""
+        loop = self._ready_loop()
         pace = self._config.attention.pace
         return self._standing() | {
             "running": loop.scheduler.running,
@@ -121,8 +122,6 @@ class AttentionActor(Member):
             "expert_loads": loop.expert_loads.tolist(),
             "moved_in": asdict(loop.moving_in.moved if loop.moving_in else Moved()),
             "pace": pace.model_dump() if pace else None,
-            "ttft_ms": loop.clocks.ttft.recent(now_s),
-            "tpot_ms": loop.clocks.tpot.recent(now_s),
         }
 
     @ray.method
@@ -208,6 +207,9 @@ class AttentionActor(Member):
     def _held(self) -> list[AttentionHalf | FFNHalf]:
         loop = self._ready_loop()
         return [loop.half, loop.ffn] if isinstance(loop, ColocatedLoop) else [loop.half]
+
+    def _look(self) -> Measured:
+        return look_at_attention(self._ready_loop())
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "head", steps

@@ -10,9 +10,11 @@ from actors.member import Member
 from actors.memory import give_back
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
+from afd_ray.engine.look import look_at_ffn
 from afd_ray.engine.loop import Wire
 from afd_ray.kernels.packed import packed_ffn
 from afd_ray.kernels.regather import lack, regather
+from afd_ray.measured import MeasuredFFN
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import load_ffn, read_ffn
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -113,6 +115,9 @@ class FFNActor(Member):
 
     def _held(self) -> list[AttentionHalf | FFNHalf]:
         return [*self._halves()]
+
+    def _look(self) -> MeasuredFFN:
+        return look_at_ffn(self._ready_loop())
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "ffn", steps * self._ready_half().config.num_hidden_layers

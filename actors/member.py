@@ -171,6 +171,7 @@ class Member(Observed):
         self._patience.call_off()
         self._orphan.close()
         self._pulse.close()
+        self._stop_measuring()
         if thread is not None:
             self._ready_loop().stop()
             await aside(thread.join)
@@ -222,7 +223,7 @@ class Member(Observed):
             "rank": place.wire.rank if place else None,
             "draining": self._seat.draining > 0,
             "pause_ms": loop.pause_ms,
-            "totals": loop.recorder.totals(),
+            **self._measured(),
         }
 
     def _open_checkpoint(self, num_cpus: float) -> tuple[Checkpoint, torch.dtype]:
@@ -251,6 +252,7 @@ class Member(Observed):
         on_failed = lambda reason: tell(events, self._fail, reason)  # noqa: E731
         self._thread = threading.Thread(target=run_loop, args=(loop, self._name, on_failed), name="step-loop", daemon=True)
         self._thread.start()
+        self._start_measuring()
 
     def _require_well(self) -> None:
         if self._failure is not None:

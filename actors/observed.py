@@ -10,6 +10,8 @@ from actors.aside import aside
 from actors.memory import resident_bytes
 from actors.tracing import count_calls, trace_steps
 from afd_ray.engine.loop import StepLoop
+from afd_ray.lookback import PERIOD_S, Lookback
+from afd_ray.measured import Measured, MeasuredFFN
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
 
 
@@ -18,6 +20,8 @@ class Observed(ABC):
 
     def __init__(self) -> None:
         self._traced_enough = asyncio.Event()
+        self._lookback: Lookback[Any] | None = None
+        self._turning: asyncio.Task[None] | None = None
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
@@ -34,6 +38,31 @@ class Observed(ABC):
     @abstractmethod
     def _stages(self, steps: int) -> tuple[str, int]:
         """The stage that counts steps, and how often it runs in that many."""
+
+    @abstractmethod
+    def _look(self) -> Measured | MeasuredFFN:
+        """What the step loop has measured since its start."""
+
+    def _start_measuring(self) -> None:
+        """Once the model is loaded."""
+        self._lookback = Lookback[Any](self._look)
+        self._turning = asyncio.get_running_loop().create_task(self._turn())
+
+    def _stop_measuring(self) -> None:
+        if self._turning is not None:
+            self._turning.cancel()
+
+    async def _turn(self) -> None:
+        assert self._lookback is not None
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            self._lookback.turn()
+
+    def _measured(self) -> dict[str, Any]:
+        """For the status: sums since the start, and since about a minute ago. RuntimeError before `load`."""
+        if self._lookback is None:
+            raise RuntimeError("nothing is measured before the model is loaded")
+        return {"measured": self._look().dump(), "recent": self._lookback.recent().dump()}
 
     def _held(self) -> "list[AttentionHalf | FFNHalf]":
         """Everything of the model in this process."""

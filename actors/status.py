@@ -1,17 +1,18 @@
 """The cluster's status, in the form that command line and HTTP show."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from actors.roster import Hand, ask, placement_groups
 from actors.transition import Transition
 from afd_ray.config import Config
+from afd_ray.histogram import Histogram
+from afd_ray.measured import STAGES, Measured, load_stages, merged
 from afd_ray.membership.events import Roster
-from afd_ray.telemetry import mean_us, quantiles_ms
 
 ANSWER_TIMEOUT_S = 2.0
 """Who takes longer is shown as last known: a status must not wait for the lost."""
-STAGES = ("attention", "ffn", "a2f", "f2a", "attention_wait", "ffn_wait")
 
 
 async def cluster_status(config: Config, transition: Transition) -> dict[str, Any]:
@@ -25,7 +26,8 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
     epoch = transition.epoch(roster) if roster else None
     shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
     attention = [answer for hand, answer in shown if answer and hand.role == "attention"]
-    totals = [_pairs(answer["totals"]) for answer in answers.values() if answer]
+    recent = [Measured.load(answer["recent"]) for answer in attention]
+    stages = [load_stages(answer["recent"]["stages"]) for answer in answers.values() if answer]
     return {
         "state": coordinator.state,
         "epoch": roster.number if roster else 0,
@@ -33,9 +35,9 @@ async def cluster_status(config: Config, transition: Transition) -> dict[str, An
         "attention": [_attention_row(transition, h, a) for h, a in shown if h.role == "attention"],
         "ffn": [_ffn_row(transition, h, a) for h, a in shown if h.role == "ffn"],
         "placement_groups": placement_groups(hands),
-        "tpot_ms": quantiles_ms(v for a in attention for v in a["tpot_ms"]),
-        "ttft_ms": quantiles_ms(v for a in attention for v in a["ttft_ms"]),
-        "stages_us": {stage: mean_us(totals, stage) for stage in STAGES},
+        "tpot_ms": _quantiles(look.tpot_ms for look in recent),
+        "ttft_ms": _quantiles(look.ttft_ms for look in recent),
+        "stages_us": {stage: _mean(us[stage] for us in stages if stage in us) for stage in STAGES},
         "micro_batches": epoch.micro_batches if epoch else None,
         "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
         "moved_in": _summed([answer["moved_in"] for answer in attention]),
@@ -66,8 +68,15 @@ def _summed(counts: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())}
 
 
-def _pairs(totals: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    return {stage: (int(pair[0]), int(pair[1])) for stage, pair in totals.items()}
+def _quantiles(histograms: Iterable[Histogram]) -> dict[str, float] | None:
+    """p50, p95 and p99 of all of them together; None without values."""
+    values = merged(histograms).quantiles(0.50, 0.95, 0.99)
+    return dict(zip(("p50", "p95", "p99"), (round(value, 3) for value in values), strict=True)) if values else None
+
+
+def _mean(histograms: Iterable[Histogram]) -> float | None:
+    mean = merged(histograms).mean
+    return None if mean is None else round(mean, 2)
 
 
 def _common(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class CallCounter:
 
 
 async def _passed(loop: StepLoop, stage: str, count: int, timeout_s: float, enough: asyncio.Event) -> None:
-    target = loop.recorder.count.get(stage, 0) + count
+    target = loop.recorder.runs(stage) + count
     deadline_s = time.monotonic() + timeout_s
-    while loop.recorder.count.get(stage, 0) < target and time.monotonic() < deadline_s and not enough.is_set():
+    while loop.recorder.runs(stage) < target and time.monotonic() < deadline_s and not enough.is_set():
         await asyncio.sleep(POLL_S)

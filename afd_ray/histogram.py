@@ -1,6 +1,7 @@
 """Quantiles of a stream in bounded memory."""
 
 import math
+from typing import Any
 
 STEP = 1.01
 """Neighbouring buckets differ by one hundredth, and so does what `quantile` gives from the value that was added."""
@@ -28,6 +29,32 @@ class Histogram:
             self._counts[bucket] = self._counts.get(bucket, 0) + times
         self.count += other.count
         self.total += other.total
+
+    def minus(self, earlier: "Histogram") -> "Histogram":
+        """What was added since: `earlier` is this one as it was before."""
+        out = Histogram()
+        out._counts = {bucket: new for bucket, times in self._counts.items() if (new := times - earlier._counts.get(bucket, 0))}
+        out.count, out.total = self.count - earlier.count, self.total - earlier.total
+        return out
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON values. May be called while another thread adds."""
+        return {"buckets": [[bucket, times] for bucket, times in sorted(self._counts.copy().items())], "total": self.total}
+
+    @classmethod
+    def load(cls, dumped: dict[str, Any]) -> "Histogram":
+        """What `dump` gave."""
+        out = cls()
+        out._counts = {int(bucket): int(times) for bucket, times in dumped["buckets"]}
+        out.count, out.total = sum(out._counts.values()), float(dumped["total"])
+        return out
+
+    def copy(self) -> "Histogram":
+        """As it is now. May be called while another thread adds."""
+        out = Histogram()
+        out._counts, out.total = self._counts.copy(), self.total
+        out.count = sum(out._counts.values())
+        return out
 
     @property
     def mean(self) -> float | None:

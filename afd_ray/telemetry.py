@@ -1,11 +1,10 @@
-"""What the step loops measure: busy time by stage, recent latencies, and a trace of chosen steps."""
+"""What the step loops measure: busy time by stage, and a trace of chosen steps."""
 
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-WINDOW_S = 60.0
+from afd_ray.histogram import Histogram
 
 
 class StageEvent(NamedTuple):
@@ -26,15 +25,17 @@ class Recorder:
     """Counts one loop's stages. Written by the loop's thread alone; readers take snapshots."""
 
     def __init__(self) -> None:
-        self.count: dict[str, int] = {}
-        self.total_ns: dict[str, int] = {}
+        self._stages_us: dict[str, Histogram] = {}
         self._events: list[StageEvent] | None = None
 
-    def record(self, event: StageEvent) -> None:
-        self.count[event.stage] = self.count.get(event.stage, 0) + 1
-        self.total_ns[event.stage] = self.total_ns.get(event.stage, 0) + event.end_ns - event.start_ns
+    def record(self, stage: str, slot: int, layer: int, step: int, rows: int, start_ns: int, end_ns: int, peer: int = -1) -> None:
+        """As StageEvent. In the hot path: an event is made only while tracing."""
+        durations_us = self._stages_us.get(stage)
+        if durations_us is None:
+            durations_us = self._stages_us[stage] = Histogram()
+        durations_us.add((end_ns - start_ns) / 1000)
         if self._events is not None:
-            self._events.append(event)
+            self._events.append(StageEvent(stage, slot, layer, step, rows, start_ns, end_ns, peer))
 
     def start_trace(self) -> None:
         self._events = []
@@ -44,23 +45,14 @@ class Recorder:
         events, self._events = self._events, None
         return events or []
 
-    def totals(self) -> dict[str, tuple[int, int]]:
-        """Stage to (count, total ns) since the start."""
-        return {stage: (count, self.total_ns.get(stage, 0)) for stage, count in list(self.count.items())}
+    def runs(self, stage: str) -> int:
+        """How often it has run."""
+        durations_us = self._stages_us.get(stage)
+        return durations_us.count if durations_us else 0
 
-
-class LatencyWindow:
-    """Latencies of the last minute, at most `capacity` of them."""
-
-    def __init__(self, capacity: int = 4096) -> None:
-        self._samples: deque[tuple[float, float]] = deque(maxlen=capacity)
-
-    def add(self, value_ms: float, now_s: float) -> None:
-        self._samples.append((now_s, value_ms))
-
-    def recent(self, now_s: float) -> list[float]:
-        """Values in ms not older than the window."""
-        return [value for at, value in list(self._samples) if now_s - at <= WINDOW_S]
+    def stages_us(self) -> dict[str, Histogram]:
+        """The durations of every stage that has run, since the start."""
+        return {stage: durations_us.copy() for stage, durations_us in self._stages_us.copy().items()}
 
 
 def quantiles_ms(values: Iterable[float]) -> dict[str, float] | None:
@@ -69,13 +61,6 @@ def quantiles_ms(values: Iterable[float]) -> dict[str, float] | None:
     if not ordered:
         return None
     return {f"p{q}": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 3) for q in (50, 95, 99)}
-
-
-def mean_us(totals: Iterable[dict[str, tuple[int, int]]], stage: str) -> float | None:
-    """Mean duration of a stage over several recorders' totals; None when it never ran."""
-    pairs = [t[stage] for t in totals if stage in t]
-    count = sum(c for c, _ in pairs)
-    return round(sum(ns for _, ns in pairs) / count / 1000, 2) if count else None
 
 
 def clock_offset_ns() -> int:

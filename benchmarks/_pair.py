@@ -461,6 +461,6 @@ def _nothing() -> None:
 
 def busy_us(loop: StepLoop) -> float:
     """Mean us of a layer that the loop was in a stage; the head counts as part of every layer."""
-    totals = loop.recorder.totals()
-    stages = [totals[stage] for stage in ("attention", "head", "ffn") if stage in totals]
-    return sum(ns for _, ns in stages) / stages[0][0] / 1000
+    recorded = loop.recorder.stages_us()
+    stages = [recorded[stage] for stage in ("attention", "head", "ffn") if stage in recorded]
+    return sum(stage.total for stage in stages) / stages[0].count

@@ -18,6 +18,7 @@ import ray
 
 from actors.cluster import Cluster
 from afd_ray.config import parse_config
+from afd_ray.measured import Measured
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.request import SamplingParams
@@ -74,7 +75,7 @@ def await_decode(cluster: Cluster, requests: int) -> None:
     """Until every request has its prompt behind it: as many first tokens as requests."""
     while True:
         (attention,) = ray.get([hand.status.remote() for hand in attention_handles(cluster)])
-        if len(attention["ttft_ms"]) >= requests:
+        if Measured.load(attention["measured"]).ttft_ms.count >= requests:
             return
 
 

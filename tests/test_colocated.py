@@ -57,10 +57,9 @@ def test_both_stages_of_every_layer_are_recorded(checkpoint: Checkpoint, request
     local = LocalCluster(load_attention(checkpoint), lambda shard: load_ffn(checkpoint, shard), Epoch(1, 1, 1, 0, 1))
     with local:
         local.generate(requests[:1])
-    totals = local.attention[0].recorder.totals()
-    steps = totals["head"][0]
-    layers = checkpoint.config.num_hidden_layers
-    assert {stage: totals[stage][0] for stage in totals} == {"attention": steps * layers, "ffn": steps * layers, "head": steps}
+    runs = {stage: durations_us.count for stage, durations_us in local.attention[0].recorder.stages_us().items()}
+    steps, layers = runs["head"], checkpoint.config.num_hidden_layers
+    assert runs == {"attention": steps * layers, "ffn": steps * layers, "head": steps}
 
 
 def test_a_lone_attention_rank_has_no_peers() -> None:

@@ -21,6 +21,7 @@ from actors.ffn import FFNActor
 from actors.member import LEFT, Member
 from actors.token_frames import Moved
 from afd_ray.config import Config, parse_config
+from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
 from afd_ray.models.checkpoint import Checkpoint, load_model
@@ -293,8 +294,9 @@ async def test_a_request_goes_on_after_the_tokens_it_has(config: Config, expecte
         params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
         attention._submit(Request("r", PROMPT, params), expected[:9])
         assert await attention.tokens("r") == expected[9:]
-        status = await attention.status()
-        assert (len(status["ttft_ms"]), len(status["tpot_ms"])) == (0, MAX_TOKENS - 10)
+        measured = Measured.load((await attention.status())["measured"])
+        assert (measured.arrivals, measured.completions, measured.output_tokens) == (0, 1, MAX_TOKENS - 9)
+        assert (measured.ttft_ms.count, measured.tpot_ms.count) == (0, MAX_TOKENS - 10)
 
 
 async def test_an_ffn_rank_without_the_weights_takes_no_place(config: Config) -> None:

@@ -7,9 +7,10 @@ from actors.roster import Hand
 from actors.status import cluster_status
 from actors.transition import Transition
 from afd_ray.config import Config
+from afd_ray.measured import Measured
 
 ANSWER = {
-    **{"totals": {}, "tpot_ms": [], "ttft_ms": [], "expert_loads": [], "moved_in": {}, "pace": None},
+    **{"recent": Measured(0.0, 1.0).dump(), "expert_loads": [], "moved_in": {}, "pace": None},
     **{"running": 0, "waiting": 0, "kv_used": 0, "kv_total": 1, "micro_batches": 1},
 }
 

@@ -26,6 +26,7 @@ from afd_ray.engine.stage_costs import StageCosts, StageMeter, transfer_us
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
+from afd_ray.measured import Flights
 from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed
 from afd_ray.request import KVTicket, Request, TokenOutput
 
@@ -54,6 +55,10 @@ class AttentionLoop(StepLoop):
         self._arrivals = 0
         self._steps = 0
         self._meter = StageMeter()
+        self.flights = Flights()
+        """Of all micro-batches that passed all layers; replaced, never changed, at the end of one."""
+        self.prompt_tokens = 0
+        """Computed, over all micro-batches."""
 
     @property
     def draining(self) -> bool:
@@ -247,6 +252,7 @@ class AttentionLoop(StepLoop):
             self._park(slot)
             return False
         started_ns = time.monotonic_ns()
+        self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), started_ns / 1e9)
         self._steps += 1
         plan = plan_attention(batch.chunks, self.cache)
         flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
@@ -337,8 +343,7 @@ class AttentionLoop(StepLoop):
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
         flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
-        self._meter.add(flight.observed, flight.rows, flight.context_tokens, flight.layer)
-        self._count_experts(flight)
+        self._measure(flight)
         self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
         if outputs:
             self.clocks.note(outputs, time.monotonic())
@@ -361,6 +366,15 @@ class AttentionLoop(StepLoop):
             scheduler.use(micro_batches_for(scheduler.load, costs, budget, slots, scheduler.in_use))
 
     # --- measuring ----------------------------------------------------------------------------------------------------------
+
+    def _measure(self, flight: Flight) -> None:
+        """It has passed all layers."""
+        times, rows, context = flight.observed, flight.rows, flight.context_tokens
+        self._meter.add(times, rows, context, flight.layer)
+        mean_us = times.attention / flight.layer, times.ffn / flight.layer
+        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.transfers, times.transfer))
+        self.prompt_tokens += flight.batch.prompt_tokens
+        self._count_experts(flight)
 
     def _count_experts(self, flight: Flight) -> None:
         """Once for all layers of a micro-batch."""

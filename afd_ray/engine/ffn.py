@@ -63,6 +63,8 @@ class FFNLoop(StepLoop):
     def __init__(self, half: FFNHalf, pace: Pace | None = None) -> None:
         super().__init__(arrival="a2f", waiting="ffn_wait")
         self.half, self.pace = half, pace
+        self.steps = self.rows = 0
+        """Waves that passed all layers, and their rows."""
         self._instance = self._tp_rank = 0
         self._slots: list[SlotState] = []
         self._turns: deque[int] = deque()
@@ -188,7 +190,8 @@ class FFNLoop(StepLoop):
         slot.layer += 1
         if slot.layer == self.half.config.num_hidden_layers:
             slot.layer = 0
-            slot.waves.popleft()
+            self.rows += slot.waves.popleft().total_rows
+            self.steps += 1
             if self._conductor is not None:
                 self._start(self._conductor.finish(index))
 

@@ -13,7 +13,7 @@ import torch
 from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.message import Header, LinkError
 from afd_ray.membership.epoch import Epoch
-from afd_ray.telemetry import Recorder, StageEvent, clock_offset_ns
+from afd_ray.telemetry import Recorder, clock_offset_ns
 
 T = TypeVar("T")
 OnLost = Callable[[int, str], None]
@@ -40,6 +40,7 @@ class StepLoop(ABC):
 
     def __init__(self, arrival: str, waiting: str) -> None:
         self.recorder = Recorder()
+        self.started_s = time.monotonic()
         self.on_lost: OnLost | None = None
         """Called on the loop's thread when a link breaks; None: `run` raises the LinkError."""
         self.pause_ms: float | None = None
@@ -213,14 +214,13 @@ class StepLoop(ABC):
         return took
 
     def _record(self, stage: str, slot: int, layer: int, step: int, rows: int, started_ns: int) -> None:
-        self.recorder.record(StageEvent(stage, slot, layer, step, rows, started_ns, time.monotonic_ns()))
+        self.recorder.record(stage, slot, layer, step, rows, started_ns, time.monotonic_ns())
 
     def _record_arrival(self, header: Header) -> None:
         now_ns = time.monotonic_ns()
         # Hosts' clocks differ: a message can seem to arrive before it was sent.
         sent_ns = min(header.sent_ns - self._offset_ns, now_ns)
-        event = StageEvent(self._arrival, header.slot, header.layer, header.step, header.rows, sent_ns, now_ns, header.source)
-        self.recorder.record(event)
+        self.recorder.record(self._arrival, header.slot, header.layer, header.step, header.rows, sent_ns, now_ns, header.source)
 
     def _wall_ns(self) -> int:
         return time.monotonic_ns() + self._offset_ns

@@ -77,6 +77,11 @@ class Scheduler:
         return self.allocator.total
 
     @property
+    def context_tokens(self) -> int:
+        """Cached tokens of the running requests. May be read by another thread."""
+        return sum(sequence.computed for sequence in list(self._running.values()))
+
+    @property
     def load(self) -> Load:
         """What there is to run, admitted or not."""
         decoding = [sequence for sequence in self._running.values() if sequence.decodes]

@@ -87,5 +87,11 @@ class MicroBatch(NamedTuple):
     def rows(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Rows that are tokens of prompts."""
+        prefill = [chunk for chunk in self.chunks if chunk.start < chunk.sequence.prompt_count]
+        return sum(min(chunk.count, chunk.sequence.prompt_count - chunk.start) for chunk in prefill)
+
     def __str__(self) -> str:
         return f"slot {self.slot}: " + ", ".join(map(str, self.chunks))
