@@ -13,12 +13,13 @@ import ray
 from actors import ledger
 from actors.crew import Crew
 from actors.roster import ask, trace_all
-from actors.status import cluster_status
+from actors.status import cluster_metrics, cluster_status
 from actors.transition import Transition
 from afd_ray.config import Config, model_directory
 from afd_ray.membership.events import Adopted, Lost, Record, Stopping
 from afd_ray.membership.shape import Shape
 from afd_ray.membership.steps import NAMES
+from afd_ray.metrics import Sample
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.telemetry import chrome_trace, on_one_clock, overlap
 
@@ -173,6 +174,11 @@ class Controller:
     async def status(self) -> dict[str, Any]:
         """The whole cluster, as `afd-ray status --json` prints it."""
         return await cluster_status(self._config, self._transition)
+
+    @ray.method
+    async def metrics(self) -> list[Sample]:
+        """What `/metrics` tells of the cluster and its actors."""
+        return await cluster_metrics(self._config, self._transition)
 
     @ray.method
     async def trace(self, steps: int) -> dict[str, Any]:
