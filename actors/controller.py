@@ -13,12 +13,13 @@ from actors.autoscaler import Autoscaler
 from actors.crew import Crew
 from actors.inquiry import ANSWER_TIMEOUT_S, Inquiry
 from actors.roster import ask
-from actors.status import cluster_status
+from actors.status import cluster_metrics, cluster_status
 from actors.transition import Transition
 from afd_ray.config import Config, model_directory
 from afd_ray.membership.events import Adopted, Lost, Record, Stopping
 from afd_ray.membership.shape import Shape
 from afd_ray.membership.steps import NAMES
+from afd_ray.metrics import Sample
 from afd_ray.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,11 @@ class Controller(Inquiry):
     async def decisions(self, after: int = 0) -> dict[str, Any]:
         """What the policy decided and operators asked for, and how that ended: those that are kept with a number above `after`, oldest first."""
         return {"policy": self._config.autoscaling.policy, "decisions": self._autoscaler.decisions(after)}
+
+    @ray.method
+    async def metrics(self) -> list[Sample]:
+        """What `/metrics` tells of the cluster and its actors."""
+        return await cluster_metrics(self._config, self._transition)
 
     @ray.method
     async def shutdown(self) -> None:

@@ -289,7 +289,7 @@ async def test_metrics_count_over_replicas(backend: FakeBackend) -> None:
         'afd_time_to_first_token_seconds_count{replica="mine"} 1.0',
         'afd_time_per_output_token_seconds_count{replica="mine"} 1.0',
         'afd_choices_finished_total{reason="stop",replica="mine"} 1.0',
-        "afd_requests_running 0.0",
+        'afd_requests_running{actor="attention-0"} 0.0',
     ):
         assert expected in lines
     assert len([line for line in lines if line.startswith("# TYPE afd_generation_tokens_total")]) == 1
