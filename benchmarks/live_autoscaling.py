@@ -6,6 +6,7 @@ to the minimum; counts turn round once at most.
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -47,7 +48,7 @@ CONFIG: dict[str, Any] = {
         "tpot_target_ms": TARGET_MS,
         "ttft_target_ms": 10_000,
         "max": MOST._asdict(),
-        "options": {"shrink_after_s": 20, "shrink_cooldown_s": 10, "grow_cooldown_s": 5},
+        "options": {"shrink_after_s": 20, "shrink_cooldown_s": 10, "grow_cooldown_s": 5, "deviations": 0},
     },
 }
 OUTPUT = 60
@@ -111,7 +112,7 @@ class Run(NamedTuple):
         """How often a role's ranks went the other way than the time before."""
         steps = [[change.to[role] - change.before[role] for change in self.changes] for role in (0, 1)]
         moves = [[step for step in of_role if step] for of_role in steps]
-        return sum(a * b < 0 for of_role in moves for a, b in zip(of_role, of_role[1:], strict=False))
+        return sum(a * b < 0 for of_role in moves for a, b in itertools.pairwise(of_role))
 
 
 class Load:
@@ -272,7 +273,9 @@ def draw(seen: Run, file: Path) -> None:
     for axes in (tpot, ranks):
         for start_s, phase in zip(seen.starts_s(), seen.phases, strict=True):
             axes.axvline(start_s, color="lightgray")
-            axes.annotate(phase.name, (start_s, 1), xycoords=("data", "axes fraction"), va="top", xytext=(3, -3), textcoords="offset points")
+            axes.annotate(
+                phase.name, (start_s, 1), xycoords=("data", "axes fraction"), va="top", xytext=(3, -3), textcoords="offset points"
+            )
         axes.legend(loc="lower right")
     figure.savefig(file, dpi=100)
 

@@ -210,7 +210,7 @@ async def test_a_successor_goes_on_with_numbers_state_and_override() -> None:
         await setting.more(3)
         await setting.scale(LARGE)
         last = setting.autoscaler.decisions()[-1]["number"]
-        calls = setting.autoscaler._guard.state["calls"]
+    calls = shelf.read()["autoscaling"]["state"]["calls"]
     async with Setting(mine("by_requests"), shelf) as successor:
         await successor.until(lambda: bool(successor.autoscaler.decisions(last)))
         assert [entry["number"] for entry in successor.autoscaler.decisions()][: last + 1] == list(range(1, last + 2))
