@@ -32,14 +32,14 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = replace(PRESETS["step3-tiny"], moe_layers=frozenset(range(4)), moe_num_experts=16, moe_top_k=1)
 """Each row has one expert, so that routed FFN instances divide the rows among them."""
 NAME = "paced"
-TARGET_MS, PERIOD_S = 120.0, 5.0
+TARGET_MS, PERIOD_S = 240.0, 5.0
 PERIODS = 3
 """In which TPOT must be under its target again."""
 MOST = Counts(4, 4)
 CONFIG: dict[str, Any] = {
     "model": {"name": NAME},
-    "attention": {"replicas": 1, "pace": {"base_us": 1000, "per_context_token_us": 16}},
-    "ffn": {"dispatch": "routed", "pace": {"base_us": 500, "per_row_us": 500}},
+    "attention": {"replicas": 1, "pace": {"base_us": 2000, "per_context_token_us": 32}},
+    "ffn": {"dispatch": "routed", "pace": {"base_us": 1000, "per_row_us": 1000}},
     "pipeline": {"max_tokens_per_micro_batch": 16},
     "failure": {"detect_timeout_s": 5.0},
     "autoscaling": {
@@ -66,10 +66,10 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("as at first", 40, 1.0, 100),
-    Phase("context doubled", 70, 1.0, 230),
-    Phase("rate doubled", 80, 2.0, 230),
-    Phase("no load", 90, 0.0, 0),
+    Phase("as at first", 50, 0.5, 100),
+    Phase("context doubled", 80, 0.5, 230),
+    Phase("rate doubled", 90, 1.0, 230),
+    Phase("no load", 60, 0.0, 0),
 )
 
 
