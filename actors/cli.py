@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from actors.commands import checkpoint, demo, generate, plan, scale, serve, simulate, status, trace
+from actors.commands import checkpoint, decisions, demo, generate, plan, scale, serve, simulate, status, trace
 
-COMMANDS = (serve, status, scale, generate, trace, plan, simulate, checkpoint, demo)
+COMMANDS = (serve, status, scale, decisions, generate, trace, plan, simulate, checkpoint, demo)
 INTERRUPTED = 130
 
 
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for policies by `module:function`; Ray's workers look there too
     try:
         args = parser.parse_args([word for word in words if word != "--debug"])
         if args.version:

@@ -4,15 +4,15 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
 
 from actors import ledger
+from actors.autoscaler import Autoscaler
 from actors.crew import Crew
-from actors.roster import ask, trace_all
+from actors.inquiry import ANSWER_TIMEOUT_S, Inquiry
+from actors.roster import ask
 from actors.status import cluster_metrics, cluster_status
 from actors.transition import Transition
 from afd_ray.config import Config, model_directory
@@ -21,18 +21,15 @@ from afd_ray.membership.shape import Shape
 from afd_ray.membership.steps import NAMES
 from afd_ray.metrics import Sample
 from afd_ray.models.checkpoint import Checkpoint
-from afd_ray.telemetry import chrome_trace, on_one_clock, overlap
 
 logger = logging.getLogger(__name__)
 
 NAME = "afd-controller"
 NAMESPACE = "afd"
-TRACE_TIMEOUT_S = 20.0
-ANSWER_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 
 
-class Controller:
+class Controller(Inquiry):
     """The cluster's one owner of actors and placement groups. The data plane goes on without it; Ray restarts it, and it takes over again."""
 
     def __init__(self, config: Config, name: str = NAME) -> None:
@@ -42,8 +39,9 @@ class Controller:
         secret = self._left.secret if self._left else secrets.token_bytes(32)
         uid = self._left.uid if self._left else secrets.token_hex(4)
         self._crew = Crew(config, secret, uid, NAMESPACE, name)
-        self._transition = Transition(config, self._checkpoint.config, self._crew, self._store)
-        self._metrics: dict[str, Any] = {}
+        model = self._checkpoint.config
+        super().__init__(Transition(config, model, self._crew, self._store))
+        self._autoscaler = Autoscaler(config, model.num_hidden_layers, self._transition, ledger.Shelf(name))
         if self._left is not None:
             this: Any = ray.get_actor(name, namespace=NAMESPACE)
             this.adopt.remote()
@@ -63,6 +61,7 @@ class Controller:
         self._transition.tell(Adopted(left.record))
         for member in missing:
             self._transition.tell(Lost(member, "it ended while there was no controller"))
+        self._autoscaler.begin()
 
     @ray.method
     async def start(self) -> None:
@@ -75,6 +74,7 @@ class Controller:
             await self._stop()
             raise RuntimeError(answer["reason"])
         self._transition.last_resize = None
+        self._autoscaler.begin()
 
     @ray.method
     async def progress(self) -> str:
@@ -104,8 +104,8 @@ class Controller:
 
         `ffn` counts ranks. Raises ValueError for a shape that cannot be, RuntimeError when a resize is in progress already.
         """
-        shape = scaled(self._wanted(), attention, ffn, ffn_tensor_parallel)
-        return await self._resize(shape, timeout_s=timeout_s)
+        shape = self._wanted().scaled(attention, ffn, ffn_tensor_parallel)
+        return await self._autoscaler.by_hand(shape, lambda: self._resize(shape, timeout_s=timeout_s))
 
     @ray.method
     async def reshape(self, attention: int, tensor_parallel: int, expert_parallel: int, micro_batches: int | None = None) -> None:
@@ -114,7 +114,8 @@ class Controller:
             if tensor_parallel * expert_parallel != 1:
                 raise ValueError(f"a colocated cluster has no FFN ranks to cut, got {tensor_parallel} x {expert_parallel}")
             expert_parallel = 0
-        await self._reshape(Shape(attention, tensor_parallel, expert_parallel, micro_batches))
+        shape = Shape(attention, tensor_parallel, expert_parallel, micro_batches)
+        _require_committed(await self._autoscaler.by_hand(shape, lambda: self._resize(shape)))
 
     @ray.method
     async def rebalance(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Controller:
         epochs = self._transition.epochs
         before, epochs.loads = epochs.loads, loads
         try:
-            await self._reshape(self._wanted(), anew=True)
+            _require_committed(await self._resize(self._wanted(), anew=True))
         except RuntimeError:
             epochs.loads = before
             raise
@@ -173,7 +174,7 @@ class Controller:
     @ray.method
     async def status(self) -> dict[str, Any]:
         """The whole cluster, as `afd-ray status --json` prints it."""
-        return await cluster_status(self._config, self._transition)
+        return await cluster_status(self._config, self._transition) | {"autoscaling": self._autoscaler.describe()}
 
     @ray.method
     async def metrics(self) -> list[Sample]:
@@ -181,64 +182,14 @@ class Controller:
         return await cluster_metrics(self._config, self._transition)
 
     @ray.method
-    async def trace(self, steps: int) -> dict[str, Any]:
-        """The next `steps` steps of every actor as Chrome trace JSON, with the overlap figure in `otherData`."""
-        coordinator, hands = self._transition.coordinator, self._transition.hands
-        if coordinator.broken or not hands:
-            raise ValueError(
-                f"a trace needs every actor at work, but the cluster is {coordinator.state}: {coordinator.broken or 'no actor'}"
-            )
-        actors = await trace_all(hands, steps, TRACE_TIMEOUT_S)
-        found = overlap(on_one_clock(actor) for actor in actors)
-        return chrome_trace(actors) | {
-            "otherData": {
-                "epoch": self._epoch_number,
-                "overlap": found.figure if found else None,
-                "busy": dict(zip((hand.name for hand in hands), found.busy, strict=True)) if found else None,
-            }
-        }
-
-    @ray.method
-    async def attention_handles(self) -> list[Any]:
-        """The attention actors, for benchmarks that drive the engine directly."""
-        return [hand.handle for hand in self._transition.hands if hand.role == "attention"]
-
-    @ray.method
-    async def count_ray_calls(self, steps: int) -> dict[str, dict[str, int]]:
-        """Function calls by each actor's step loop over the next `steps` steps: all of them, and those into Ray."""
-        hands = self._transition.hands
-        counts = await ask(hands, "count_ray_calls", steps, TRACE_TIMEOUT_S, timeout_s=TRACE_TIMEOUT_S + 10)
-        return {hand.name: count for hand, count in zip(hands, counts, strict=True)}
-
-    @ray.method
-    async def exchange_metrics(self, replica: str, snapshot: Any) -> dict[str, Any]:
-        """Keep an ingress replica's metrics, and give those of the others: a scrape of one replica speaks for all."""
-        self._metrics[replica] = snapshot
-        return {other: kept for other, kept in self._metrics.items() if other != replica}
-
-    @ray.method
-    async def check_integrity(self) -> list[str]:
-        """What is wrong with any attention actor's KV blocks or streams, a line each."""
-        hands = [hand for hand in self._transition.hands if hand.role == "attention"]
-        answers = await ask(hands, "check_integrity", timeout_s=ANSWER_TIMEOUT_S)
-        return [f"{hand.name}: {line}" for hand, lines in zip(hands, answers, strict=True) for line in lines]
-
-    @ray.method
-    async def resident_bytes(self) -> dict[str, dict[str, int]]:
-        """Memory by actor."""
-        hands = self._transition.hands
-        answers = await ask(hands, "resident_bytes", timeout_s=ANSWER_TIMEOUT_S)
-        return {hand.name: answer for hand, answer in zip(hands, answers, strict=True)}
+    async def decisions(self, after: int = 0) -> dict[str, Any]:
+        """What the policy decided and operators asked for, and how that ended: those that are kept with a number above `after`, oldest first."""
+        return {"policy": self._config.autoscaling.policy, "decisions": self._autoscaler.decisions(after)}
 
     @ray.method
     async def shutdown(self) -> None:
         """Stop every actor and give all placement groups back."""
         await self._stop()
-
-    @property
-    def _epoch_number(self) -> int:
-        roster = self._transition.roster
-        return roster.number if roster else 0
 
     def _wanted(self) -> Shape:
         wanted = self._transition.coordinator.wanted
@@ -252,12 +203,6 @@ class Controller:
         if answer["outcome"] == "refused":
             raise RuntimeError(answer["reason"])
         return answer
-
-    async def _reshape(self, shape: Shape, *, anew: bool = False) -> None:
-        """Raises RuntimeError when it is refused or rolled back."""
-        answer = await self._resize(shape, anew=anew)
-        if answer["outcome"] != "committed":
-            raise RuntimeError(answer["reason"])
 
     async def _expert_loads(self) -> list[int]:
         """How often each expert was chosen in this epoch, by all attention ranks."""
@@ -276,6 +221,7 @@ class Controller:
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         while transition.coordinator.record.members and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
+        self._autoscaler.close()
         transition.close()
         self._crew.release(list(self._crew.hands))
         ledger.erase(self._name)
@@ -293,21 +239,7 @@ def _left(config: Config, name: str) -> ledger.Entry | None:
     return None
 
 
-def scaled(shape: Shape, attention: int | None, ffn: int | None, tensor_parallel: int | None) -> Shape:
-    """The shape with so many ranks; raises ValueError (one line) for what cannot be."""
-    for name, count in (("attention", attention), ("ffn", ffn), ("ffn tensor parallel", tensor_parallel)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if attention is not None:
-        shape = replace(shape, attention=attention)
-    if ffn is None and tensor_parallel is None:
-        return shape
-    if shape.expert_parallel == 0:
-        raise ValueError("a colocated cluster has no FFN ranks to scale")
-    ranks, within = ffn or shape.ffn, tensor_parallel or shape.tensor_parallel
-    if ranks % within:
-        raise ValueError(f"ffn must be a multiple of the tensor parallel ranks of an instance ({within}), got {ranks}")
-    return replace(shape, tensor_parallel=within, expert_parallel=ranks // within)
-
-
-__all__: Sequence[str] = ["NAME", "NAMESPACE", "Controller", "scaled"]
+def _require_committed(answer: dict[str, Any]) -> None:
+    """Raises RuntimeError for a resize that was rolled back."""
+    if answer["outcome"] != "committed":
+        raise RuntimeError(answer["reason"])

@@ -1,5 +1,6 @@
 """Whether a configuration and a checkpoint can be served together: what is known before Ray starts."""
 
+from afd_ray.autoscaling.loading import load_policy
 from afd_ray.config import Config, ConfigError
 from afd_ray.membership.epochs import epoch_of
 from afd_ray.membership.shape import Shape
@@ -18,6 +19,8 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
         epoch_of(config, checkpoint.config, Shape.of(config), 1).check(checkpoint.config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.autoscaling.policy != "fixed":
+        _check_autoscaling(config, checkpoint.config)
 
 
 def _check_context(config: Config, model: ModelConfig) -> None:
@@ -43,3 +46,20 @@ def _check_redundancy(config: Config, model: ModelConfig) -> None:
             f"ffn.redundant_experts: {ffn.redundant_experts} must be at most {most}, for no instance holds an expert twice "
             f"({model.moe_num_experts} experts, at most {instances} instances by ffn and autoscaling.max)"
         )
+
+
+def _check_autoscaling(config: Config, model: ModelConfig) -> None:
+    """Raises for a policy that cannot be loaded, or that has nothing to scale; ConfigError for bounds that no cluster can come to."""
+    scaling, within = config.autoscaling, config.ffn.tensor_parallel
+    load_policy(scaling.policy)
+    if config.ffn.colocated:
+        raise ConfigError(
+            f"autoscaling.policy: {scaling.policy} must be fixed with ffn.colocated: there are no FFN ranks to scale"
+        )
+    if scaling.max.ffn < within:
+        raise ConfigError(f"autoscaling.max.ffn: {scaling.max.ffn} must be at least ffn.tensor_parallel, {within}")
+    largest = Shape.of(config).scaled(scaling.max.attention, scaling.max.ffn // within * within)
+    try:
+        epoch_of(config, model, largest, 1).check(model)
+    except ValueError as error:
+        raise ConfigError(f"autoscaling.max: {largest} are more than this model can have: {error}") from None

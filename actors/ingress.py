@@ -85,6 +85,9 @@ class ClusterBackend:
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return dict(await self._view.ask("scale", named=wanted))
 
+    async def decisions(self, after: int) -> dict[str, Any]:
+        return dict(await self._view.ask("decisions", after, timeout_s=ANSWER_TIMEOUT_S))
+
     async def rebalance(self) -> dict[str, Any]:
         return dict(await self._view.ask("rebalance"))
 

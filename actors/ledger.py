@@ -1,9 +1,11 @@
 """What outlives the controller: kept in the Ray cluster's own store, from which its successor goes on."""
 
+import json
 import pickle
 from dataclasses import dataclass
+from typing import Any
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 from actors.crew import Found
 from afd_ray.membership.epoch import Epoch
@@ -41,3 +43,25 @@ def write(name: str, entry: Entry) -> None:
 def erase(name: str) -> None:
     """The cluster has ended; harmless when there is nothing."""
     _internal_kv_del(name.encode(), namespace=KEYS)
+    _internal_kv_del(f"{name}/".encode(), del_by_prefix=True, namespace=KEYS)
+
+
+class Shelf:
+    """What a cluster's controller keeps in pieces beside its entry: JSON values by key, gone with the entry."""
+
+    def __init__(self, name: str) -> None:
+        self._prefix = f"{name}/".encode()
+
+    def put(self, key: str, value: Any) -> None:
+        """At once, as `write`. TypeError or ValueError for what is no JSON value."""
+        _internal_kv_put(self._prefix + key.encode(), json.dumps(value).encode(), overwrite=True, namespace=KEYS)
+
+    def drop(self, key: str) -> None:
+        """Harmless when there is nothing."""
+        _internal_kv_del(self._prefix + key.encode(), namespace=KEYS)
+
+    def read(self) -> dict[str, Any]:
+        """All of it."""
+        keys = _internal_kv_list(self._prefix, namespace=KEYS)
+        kept = {key: _internal_kv_get(key, namespace=KEYS) for key in keys}
+        return {key.removeprefix(self._prefix).decode(): json.loads(value) for key, value in kept.items() if value}

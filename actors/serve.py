@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
+from urllib.parse import parse_qsl, urlsplit
 
 import ray
 from ray import serve as ray_serve
@@ -102,11 +103,12 @@ def check_room(prompt_tokens: int, max_tokens: int | None, context: int) -> None
 
 def ask_controller(address: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
     """What `/admin/*` would answer, from the controller in the Ray cluster at `address`. Raises ClusterError (one line)."""
-    method = path.removeprefix("/admin/")
+    parts = urlsplit(path)
+    method, named = parts.path.removeprefix("/admin/"), {key: int(value) for key, value in parse_qsl(parts.query)} | (body or {})
     with joined(address):
         try:
             controller = ray.get_actor(NAME, namespace=NAMESPACE)
-            answer: dict[str, Any] = ray.get(getattr(controller, method).remote(**(body or {})), timeout=timeout_s)
+            answer: dict[str, Any] = ray.get(getattr(controller, method).remote(**named), timeout=timeout_s)
         except ValueError:
             raise ClusterError(f"no afd-ray server in the Ray cluster at {address}") from None
         except ray.exceptions.RayError as error:

@@ -45,7 +45,7 @@ def actor_samples(name: str, role: Role, answer: Answer) -> list[Sample]:
 async def _ask_all(transition: Transition) -> Shown:
     crew = transition.crew
     hands = list(crew.hands.values())
-    answered = await asyncio.gather(*map(_answer, hands))
+    answered = await asyncio.gather(*map(answer_of, hands))
     answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
     hands = [hand for hand in hands if hand.name in crew]  # who was released meanwhile is not dead; who was lost has departed
     living: Shown = [(hand, answers[hand.name]) for hand in _in_order(hands, transition.roster)]
@@ -82,7 +82,8 @@ def _in_order(hands: list[Hand], roster: Roster | None) -> list[Hand]:
     return sorted(hands, key=lambda hand: ranks.get(hand.name, len(ranks)))
 
 
-async def _answer(hand: Hand) -> dict[str, Any] | None:
+async def answer_of(hand: Hand) -> dict[str, Any] | None:
+    """An actor's part; None for one that is not up yet, or does not answer."""
     if not hand.identity:
         return None
     try:

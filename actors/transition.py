@@ -147,13 +147,15 @@ class Transition:
             finally:
                 self._told.popleft()
 
-    async def ask(self, shape: Shape, *, anew: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
+    async def ask(
+        self, shape: Shape, *, anew: bool = False, timeout_s: float | None = None, ask_id: str | None = None
+    ) -> dict[str, Any]:
         """Get to this shape, or give it up after `timeout_s`; gives how that ended, as `last_resize` in the status.
 
-        Raises ValueError for a shape that cannot be.
+        `ask_id`: for `withdraw`. Raises ValueError for a shape that cannot be.
         """
         self.epochs.check(shape)
-        ask_id, before, started_s = os.urandom(8).hex(), self.roster, time.monotonic()
+        ask_id, before, started_s = ask_id or new_ask_id(), self.roster, time.monotonic()
         self._asked[ask_id] = asyncio.get_running_loop().create_future()
         self.tell(Asked(ask_id, shape, anew))
         late = Withdrawn(ask_id, f"not over in {timeout_s:g} s") if timeout_s is not None else None
@@ -174,6 +176,10 @@ class Transition:
         if done.outcome != "refused":
             self.last_resize = answer
         return answer
+
+    def withdraw(self, ask_id: str, reason: str) -> None:
+        """Roll back what was asked for; too late once it has committed."""
+        self.tell(Withdrawn(ask_id, reason))
 
     def close(self) -> None:
         """Watch nobody any more."""
@@ -299,6 +305,11 @@ class Transition:
             self._endpoints.setdefault(ask.number, {})[ask.roster.members.index(hand.name)] = answer
         elif ask.op == "switch" and hand.role == "attention":
             self._pauses_ms.setdefault(ask.number, []).append(round(float(answer), 1))
+
+
+def new_ask_id() -> str:
+    """No two are the same."""
+    return os.urandom(8).hex()
 
 
 def _counts(shape: Shape) -> dict[str, int]:

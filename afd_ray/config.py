@@ -253,7 +253,6 @@ def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     refused: list[tuple[bool, str, object, str]] = [
         (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
-        (config.autoscaling.policy != "fixed", "autoscaling.policy", config.autoscaling.policy, "fixed"),
         (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
         (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
     ]

@@ -39,7 +39,7 @@ class FakeHandle:
             raise error
         if op == "lost":
             return await asyncio.shield(self.ended)
-        return {"load": {"model_digest": 1}, "prepare": {}, "switch": crew.pause_ms}.get(op)
+        return {"load": {"model_digest": 1}, "prepare": {}, "switch": crew.pause_ms, "status": crew.status(self.name)}.get(op)
 
 
 class FakeCrew:
@@ -54,6 +54,7 @@ class FakeCrew:
         self.errors: dict[tuple[str, str], Exception] = {}
         """By call and member."""
         self.pause_ms = 7.0
+        self.status: Callable[[str], dict[str, Any]] = lambda member: {}
 
     def __getitem__(self, member: str) -> Hand:
         return self.hands[member]

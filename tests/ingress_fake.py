@@ -118,6 +118,9 @@ class FakeBackend:
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return {"outcome": "committed", "to": wanted}
 
+    async def decisions(self, after: int) -> dict[str, Any]:
+        return {"policy": "balance", "decisions": [{"number": after + 1}]}
+
     async def rebalance(self) -> dict[str, Any]:
         return {"epoch": 2, "experts": [[0, 1], [1, 2]]}
 

@@ -135,6 +135,15 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
         wanted["timeout_s"] = _count(body, "timeout_s", MAX_TIMEOUT_S)
         return _resized(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
 
+    async def decisions(request: Request) -> Response:
+        options.admin_keys.check(request)
+        query = dict(request.query_params)
+        _refuse_unknown_keys(query, ("after",))
+        after = query.get("after", "0")
+        if not after.isdecimal():
+            raise bad_request(f"after must be the number of a decision, got {json.dumps(after)[:30]}", param="after")
+        return json_response(await _asked(backend.decisions(int(after))))
+
     async def rebalance(request: Request) -> Response:
         options.admin_keys.check(request)
         _refuse_unknown_keys(parse_json(await _body(request, options) or b"{}"), ())
@@ -149,6 +158,7 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
 
     app.add_route("/admin/status", status, methods=["GET"])
     app.add_route("/admin/scale", scale, methods=["POST"])
+    app.add_route("/admin/decisions", decisions, methods=["GET"])
     app.add_route("/admin/rebalance", rebalance, methods=["POST"])
     app.add_route("/admin/trace", trace, methods=["POST"])
 

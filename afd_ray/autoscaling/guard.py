@@ -1,11 +1,14 @@
 """Around any policy: what raises, answers nonsense or takes too long leaves the cluster as it is."""
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 
 from afd_ray.autoscaling.values import Counts, Decision, Observation, Policy, State
 
 LONGEST_REASON = 200
+LARGEST_STATE = 1 << 18
+"""Characters of JSON."""
 
 
 def checked(answer: object, observation: Observation, state: State) -> Decision:
@@ -18,6 +21,9 @@ def checked(answer: object, observation: Observation, state: State) -> Decision:
         return _unchanged(observation, state, f"the policy wants {_shown(counts)} ranks, not two positive integers")
     if not isinstance(answer.state, Mapping) or not isinstance(answer.reason, str):
         return _unchanged(observation, state, "the policy's state must be a mapping and its reason a text")
+    fault = _fault_of(answer.state)
+    if fault is not None:
+        return _unchanged(observation, state, fault)
     override = observation.override
     if override is not None and counts != observation.counts:
         return _unchanged(observation, answer.state, f"set to {override.counts} by hand; the policy wants {Counts(*counts)}")
@@ -86,6 +92,15 @@ class _Question:
 
 def _unchanged(observation: Observation, state: State, reason: str) -> Decision:
     return Decision(observation.counts, reason, state)
+
+
+def _fault_of(state: State) -> str | None:
+    """Why this cannot be kept for a restarted controller; None: it can."""
+    try:
+        size = len(json.dumps(dict(state)))
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"the policy's state must hold JSON values alone: {_shown(error)}"
+    return None if size <= LARGEST_STATE else f"the policy's state is {size} characters of JSON, more than {LARGEST_STATE}"
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from afd_ray.config import Autoscaling
 from afd_ray.engine.stage_costs import StageCosts
 
 State = Mapping[str, Any]
@@ -80,6 +81,19 @@ class Goals:
     """A resize that lasts longer is given up."""
     options: Mapping[str, float] = field(default_factory=dict)
     """The policy's own settings."""
+
+    @classmethod
+    def of(cls, scaling: Autoscaling, ffn_step: int) -> "Goals":
+        """As configured."""
+        return cls(
+            tpot_ms=scaling.tpot_target_ms,
+            ttft_ms=scaling.ttft_target_ms,
+            least=Counts(scaling.min.attention, scaling.min.ffn),
+            most=Counts(scaling.max.attention, scaling.max.ffn),
+            ffn_step=ffn_step,
+            resize_deadline_s=scaling.resize_deadline_s,
+            options=scaling.options,
+        )
 
     def bound(self, counts: Counts) -> Counts:
         """The nearest counts within the bounds; FFN ranks rounded up to whole instances."""

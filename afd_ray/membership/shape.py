@@ -1,6 +1,6 @@
 """How many ranks an epoch has: what is asked for, before any member has a place in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afd_ray.config import Config
 from afd_ray.membership.epoch import Epoch
@@ -36,6 +36,21 @@ class Shape:
         ffn = config.ffn
         count = None if micro_batches == "auto" else micro_batches
         return cls(config.attention.replicas, ffn.tensor_parallel, ffn.ranks // ffn.tensor_parallel, count)
+
+    def scaled(self, attention: int | None = None, ffn: int | None = None, tensor_parallel: int | None = None) -> "Shape":
+        """With so many ranks; None: as it is. Raises ValueError (one line) for what cannot be."""
+        for name, count in (("attention", attention), ("ffn", ffn), ("ffn tensor parallel", tensor_parallel)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        shape = self if attention is None else replace(self, attention=attention)
+        if ffn is None and tensor_parallel is None:
+            return shape
+        if self.expert_parallel == 0:
+            raise ValueError("a colocated cluster has no FFN ranks to scale")
+        ranks, within = ffn or self.ffn, tensor_parallel or self.tensor_parallel
+        if ranks % within:
+            raise ValueError(f"ffn must be a multiple of the tensor parallel ranks of an instance ({within}), got {ranks}")
+        return replace(shape, tensor_parallel=within, expert_parallel=ranks // within)
 
     def epoch(self, number: int) -> Epoch:
         colocated = self.expert_parallel == 0

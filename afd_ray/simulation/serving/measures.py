@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from afd_ray.autoscaling.observing import quantiles_of
 from afd_ray.autoscaling.values import Quantiles, Stages
 from afd_ray.histogram import Histogram
 from afd_ray.simulation.serving.jobs import Job
@@ -110,7 +111,8 @@ class Measures:
 
     def latencies(self) -> tuple[Quantiles | None, Quantiles | None]:
         """TPOT and TTFT over the last minute."""
-        return self._quantiles("tpot_ms"), self._quantiles("ttft_ms")
+        tallies = (*self._window, self.recent)
+        return quantiles_of(tally.tpot_ms for tally in tallies), quantiles_of(tally.ttft_ms for tally in tallies)
 
     def turn(self) -> Tally:
         """What was counted since the last turn; counting starts anew."""
@@ -120,13 +122,6 @@ class Measures:
         self._window.append(past)
         self._attention_ps = self._ffn_ps = self._round_ps = self._rounds = 0
         return past
-
-    def _quantiles(self, name: str) -> Quantiles | None:
-        merged = Histogram()
-        for tally in (*self._window, self.recent):
-            merged.merge(getattr(tally, name))
-        values = merged.quantiles(0.50, 0.95, 0.99)
-        return Quantiles(*values) if values else None
 
 
 class Course:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from afd_ray.autoscaling.values import Counts, Goals
+from afd_ray.autoscaling.values import Goals
 from afd_ray.config import Config, model_directory
 from afd_ray.engine.stage_costs import CostLine
 from afd_ray.models.checkpoint import Checkpoint
@@ -52,16 +52,7 @@ class Scene(NamedTuple):
     @property
     def goals(self) -> Goals:
         """What the policy is asked for."""
-        scaling = self.config.autoscaling
-        return Goals(
-            tpot_ms=scaling.tpot_target_ms,
-            ttft_ms=scaling.ttft_target_ms,
-            least=Counts(scaling.min.attention, scaling.min.ffn),
-            most=Counts(scaling.max.attention, scaling.max.ffn),
-            ffn_step=self.config.ffn.tensor_parallel,
-            resize_deadline_s=scaling.resize_deadline_s,
-            options=scaling.options,
-        )
+        return Goals.of(self.config.autoscaling, self.config.ffn.tensor_parallel)
 
     @property
     def make_rank(self) -> MakeRank:
