@@ -177,14 +177,14 @@ class Controller(Inquiry):
         return await cluster_status(self._config, self._transition) | {"autoscaling": self._autoscaler.describe()}
 
     @ray.method
-    async def decisions(self, after: int = 0) -> dict[str, Any]:
-        """What the policy decided and operators asked for, and how that ended: those that are kept with a number above `after`, oldest first."""
-        return {"policy": self._config.autoscaling.policy, "decisions": self._autoscaler.decisions(after)}
-
-    @ray.method
     async def metrics(self) -> list[Sample]:
         """What `/metrics` tells of the cluster and its actors."""
         return await cluster_metrics(self._config, self._transition)
+
+    @ray.method
+    async def decisions(self, after: int = 0) -> dict[str, Any]:
+        """What the policy decided and operators asked for, and how that ended: those that are kept with a number above `after`, oldest first."""
+        return {"policy": self._config.autoscaling.policy, "decisions": self._autoscaler.decisions(after)}
 
     @ray.method
     async def shutdown(self) -> None:

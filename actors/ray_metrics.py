@@ -42,5 +42,5 @@ class RayMetrics:
         family = self._families.get(metric.name)
         if family is None:
             kind = Gauge if metric.kind == "gauge" else Counter
-            family = self._families[metric.name] = kind(metric.name.removesuffix("_total"), metric.help, metric.labels)
+            family = self._families[metric.name] = kind(metric.family, metric.help, metric.labels)
         return family

@@ -20,6 +20,11 @@ class Metric(NamedTuple):
     help: str
     labels: tuple[str, ...]
 
+    @property
+    def family(self) -> str:
+        """The name without what marks its samples as a counter's."""
+        return self.name.removesuffix("_total") if self.kind == "counter" else self.name
+
 
 class Sample(NamedTuple):
     name: str
@@ -66,9 +71,9 @@ _LATENCIES: tuple[Latency, ...] = (
 )  # fmt: skip
 _STEPS = _OF_ATTENTION[-1][0]
 _FFN_ROWS = _counter("ffn_rows", "Rows of the waves that passed all layers")
-_STAGE_SECONDS = _counter("stage_seconds", "Time spent in a stage, one layer of one micro-batch at a time", STAGE)
+_STAGE_SECONDS = _counter("stage_seconds", "Time spent in a stage: a layer of a micro-batch, its head, or one wait", STAGE)
 _STAGE_RUNS = _counter("stage_runs", "How often a stage has run", STAGE)
-_STAGE_TIME = _quantile("stage_time_seconds", "Time of one layer of one micro-batch in a stage", STAGE)
+_STAGE_TIME = _quantile("stage_time_seconds", "Time of one run of a stage", STAGE)
 _BUBBLE = _gauge(
     "bubble_ratio", "Of the time with work under way, the share spent waiting for the other half, over the last minute"
 )

@@ -92,6 +92,7 @@ def test_prometheus_text_has_each_family_once_with_its_help_and_kind() -> None:
     assert lines.count("# TYPE afd_steps_total counter") == 1
     assert f"# HELP afd_steps_total {CATALOGUE['afd_steps_total'].help}" in lines
     assert 'afd_steps_total{actor="attention-1",role="attention"} 20.0' in lines
+    assert "# TYPE afd_kv_blocks_total gauge" in lines
 
 
 class Family:

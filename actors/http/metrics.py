@@ -111,7 +111,7 @@ class _Merged(Collector):
                     family.add_sample(sample_name, {**labels, "replica": replica}, value)
         for sample in self._samples:
             metric = CATALOGUE[sample.name]
-            family = families.setdefault(metric.name, Metric(metric.name.removesuffix("_total"), metric.help, metric.kind))
+            family = families.setdefault(metric.name, Metric(metric.family, metric.help, metric.kind))
             family.add_sample(metric.name, dict(sample.labels), sample.value)
         yield from families.values()
 
