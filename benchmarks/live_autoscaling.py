@@ -1,7 +1,7 @@
 """Does the live controller follow a load? Paced actors, so that more of them are more capacity on any machine: first the context doubles, then the rate, then nothing comes any more.
 
 Asked: attention grows, then the FFN; TPOT p95 is under its target again within three control periods after the last growth of a phase; without load all shrinks
-to the minimum; counts turn round once at most.
+to the minimum; no role turns round more than once, when the load ends.
 """
 
 import argparse
@@ -32,15 +32,15 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = replace(PRESETS["step3-tiny"], moe_layers=frozenset(range(4)), moe_num_experts=16, moe_top_k=1)
 """Each row has one expert, so that routed FFN instances divide the rows among them."""
 NAME = "paced"
-TARGET_MS, PERIOD_S = 240.0, 5.0
+TARGET_MS, PERIOD_S = 200.0, 5.0
 PERIODS = 3
 """In which TPOT must be under its target again."""
 MOST = Counts(4, 4)
 CONFIG: dict[str, Any] = {
     "model": {"name": NAME},
-    "attention": {"replicas": 1, "pace": {"base_us": 2000, "per_context_token_us": 32}},
+    "attention": {"replicas": 1, "pace": {"base_us": 2000, "per_context_token_us": 12}},
     "ffn": {"dispatch": "routed", "pace": {"base_us": 1000, "per_row_us": 1000}},
-    "pipeline": {"max_tokens_per_micro_batch": 16},
+    "pipeline": {"max_tokens_per_micro_batch": 12},
     "failure": {"detect_timeout_s": 5.0},
     "autoscaling": {
         "policy": "balance",
@@ -48,10 +48,10 @@ CONFIG: dict[str, Any] = {
         "tpot_target_ms": TARGET_MS,
         "ttft_target_ms": 10_000,
         "max": MOST._asdict(),
-        "options": {"shrink_after_s": 20, "shrink_cooldown_s": 10, "grow_cooldown_s": 5, "deviations": 0},
+        "options": {"shrink_after_s": 40, "shrink_cooldown_s": 10, "grow_cooldown_s": 5, "deviations": 0},
     },
 }
-OUTPUT = 60
+OUTPUT = 160
 """Tokens of each answer."""
 
 
@@ -66,10 +66,10 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("as at first", 50, 0.5, 100),
-    Phase("context doubled", 80, 0.5, 230),
-    Phase("rate doubled", 90, 1.0, 230),
-    Phase("no load", 60, 0.0, 0),
+    Phase("as at first", 40, 0.4, 50),
+    Phase("context doubled", 90, 0.4, 170),
+    Phase("rate doubled", 90, 0.8, 170),
+    Phase("no load", 100, 0.0, 0),
 )
 
 
@@ -109,10 +109,10 @@ class Run(NamedTuple):
 
     @property
     def reversals(self) -> int:
-        """How often a role's ranks went the other way than the time before."""
+        """How often the ranks of a role went the other way than the time before, of the role that did most: once when all shrinks in the end."""
         steps = [[change.to[role] - change.before[role] for change in self.changes] for role in (0, 1)]
         moves = [[step for step in of_role if step] for of_role in steps]
-        return sum(a * b < 0 for of_role in moves for a, b in itertools.pairwise(of_role))
+        return max(sum(a * b < 0 for a, b in itertools.pairwise(of_role)) for of_role in moves)
 
 
 class Load:
@@ -193,7 +193,7 @@ def verdicts(seen: Run) -> dict[str, bool]:
         "rate doubled: the FFN grew": rate.ffn > context.ffn,
         f"TPOT p95 under target within {PERIODS} periods": all(recovered(seen, start, stop) for start, stop in loaded(seen)),
         "at the minimum without load": seen.counts_at(seen.end_s) == Counts(1, 1),
-        "one reversal of a role at most": seen.reversals <= 2,
+        "no role turned round more than once": seen.reversals <= 1,
     }
 
 
