@@ -64,7 +64,7 @@ def test_nothing_is_cut_off_in_80_columns() -> None:
 
 
 def test_the_lost_and_the_last_resize_are_told() -> None:
-    text = shown(STATUS)
+    text = shown(STATUS, width=120)
     assert "attention-9 is lost: it has not answered for 1 s [silent]" in text
     assert "last resize: 1 attention and 1 ffn to 2 attention and 1 ffn, rolled_back, no room" in text
 
