@@ -336,7 +336,7 @@ def held_by_process() -> dict[str, int]:
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
         "segments": sum("/dev/shm/afd-ray-" in line for line in mappings),
-        "names": len(list(Path("/dev/shm").glob("afd-ray-*"))),
+        "names": len(list(Path("/dev/shm").glob(f"afd-ray-{os.getpid()}-*"))),
     }
 
 
