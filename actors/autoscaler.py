@@ -74,7 +74,8 @@ class Autoscaler:
 
     def describe(self) -> dict[str, Any]:
         """For the status."""
-        override, now_s = self._memory.override_at(time.monotonic()), time.monotonic()
+        now_s = time.monotonic()
+        override = self._memory.override_at(now_s)
         return {
             "policy": self._scaling.policy,
             "override": override and {"counts": override.counts._asdict(), "for_s": round(override.until_s - now_s, 1)},
@@ -82,7 +83,11 @@ class Autoscaler:
         }
 
     async def by_hand(self, shape: Shape, resize: Callable[[], Awaitable[Answer]]) -> Answer:
-        """An operator's resize. It goes before the policy's own, which is given up, and then the policy leaves the counts alone for a while."""
+        """An operator's resize. It goes before the policy's own, which is given up, and then the policy leaves the counts alone for a while.
+
+        Raises ValueError for a shape that cannot be, and what `resize` raises.
+        """
+        self._transition.epochs.check(shape)
         memory, before = self._memory, self._memory.override
         counts, served = _counts(shape), self._served
         memory.override = Override(counts, time.monotonic() + self._scaling.override_s)
@@ -90,7 +95,7 @@ class Autoscaler:
         await self._give_way()
         try:
             answer = await resize()
-        except (ValueError, RuntimeError) as error:
+        except RuntimeError as error:
             memory.override = before
             self._note("refused", served, counts, str(error))
             raise

@@ -20,7 +20,7 @@ from actors.http.app import Options, create_app
 from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
 from actors.http.metrics import IngressMetrics, Snapshot
-from afd_ray.config import Config, check_supported, load_config
+from afd_ray.config import Config, check_supported, load_config, model_directory
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
@@ -235,10 +235,13 @@ def app(args: dict[str, str]) -> serve.Application:
     """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it."""
     # Imported here: a replica imports this module, and needs neither the engine nor torch.
     from actors.cluster import create_controller
+    from actors.fit import check_fits
+    from afd_ray.models.checkpoint import Checkpoint
 
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
     config = load_config(args.get("config"), overrides)
     check_supported(config)
+    check_fits(config, Checkpoint.open(model_directory(config.model)))
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError:
