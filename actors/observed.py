@@ -1,6 +1,7 @@
 """What can be seen of an actor with a step loop: its steps, its calls, its memory."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -15,6 +16,8 @@ from afd_ray.lookback import PERIOD_S, Lookback
 from afd_ray.measured import Measured, MeasuredFFN
 from afd_ray.metrics import Sample
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
+
+logger = logging.getLogger(__name__)
 
 
 class Observed(ABC):
@@ -64,8 +67,12 @@ class Observed(ABC):
         while True:
             await asyncio.sleep(PERIOD_S)
             self._ready_lookback().turn()
-            if exported is not None:
-                exported.publish(self._samples())
+            try:
+                if exported is not None:
+                    exported.publish(self._samples())
+            except Exception:  # whatever Ray's metrics run into, measuring goes on
+                logger.exception("metrics are not exported through Ray any more")
+                exported = None
 
     def _ready_lookback(self) -> Lookback[Any]:
         """RuntimeError before `load`."""

@@ -59,16 +59,23 @@ _OF_ATTENTION: tuple[Reading, ...] = (
     (_counter("requests_arrived", "Requests that came new"), lambda m: m.arrivals),
     (_counter("requests_completed", "Requests that ended"), lambda m: m.completions),
     (_counter("preemptions", "Requests that gave up their KV blocks to older ones"), lambda m: m.preemptions),
-    (_counter("prompt_tokens_computed", "Prompt tokens computed, again those of requests that start over"), lambda m: m.prompt_tokens),
+    (
+        _counter("prompt_tokens_computed", "Prompt tokens computed, again those of requests that start over"),
+        lambda m: m.prompt_tokens,
+    ),
     (_counter("output_tokens", "Tokens sent"), lambda m: m.output_tokens),
     (_counter("steps", "Micro-batches, at FFN ranks waves of them, that passed all layers"), lambda m: m.steps),
-)  # fmt: skip
+)
 _LATENCIES: tuple[Latency, ...] = (
     (_quantile("tpot_seconds", "From one token of a request to its next, at the engine"), lambda m: m.tpot_ms, 1e-3),
     (_quantile("ttft_seconds", "From a request's arrival to its first token, at the engine"), lambda m: m.ttft_ms, 1e-3),
-    (_quantile("queue_wait_seconds", "From a request's arrival until its first rows are computed"), lambda m: m.queue_wait_ms, 1e-3),
+    (
+        _quantile("queue_wait_seconds", "From a request's arrival until its first rows are computed"),
+        lambda m: m.queue_wait_ms,
+        1e-3,
+    ),
     (_quantile("tokens_per_step", "Tokens that a micro-batch sent, where it sent any"), lambda m: m.tokens_per_step, 1.0),
-)  # fmt: skip
+)
 _STEPS = _OF_ATTENTION[-1][0]
 _FFN_ROWS = _counter("ffn_rows", "Rows of the waves that passed all layers")
 _STAGE_SECONDS = _counter("stage_seconds", "Time spent in a stage: a layer of a micro-batch, its head, or one wait", STAGE)
@@ -84,14 +91,25 @@ _OF_STATUS: tuple[Reading, ...] = (
     (_gauge("ffn_actors", "FFN actors that serve", CLUSTER), lambda s: _serving(s["ffn"])),
     (_gauge("tpot_target_seconds", "autoscaling.tpot_target_ms", CLUSTER), lambda s: s["targets_ms"]["tpot"] / 1000),
     (_gauge("ttft_target_seconds", "autoscaling.ttft_target_ms", CLUSTER), lambda s: s["targets_ms"]["ttft"] / 1000),
-    (_gauge("requests_moved_with_kv", "Requests that came from another attention actor with their KV", CLUSTER), lambda s: _moved(s, "with_kv")),
-    (_gauge("requests_moved_and_recomputed", "Requests that came from another attention actor and were computed again", CLUSTER), lambda s: _moved(s, "recomputed")),
-    (_gauge("kv_fetches_failed", "Fetches of KV from another attention actor that failed", CLUSTER), lambda s: _moved(s, "failed")),
+    (
+        _gauge("requests_moved_with_kv", "Requests that came from another attention actor with their KV", CLUSTER),
+        lambda s: _moved(s, "with_kv"),
+    ),
+    (
+        _gauge(
+            "requests_moved_and_recomputed", "Requests that came from another attention actor and were computed again", CLUSTER
+        ),
+        lambda s: _moved(s, "recomputed"),
+    ),
+    (
+        _gauge("kv_fetches_failed", "Fetches of KV from another attention actor that failed", CLUSTER),
+        lambda s: _moved(s, "failed"),
+    ),
     (_gauge("kv_bytes_fetched", "Bytes of KV that came from other attention actors", CLUSTER), lambda s: _moved(s, "kv_bytes")),
     (_gauge("kv_fetching_ms", "Time that fetching KV from other attention actors took", CLUSTER), lambda s: _moved(s, "kv_ms")),
     (_gauge("last_resize_pause_seconds", "Pause of the last resize that held", CLUSTER), lambda s: _last_pause_s(s)),
     (_gauge("last_resize_rolled_back", "1 if the last resize was rolled back, else 0", CLUSTER), lambda s: _rolled_back(s)),
-)  # fmt: skip
+)
 _STATE = _gauge("cluster_state", "1 for the state that the cluster is in", ("state",))
 READY = _gauge("ready", "1 if this ingress replica takes requests, else 0", CLUSTER)
 STALE_EPOCH_TOKENS = _gauge("stale_epoch_tokens", "Tokens of an epoch that came after one of a later epoch", CLUSTER)
@@ -147,7 +165,7 @@ def _stage_samples(labels: Mapping[str, str], sums: StagesUs, recent: StagesUs) 
 
 
 def _quantile_samples(metric: Metric, labels: Mapping[str, str], values: Histogram, unit: float) -> list[Sample]:
-    """None without values."""
+    """No sample without values."""
     found = values.quantiles(*QUANTILES) or ()
     return [Sample(metric.name, {**labels, "quantile": str(q)}, value * unit) for q, value in zip(QUANTILES, found, strict=False)]
 

@@ -1,8 +1,8 @@
-"""What measuring costs the step loops: the time of everything that is recorded for one micro-batch, as a share of the micro-batch.
+"""What measuring costs the step loops: CPU time of everything that is recorded for one micro-batch, as a share of the loop's own for it.
 
     python -m benchmarks.telemetry --model DIR [--requests 32] [--context 32] [--tokens 64]
 
-The engine runs in this process (threads over the loopback mesh), so that a step is not stretched by the wire.
+The engine runs in this process (threads over the loopback mesh). CPU time, since wall time on a busy machine would flatter the share.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from afd_ray.engine.local import LocalCluster
 from afd_ray.engine.request_clocks import RequestClocks
@@ -61,6 +63,7 @@ def batch_us(rows: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)  # so that the loop's thread does all of its work
     checkpoint = Checkpoint.open(args.model)
     drawn = random.Random(0)
     params = SamplingParams(max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
@@ -69,27 +72,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     epoch = Epoch(1, 1, 1, 1, args.micro_batches)
     with LocalCluster(load_attention(checkpoint), lambda shard: load_ffn(checkpoint, shard), epoch) as local:
         local.generate(requests[:1])
-        before, begun_s = recorded(local), time.monotonic()
+        before = recorded(local)
         local.generate(requests)
-        spent_s, after = time.monotonic() - begun_s, recorded(local)
-        steps = after["steps"] - before["steps"]
-    records, step_us = (after["records"] - before["records"]) / steps, 1e6 * spent_s / steps
+        after = recorded(local)
+    steps, records, spent_s = (late - early for late, early in zip(after, before, strict=True))
+    records_a_step, step_us = records / steps, 1e6 * spent_s / steps
     rows = args.requests / args.micro_batches
-    cost_us = records * record_us() + batch_us(round(rows))
+    a_record_us, a_batch_us = record_us(), batch_us(round(rows))
     return {
         "rows": rows,
         "step_us": round(step_us),
-        "records_a_step": round(records, 1),
-        "record_us": round(record_us(), 2),
-        "batch_us": round(batch_us(round(rows)), 1),
-        "share": round(cost_us / step_us, 5),
+        "records_a_step": round(records_a_step, 1),
+        "record_us": round(a_record_us, 2),
+        "batch_us": round(a_batch_us, 1),
+        "share": round((records_a_step * a_record_us + a_batch_us) / step_us, 5),
     }
 
 
-def recorded(local: LocalCluster) -> dict[str, int]:
-    """Records of the attention loop, which makes the most, and its micro-batches."""
+def recorded(local: LocalCluster) -> tuple[int, int, float]:
+    """Of the attention loop, which records the most: micro-batches, records, seconds of its thread on the CPU."""
     (loop,) = local.attention
-    return {"records": sum(us.count for us in loop.recorder.stages_us().values()), "steps": loop.flights.count}
+    records = sum(us.count for us in loop.recorder.stages_us().values())
+    return loop.flights.count, records, loop.call(time.thread_time).result()
 
 
 def main() -> None:

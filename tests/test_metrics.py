@@ -98,11 +98,8 @@ def test_prometheus_text_has_each_family_once_with_its_help_and_kind() -> None:
 class Family:
     """A metric of Ray's."""
 
-    made: dict[str, "Family"] = {}  # noqa: RUF012  # emptied by each test
-
     def __init__(self, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
-        self.tag_keys, self.calls = tag_keys, []  # type: ignore[var-annotated]
-        Family.made[name] = self
+        self.tag_keys, self.calls = tag_keys, list[float]()
 
     def set(self, value: float, tags: dict[str, str]) -> None:
         assert set(tags) == set(self.tag_keys)
@@ -111,17 +108,17 @@ class Family:
     inc = set
 
 
-class Counted(Family):
-    pass
-
-
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch) -> dict[str, Family]:
-    monkeypatch.setattr(ray_metrics, "Gauge", Family)
-    monkeypatch.setattr(ray_metrics, "Counter", Counted)
-    monkeypatch.setattr(ray_metrics, "isinstance", lambda metric, kind: type(metric) is kind, raising=False)
-    monkeypatch.setattr(Family, "made", {})
-    return Family.made
+    made: dict[str, Family] = {}
+
+    def make(name: str, text: str, tag_keys: tuple[str, ...]) -> Family:
+        made[name] = Family(name, text, tag_keys)
+        return made[name]
+
+    monkeypatch.setattr(ray_metrics, "Gauge", make)
+    monkeypatch.setattr(ray_metrics, "Counter", make)
+    return made
 
 
 def test_ray_is_told_what_a_counter_grew_by_and_gauges_that_have_nothing_left_are_emptied(families: dict[str, Family]) -> None:

@@ -19,7 +19,9 @@ STATUS = {
     "output_tokens_s": 1300.2, "targets_ms": {"tpot": 50.0, "ttft": 1000.0}, "autoscaling": {"policy": "balance"},
     "tpot_ms": {"p50": 20.0, "p95": 44.2, "p99": 60.0}, "ttft_ms": {"p50": 120.0, "p95": 1440.0, "p99": 1600.0},
     "queue_wait_ms": None, "stages_us": {"attention": 1200.0, "ffn": 2345.6, "ffn_wait": None},
-    "last_resize": {"from": {"attention": 1, "ffn": 1}, "to": {"attention": 2, "ffn": 1}, "outcome": "rolled_back", "reason": "no room"},
+    "last_resize": {
+        "from": {"attention": 1, "ffn": 1}, "to": {"attention": 2, "ffn": 1}, "outcome": "rolled_back", "reason": "no room",
+    },
 }  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def test_nothing_is_cut_off_in_80_columns() -> None:
 
 
 def test_the_lost_and_the_last_resize_are_told() -> None:
-    text = shown(STATUS)
+    text = shown(STATUS, width=120)
     assert "attention-9 is lost: it has not answered for 1 s [silent]" in text
     assert "last resize: 1 attention and 1 ffn to 2 attention and 1 ffn, rolled_back, no room" in text
 
