@@ -42,9 +42,16 @@ class Shelf(Protocol):
 class Autoscaler:
     """Of one cluster, on the controller's event loop; it never waits there for a resize, nor for the policy."""
 
-    def __init__(self, config: Config, layers: int, transition: Transition, shelf: Shelf) -> None:
-        """Goes on from what is on the shelf. Raises ValueError for a policy that cannot be loaded."""
-        kept = shelf.read()
+    def __init__(
+        self,
+        config: Config,
+        layers: int,
+        transition: Transition,
+        shelf: Shelf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Goes on from what is on the shelf. `clock`: seconds, as the policy is told them. Raises ValueError for a policy that cannot be loaded."""
+        kept, self._clock = shelf.read(), clock
         self._scaling, self._layers, self._transition, self._shelf = config.autoscaling, layers, transition, shelf
         self._memory = Memory.load(kept[MEMORY]) if MEMORY in kept else Memory()
         self._record = Record(Entry.load(value) for key, value in kept.items() if key.startswith(DECISION))
@@ -74,7 +81,7 @@ class Autoscaler:
 
     def describe(self) -> dict[str, Any]:
         """For the status."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         override = self._memory.override_at(now_s)
         return {
             "policy": self._scaling.policy,
@@ -90,7 +97,7 @@ class Autoscaler:
         self._transition.epochs.check(shape)
         memory, before = self._memory, self._memory.override
         counts, served = _counts(shape), self._served
-        memory.override = Override(counts, time.monotonic() + self._scaling.override_s)
+        memory.override = Override(counts, self._clock() + self._scaling.override_s)
         self._note("by_hand", served, counts, "asked for by hand")
         await self._give_way()
         try:
@@ -133,13 +140,13 @@ class Autoscaler:
             self._note("hold", known.counts, known.counts, f"nothing decided: no answer from {', '.join(silent)}")
             return
         observation = self._observer.observe(known, look)
-        decision = await aside(self._guard.decide, observation, time.monotonic())
+        decision = await aside(self._guard.decide, observation, self._clock())
         self._memory.state = self._guard.state
         self._act(decision, observation, roster)
 
     def _known(self, roster: Roster) -> Observation:
         """What the controller itself knows of the cluster."""
-        transition, memory, now_s, counts = self._transition, self._memory, time.monotonic(), _counts(roster.shape)
+        transition, memory, now_s, counts = self._transition, self._memory, self._clock(), _counts(roster.shape)
         change, wanted = transition.coordinator.change, transition.coordinator.wanted or roster.shape
         if change is not None and change.number != self._change[0]:
             self._change = change.number, now_s
@@ -173,7 +180,7 @@ class Autoscaler:
 
     def _is_still(self, roster: Roster) -> bool:
         """Whether the cluster is the one that was looked at, with nobody changing it."""
-        by_hand = self._memory.override_at(time.monotonic()) is not None
+        by_hand = self._memory.override_at(self._clock()) is not None
         same = self._transition.roster == roster and self._transition.coordinator.change is None
         return same and self._resizing is None and not by_hand
 
@@ -199,7 +206,7 @@ class Autoscaler:
 
     def _note_end(self, before: Counts, wanted: Counts, answer: Answer) -> None:
         committed, total_s = answer["outcome"] == "committed", answer["total_s"]
-        self._memory.note_end(before, wanted, committed, time.monotonic(), total_s)
+        self._memory.note_end(before, wanted, committed, self._clock(), total_s)
         reason = f"in {total_s:.1f} s" if committed else answer["reason"]
         self._note(answer["outcome"], before, wanted, reason)
 

@@ -14,6 +14,7 @@ from actors.crew import Crew
 from actors.inquiry import ANSWER_TIMEOUT_S, Inquiry
 from actors.roster import ask
 from actors.status import cluster_metrics, cluster_status
+from actors.survey import measured
 from actors.transition import Transition
 from afd_ray.config import Config, model_directory
 from afd_ray.membership.events import Adopted, Lost, Record, Stopping
@@ -180,6 +181,11 @@ class Controller(Inquiry):
     async def metrics(self) -> list[Sample]:
         """What `/metrics` tells of the cluster and its actors."""
         return await cluster_metrics(self._config, self._transition)
+
+    @ray.method
+    async def measured(self) -> dict[str, Any]:
+        """What the attention actors have measured since their start, and the bounds of the load that the cluster takes."""
+        return await measured(self._config, self._checkpoint.config, self._transition)
 
     @ray.method
     async def decisions(self, after: int = 0) -> dict[str, Any]:

@@ -88,6 +88,9 @@ class ClusterBackend:
     async def decisions(self, after: int) -> dict[str, Any]:
         return dict(await self._view.ask("decisions", after, timeout_s=ANSWER_TIMEOUT_S))
 
+    async def measured(self) -> dict[str, Any]:
+        return dict(await self._view.ask("measured", timeout_s=ANSWER_TIMEOUT_S))
+
     async def rebalance(self) -> dict[str, Any]:
         return dict(await self._view.ask("rebalance"))
 

@@ -45,9 +45,10 @@ class Setting:
         shelf: FakeShelf | None = None,
         shape: Shape = SMALL,
         measured: Callable[[str], dict[str, Any]] = lambda member: {"running": 1},
+        clock: Callable[[], float] = time.monotonic,
         **scaling: Any,
     ) -> None:
-        """`measured`: by this attention actor, as `Measured` names it."""
+        """`measured`: by this attention actor, as `Measured` names it. `clock`: what the policy goes by."""
         self._first = shape
         self.shelf = shelf or FakeShelf()
         self.crew = FakeCrew()
@@ -55,7 +56,7 @@ class Setting:
         options = {"policy": policy, "period_s": 0.001, "max": {"attention": 9, "ffn": 9}} | scaling
         config = parse_config({"autoscaling": options, "failure": {"detect_timeout_s": 60.0}})
         self.transition = Transition(config, MODEL, cast(Crew, self.crew), lambda record: None)
-        self.autoscaler = Autoscaler(config, MODEL.num_hidden_layers, self.transition, self.shelf)
+        self.autoscaler = Autoscaler(config, MODEL.num_hidden_layers, self.transition, self.shelf, clock)
 
     async def __aenter__(self) -> "Setting":
         assert (await self.transition.ask(self._first))["outcome"] == "committed"

@@ -121,6 +121,9 @@ class FakeBackend:
     async def decisions(self, after: int) -> dict[str, Any]:
         return {"policy": "balance", "decisions": [{"number": after + 1}]}
 
+    async def measured(self) -> dict[str, Any]:
+        return {"epoch": 1, "facts": {}, "attention": {}}
+
     async def rebalance(self) -> dict[str, Any]:
         return {"epoch": 2, "experts": [[0, 1], [1, 2]]}
 

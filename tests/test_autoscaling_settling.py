@@ -113,9 +113,20 @@ def test_growth_in_vain_ends_after_two_and_begins_again_with_another_load() -> N
         decision = ask(Counts(8, 8), now, state, seen)
         grown += decision.counts != seen.counts
         state, seen = decision.state, replace(slow, last_resize=Outcome(SEEN.counts, True, now + 20))
-        now += 40
+        now += 100
     assert grown == 2
     assert ask(Counts(8, 8), now, state, replace(seen, running=60)).counts == Counts(8, 8)
+
+
+def test_under_more_load_growth_was_not_in_vain() -> None:
+    seen, now = replace(SEEN, tpot_ms=Quantiles(90, 100, 110)), 0.0
+    state: State = {}
+    for requests in (20, 24, 29, 35, 42):
+        seen = replace(seen, running=requests)
+        decision = ask(Counts(8, 8), now, state, seen)
+        assert decision.counts == Counts(8, 8)
+        state, seen = decision.state, replace(seen, last_resize=Outcome(SEEN.counts, True, now + 20))
+        now += 100
 
 
 def test_growth_that_helps_goes_on() -> None:

@@ -144,6 +144,10 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
             raise bad_request(f"after must be the number of a decision, got {json.dumps(after)[:30]}", param="after")
         return json_response(await _asked(backend.decisions(int(after))))
 
+    async def measured(request: Request) -> Response:
+        options.admin_keys.check(request)
+        return json_response(await _asked(backend.measured()))
+
     async def rebalance(request: Request) -> Response:
         options.admin_keys.check(request)
         _refuse_unknown_keys(parse_json(await _body(request, options) or b"{}"), ())
@@ -159,6 +163,7 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     app.add_route("/admin/status", status, methods=["GET"])
     app.add_route("/admin/scale", scale, methods=["POST"])
     app.add_route("/admin/decisions", decisions, methods=["GET"])
+    app.add_route("/admin/measured", measured, methods=["GET"])
     app.add_route("/admin/rebalance", rebalance, methods=["POST"])
     app.add_route("/admin/trace", trace, methods=["POST"])
 

@@ -8,15 +8,17 @@ from afd_ray.autoscaling.settling import KV_FULL, WAIT_SHARE, Pace, settle, wait
 from afd_ray.autoscaling.sizing import Demand, Sizing, least_for_kv
 from afd_ray.autoscaling.values import Counts, Decision, Observation, State
 
-MARGIN = 0.9
+MARGIN = 0.95
 """The share of the TPOT target that ranks are counted for: the rest is for what comes before the next decision."""
+DEVIATIONS = 1.0
+"""Requests come and go: ranks are counted for so many standard deviations more of them than there are."""
 KV_WANTED = 0.75
 """Share of the KV blocks that attention ranks are counted for."""
 SHRINK_MARGIN = 0.95
 """Fewer ranks must do so much better than what would do."""
-TRIM_GAIN, TRIM_LOSS = 0.2, 0.01
-"""Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It shows when ranks are
-busy, and is not to be forgotten as soon as more of them have made it go away."""
+TRIM_GAIN, TRIM_LOSS = 0.05, 0.02
+"""Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It is to be a mean, not
+what a burst between two looks makes of it; but it shows when ranks are busy, and more of them must not make it forgotten at once."""
 MOST_ERROR = 1.5
 
 
@@ -68,7 +70,7 @@ def balance(observation: Observation, state: State, now: float) -> Decision:
 def predictive(observation: Observation, state: State, now: float) -> Decision:
     """As `balance`, for the load to be expected when ranks that are asked for now will serve."""
     horizon_s = observation.start_delay_s + observation.goals.options.get("lookahead_s", 30.0)
-    growth, remembered = forecast_growth(observation.prompt_tokens_s + observation.output_tokens_s, horizon_s, state, now)
+    growth, remembered = forecast_growth(observation, Demand.of(observation).sequences, horizon_s, state, now)
     note = f", {growth:.2f} times that in {horizon_s:.0f} s" if growth > 1 else ""
     return _balanced(observation, remembered, now, growth, note)
 
@@ -83,11 +85,12 @@ def _balanced(observation: Observation, state: State, now: float, growth: float,
         return _unmeasured(observation, memory, now)
     goals = observation.goals
     demand = Demand.of(observation)
-    expected = demand.times(max(1.0, growth))
+    deviations = goals.options.get("deviations", DEVIATIONS)
+    expected = demand.times(max(growth, demand.spare(deviations)))
     margin = goals.options.get("margin", MARGIN)
 
     def holds(counts: Counts) -> bool:
-        kv = least_for_kv(observation, KV_FULL) * max(1.0, growth)
+        kv = least_for_kv(observation, KV_FULL) * growth
         reached = sizing.tpot_ms(counts, expected, goals.tpot_ms)
         unreachable = sizing.tpot_ms(goals.most, expected, goals.tpot_ms) > goals.tpot_ms
         # Of a target that all ranks together miss, fewer may miss it too, but hardly by more.
@@ -102,7 +105,7 @@ def _balanced(observation: Observation, state: State, now: float, growth: float,
     why = f"{demand.sequences:.0f} requests of {demand.context_tokens / max(1, demand.sequences):.0f} tokens{note}"
     if needed is None:
         needed, why = _best_effort(sizing, expected, observation), f"{why}; {goals.tpot_ms:g} ms are out of reach"
-    kv = math.ceil(least_for_kv(observation, KV_WANTED) * max(1.0, growth))
+    kv = math.ceil(least_for_kv(observation, KV_WANTED) * growth)
     wanted = Counts(max(needed.attention, kv, _for_queue(observation)), needed.ffn)
     return settle(wanted, f"{why} need {wanted}", observation, memory, now, holds, Pace.of(observation))
 

@@ -12,6 +12,10 @@ Holds = Callable[[Counts], bool]
 
 FUTILE_GAIN = 0.05
 """Growth that lowers TPOT by a smaller part was in vain."""
+JUDGED_AFTER_S = 60.0
+"""What is known of TPOT is over the last minute: by then all of it is from after a growth."""
+GROWN_LOAD = 1.05
+"""Under so many times the requests TPOT says nothing of what growth was good for."""
 MOST_FUTILE = 2
 """After so many growths in vain the target is held to be out of reach."""
 KV_FULL = 0.9
@@ -202,7 +206,10 @@ def _note_growth_in_vain(memory: dict[str, Any], observation: Observation, now: 
         memory.pop("growth")
         return
     grown = observation.last_resize is not None and observation.last_resize.at_s > growth["at"]
-    if not grown or tpot is None or growth.get("judged") or _since_change(observation, now) < pace.grow_cooldown_s:
+    if not grown or tpot is None or growth.get("judged") or _since_change(observation, now) < JUDGED_AFTER_S:
+        return
+    if requests > before * GROWN_LOAD:
+        memory.pop("growth")
         return
     growth = memory["growth"] = {**growth, "judged": True}
     helped = tpot.p95 <= observation.goals.tpot_ms or tpot.p95 < growth["tpot_ms"] * (1 - FUTILE_GAIN)

@@ -36,6 +36,10 @@ class Demand(NamedTuple):
     def times(self, factor: float) -> "Demand":
         return Demand(*(factor * part for part in self))
 
+    def spare(self, deviations: float) -> float:
+        """How many times the requests there may soon be by chance: of n that come on their own sqrt(n) more is one standard deviation, a smaller part of many."""
+        return 1 + deviations / math.sqrt(max(self.sequences, 1.0))
+
 
 class Sizing(NamedTuple):
     """What is known of a cluster's stages: costs as measured with `at` ranks, and what corrects them."""

@@ -20,6 +20,8 @@ from afd_ray.simulation.serving.watching import Watch
 
 DRAIN_S = 3600.0
 """What is left of the requests may take so long after the last one came."""
+PLAN_S = 1.0
+"""From one choice of the number of micro-batches to the next."""
 STEPS_A_REPORT = 1000
 
 Progress = Callable[[float], None]
@@ -94,6 +96,7 @@ class Simulation:
         self.pools.start(Counts(self._config.attention.replicas, self._config.ffn.ranks))
         self._next_arrival()
         self.at(self._config.autoscaling.period_s, self._tick)
+        self.at(PLAN_S, self._replan)
         for failure in settings.failures:
             self.at(failure.at_s, lambda role=failure.role: self.pools.lose(role))  # type: ignore[misc]
         self._expect_failure()
@@ -137,7 +140,6 @@ class Simulation:
         if self._override is not None and self.now_s >= self._override.until_s:
             self._override = None
         observation = self.watch.look(self._override)
-        self.cluster.use(self.watch.micro_batches())
         decision = decide(self._policy, observation, self.state, self.now_s)
         self.state = decision.state
         if decision.give_up:
@@ -145,6 +147,11 @@ class Simulation:
         elif decision.counts != observation.counts and self.pools.transition is None:
             self.pools.resize(decision.counts, decision.reason)
         self.at(self.now_s + self._config.autoscaling.period_s, self._tick)
+
+    def _replan(self) -> None:
+        """An attention rank does it at every token; a second later is soon enough."""
+        self.cluster.use(self.watch.micro_batches())
+        self.at(self.now_s + PLAN_S, self._replan)
 
     def _expect_failure(self) -> None:
         hours = self._config.simulation.mean_hours_between_failures

@@ -90,10 +90,7 @@ class Profile:
         transfer: Sequence[tuple[float, float]],
     ):
         """`attention`: (rows, context tokens, us); `ffn`: (rows, us, ranks); `transfer`: (rows, us)."""
-        by_rows = {rows: _context_line([point for point in attention if point[0] == rows]) for rows, _, _ in attention}
-        self._rows = np.array(sorted(by_rows))
-        self._fixed = np.array([by_rows[rows][0] for rows in self._rows])
-        self._per_token = np.array([by_rows[rows][1] for rows in self._rows])
+        self._rows, self._fixed, self._per_token = _context_lines(attention)
         self._ffn = {ranks: _curve([(rows, us) for rows, us, at in ffn if at == ranks]) for ranks in {at for _, _, at in ffn}}
         self._transfer = _curve(transfer) if transfer else _curve([(0.0, 0.0)])
 
@@ -127,12 +124,23 @@ def line_of(pace: Pace | None) -> CostLine:
     return CostLine(pace.base_us, pace.per_row_us, pace.per_context_token_us) if pace else CostLine()
 
 
-def _context_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """(us without context, us a token) through the points of one row count, by least squares; neither is negative."""
-    context, us = np.array([p[1] for p in points], dtype=float), np.array([p[2] for p in points], dtype=float)
+def _context_lines(points: Sequence[tuple[float, float, float]]) -> tuple["np.ndarray", "np.ndarray", "np.ndarray"]:
+    """Row counts, and for each the us without context and those a token, by least squares; none is negative.
+
+    Where a row count was measured with one context only, a token costs what it does at the counts around.
+    """
+    measured = {rows: np.array([p[1:] for p in points if p[0] == rows], dtype=float) for rows in sorted({p[0] for p in points})}
+    rows = np.array(list(measured))
+    slopes = {count: _slope(*of_rows.T) for count, of_rows in measured.items() if np.ptp(of_rows[:, 0])}
+    known = np.array(list(slopes)), np.array(list(slopes.values()))
+    per_token = np.interp(rows, *known) if slopes else np.zeros(len(rows))
+    means = np.array([of_rows.mean(axis=0) for of_rows in measured.values()])
+    return rows, np.maximum(0.0, means[:, 1] - per_token * means[:, 0]), per_token
+
+
+def _slope(context: "np.ndarray", us: "np.ndarray") -> float:
     spread = context - context.mean()
-    slope = max(0.0, float((spread * us).sum() / (spread**2).sum())) if spread.any() else 0.0
-    return max(0.0, float(us.mean() - slope * context.mean())), slope
+    return max(0.0, float((spread * us).sum() / (spread**2).sum()))
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> tuple["np.ndarray", "np.ndarray"]:

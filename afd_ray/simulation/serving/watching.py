@@ -21,6 +21,7 @@ class Watch:
         self._scene, self._cluster, self._pools, self._measures = scene, cluster, pools, measures
         self._goals, self._period_s = scene.goals, scene.config.autoscaling.period_s
         self._book = StageBook()
+        self._planned = (0, 0)  # the round that micro-batches were last chosen in, and the prompt tokens that had come by then
 
     def look(self, override: Override | None) -> Observation:
         """The present, and what happened since the last look."""
@@ -65,11 +66,17 @@ class Watch:
         busiest = max(cluster.work, key=lambda work: work.rows, default=None)
         if busiest is None or not busiest.rows:
             return cluster.micro_batches
-        load = Load(busiest.decoding, busiest.decoding, busiest.context_tokens, busiest.prompt_rows)
+        load = Load(busiest.decoding, busiest.decoding, busiest.context_tokens, self._prompt_rows())
         costs, ranks = self._book.costs(len(cluster.ffn)), sum(work.rows > 0 for work in cluster.work)
         # An attention rank sees the FFN's time by its own rows.
         own = costs._replace(ffn=costs.ffn._replace(per_row_us=costs.ffn.per_row_us * ranks))
         return micro_batches_for(load, own, config.max_tokens_per_micro_batch, self._scene.slots, cluster.micro_batches)
+
+    def _prompt_rows(self) -> int:
+        """Of each attention rank in a round, since the last time that micro-batches were chosen: those of the present round alone come and go."""
+        (rounds, tokens), now = self._planned, (self._cluster.number, self._measures.whole.prompt_tokens)
+        self._planned = now
+        return (now[1] - tokens) // max(1, now[0] - rounds) // max(1, len(self._cluster.ranks))
 
     def _sample(self) -> None:
         """Stage times of the present rounds, for the cost lines."""
