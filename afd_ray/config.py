@@ -132,6 +132,11 @@ class Counts(Section):
     ffn: Count = 1
 
 
+class MostCounts(Counts):
+    attention: Count = 4
+    ffn: Count = 4
+
+
 class Autoscaling(Section):
     policy: str = Field(default="fixed", pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")
     """A built-in one, or `module:function`."""
@@ -141,7 +146,7 @@ class Autoscaling(Section):
     tpot_target_ms: PositiveFloat = 50.0
     ttft_target_ms: PositiveFloat = 1000.0
     min: Counts = Counts()
-    max: Counts = Counts(attention=4, ffn=4)
+    max: MostCounts = MostCounts()
     resize_deadline_s: Seconds = 600.0
     """A resize that a policy asked for is rolled back after that."""
     override_s: Annotated[float, Field(ge=0)] = 900.0

@@ -189,3 +189,8 @@ def test_the_model_directory_is_bundled_or_must_exist(tmp_path: Path) -> None:
     assert model_directory(Model(path=str(tmp_path))) == tmp_path
     with pytest.raises(ConfigError, match=r"model\.path: /nowhere is no directory"):
         model_directory(Model(path="/nowhere"))
+
+
+def test_a_bound_of_one_role_leaves_the_other_s() -> None:
+    bounds = parse_config({"autoscaling": {"min": {"attention": 2}, "max": {"ffn": 8}}}).autoscaling
+    assert (bounds.min.attention, bounds.min.ffn, bounds.max.attention, bounds.max.ffn) == (2, 1, 4, 8)
