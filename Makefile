@@ -4,6 +4,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do "$$p" -c '$(SUPPORTED)' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
+TWO := -n 2 --no-loadscope-reorder
 
 .PHONY: install serve test test-full check format bench chaos clean
 
@@ -23,10 +24,10 @@ serve: $(STAMP)
 	@exec $(BIN)/afd-ray serve
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -m "full or not full"
+	$(BIN)/python -m pytest $(TWO) -m "full or not full"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

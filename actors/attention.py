@@ -29,6 +29,7 @@ from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
+from afd_ray.metrics import Sample, attention_samples
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -210,6 +211,9 @@ class AttentionActor(Member):
 
     def _look(self) -> Measured:
         return look_at_attention(self._ready_loop())
+
+    def _samples(self) -> list[Sample]:
+        return attention_samples(self._name, self._look(), self._ready_lookback().recent())
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "head", steps

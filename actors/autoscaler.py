@@ -42,9 +42,16 @@ class Shelf(Protocol):
 class Autoscaler:
     """Of one cluster, on the controller's event loop; it never waits there for a resize, nor for the policy."""
 
-    def __init__(self, config: Config, layers: int, transition: Transition, shelf: Shelf) -> None:
-        """Goes on from what is on the shelf. Raises ValueError for a policy that cannot be loaded."""
-        kept = shelf.read()
+    def __init__(
+        self,
+        config: Config,
+        layers: int,
+        transition: Transition,
+        shelf: Shelf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Goes on from what is on the shelf. `clock`: seconds, as the policy is told them. Raises ValueError for a policy that cannot be loaded."""
+        kept, self._clock = shelf.read(), clock
         self._scaling, self._layers, self._transition, self._shelf = config.autoscaling, layers, transition, shelf
         self._memory = Memory.load(kept[MEMORY]) if MEMORY in kept else Memory()
         self._record = Record(Entry.load(value) for key, value in kept.items() if key.startswith(DECISION))
@@ -74,7 +81,8 @@ class Autoscaler:
 
     def describe(self) -> dict[str, Any]:
         """For the status."""
-        override, now_s = self._memory.override_at(time.monotonic()), time.monotonic()
+        now_s = self._clock()
+        override = self._memory.override_at(now_s)
         return {
             "policy": self._scaling.policy,
             "override": override and {"counts": override.counts._asdict(), "for_s": round(override.until_s - now_s, 1)},
@@ -82,15 +90,19 @@ class Autoscaler:
         }
 
     async def by_hand(self, shape: Shape, resize: Callable[[], Awaitable[Answer]]) -> Answer:
-        """An operator's resize. It goes before the policy's own, which is given up, and then the policy leaves the counts alone for a while."""
+        """An operator's resize. It goes before the policy's own, which is given up, and then the policy leaves the counts alone for a while.
+
+        Raises ValueError for a shape that cannot be, and what `resize` raises.
+        """
+        self._transition.epochs.check(shape)
         memory, before = self._memory, self._memory.override
         counts, served = _counts(shape), self._served
-        memory.override = Override(counts, time.monotonic() + self._scaling.override_s)
+        memory.override = Override(counts, self._clock() + self._scaling.override_s)
         self._note("by_hand", served, counts, "asked for by hand")
         await self._give_way()
         try:
             answer = await resize()
-        except (ValueError, RuntimeError) as error:
+        except RuntimeError as error:
             memory.override = before
             self._note("refused", served, counts, str(error))
             raise
@@ -128,13 +140,13 @@ class Autoscaler:
             self._note("hold", known.counts, known.counts, f"nothing decided: no answer from {', '.join(silent)}")
             return
         observation = self._observer.observe(known, look)
-        decision = await aside(self._guard.decide, observation, time.monotonic())
+        decision = await aside(self._guard.decide, observation, self._clock())
         self._memory.state = self._guard.state
         self._act(decision, observation, roster)
 
     def _known(self, roster: Roster) -> Observation:
         """What the controller itself knows of the cluster."""
-        transition, memory, now_s, counts = self._transition, self._memory, time.monotonic(), _counts(roster.shape)
+        transition, memory, now_s, counts = self._transition, self._memory, self._clock(), _counts(roster.shape)
         change, wanted = transition.coordinator.change, transition.coordinator.wanted or roster.shape
         if change is not None and change.number != self._change[0]:
             self._change = change.number, now_s
@@ -168,7 +180,7 @@ class Autoscaler:
 
     def _is_still(self, roster: Roster) -> bool:
         """Whether the cluster is the one that was looked at, with nobody changing it."""
-        by_hand = self._memory.override_at(time.monotonic()) is not None
+        by_hand = self._memory.override_at(self._clock()) is not None
         same = self._transition.roster == roster and self._transition.coordinator.change is None
         return same and self._resizing is None and not by_hand
 
@@ -194,7 +206,7 @@ class Autoscaler:
 
     def _note_end(self, before: Counts, wanted: Counts, answer: Answer) -> None:
         committed, total_s = answer["outcome"] == "committed", answer["total_s"]
-        self._memory.note_end(before, wanted, committed, time.monotonic(), total_s)
+        self._memory.note_end(before, wanted, committed, self._clock(), total_s)
         reason = f"in {total_s:.1f} s" if committed else answer["reason"]
         self._note(answer["outcome"], before, wanted, reason)
 

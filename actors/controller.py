@@ -13,13 +13,14 @@ from actors.autoscaler import Autoscaler
 from actors.crew import Crew
 from actors.inquiry import ANSWER_TIMEOUT_S, Inquiry
 from actors.roster import ask
-from actors.status import cluster_status
+from actors.status import cluster_metrics, cluster_status
 from actors.survey import measured
 from actors.transition import Transition
 from afd_ray.config import Config, model_directory
 from afd_ray.membership.events import Adopted, Lost, Record, Stopping
 from afd_ray.membership.shape import Shape
 from afd_ray.membership.steps import NAMES
+from afd_ray.metrics import Sample
 from afd_ray.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,11 @@ class Controller(Inquiry):
     async def status(self) -> dict[str, Any]:
         """The whole cluster, as `afd-ray status --json` prints it."""
         return await cluster_status(self._config, self._transition) | {"autoscaling": self._autoscaler.describe()}
+
+    @ray.method
+    async def metrics(self) -> list[Sample]:
+        """What `/metrics` tells of the cluster and its actors."""
+        return await cluster_metrics(self._config, self._transition)
 
     @ray.method
     async def measured(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from afd_ray.kernels.packed import packed_ffn
 from afd_ray.kernels.regather import lack, regather
 from afd_ray.measured import MeasuredFFN
 from afd_ray.membership.epoch import Epoch
+from afd_ray.metrics import Sample, ffn_samples
 from afd_ray.models.checkpoint import load_ffn, read_ffn
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
@@ -118,6 +119,9 @@ class FFNActor(Member):
 
     def _look(self) -> MeasuredFFN:
         return look_at_ffn(self._ready_loop())
+
+    def _samples(self) -> list[Sample]:
+        return ffn_samples(self._name, self._look(), self._ready_lookback().recent())
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "ffn", steps * self._ready_half().config.num_hidden_layers

@@ -53,7 +53,9 @@ def _check_autoscaling(config: Config, model: ModelConfig) -> None:
     scaling, within = config.autoscaling, config.ffn.tensor_parallel
     load_policy(scaling.policy)
     if config.ffn.colocated:
-        raise ConfigError(f"autoscaling.policy: {scaling.policy} must be fixed with ffn.colocated: there are no FFN ranks to scale")
+        raise ConfigError(
+            f"autoscaling.policy: {scaling.policy} must be fixed with ffn.colocated: there are no FFN ranks to scale"
+        )
     if scaling.max.ffn < within:
         raise ConfigError(f"autoscaling.max.ffn: {scaling.max.ffn} must be at least ffn.tensor_parallel, {within}")
     largest = Shape.of(config).scaled(scaling.max.attention, scaling.max.ffn // within * within)

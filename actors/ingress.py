@@ -20,7 +20,8 @@ from actors.http.app import Options, create_app
 from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
 from actors.http.metrics import IngressMetrics, Snapshot
-from afd_ray.config import Config, check_supported, load_config
+from afd_ray.config import Config, check_supported, load_config, model_directory
+from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
 from placement.groups import ON_HEAD
@@ -99,12 +100,12 @@ class ClusterBackend:
     async def exchange_metrics(self, ingress_id: str, snapshot: Snapshot) -> dict[str, Snapshot]:
         return dict(await self._view.ask("exchange_metrics", ingress_id, snapshot, timeout_s=ANSWER_TIMEOUT_S))
 
-    async def metrics(self) -> dict[str, float]:
-        gauges = {"ready": float(self.ready()), "stale_epoch_tokens": float(self._view.pool.succession.stale)}
+    async def metrics(self) -> list[Sample]:
+        own = [Sample(READY.name, {}, self.ready()), Sample(STALE_EPOCH_TOKENS.name, {}, self._view.pool.succession.stale)]
         try:
-            return gauges | cluster_gauges(await self.status())
+            return own + list(await self._view.ask("metrics", timeout_s=STATUS_TIMEOUT_S))
         except Unavailable:
-            return gauges
+            return own
 
     async def refresh(self) -> list[str]:
         """Takes the cluster's present view; tells which attention actors could not be reached."""
@@ -135,32 +136,6 @@ def model_card(model: dict[str, Any]) -> ModelCard:
     """From the controller's view; reads the tokenizer files."""
     tokenizer = Tokenizer.from_directory(Path(model["directory"]))
     return ModelCard(model["name"], model["max_context"], model["vocab_size"], tokenizer, created=int(time.time()))
-
-
-MOVED_GAUGES = {
-    "with_kv": "requests_moved_with_kv",
-    "recomputed": "requests_moved_and_recomputed",
-    "failed": "kv_fetches_failed",
-    "kv_bytes": "kv_bytes_fetched",
-    "kv_ms": "kv_fetching_ms",
-}
-"""By the name in the status."""
-
-
-def cluster_gauges(status: dict[str, Any]) -> dict[str, float]:
-    """What `/metrics` tells of the cluster, summed over the attention actors."""
-    names = {
-        "running": "requests_running",
-        "waiting": "requests_waiting",
-        "kv_used": "kv_blocks_used",
-        "kv_total": "kv_blocks_total",
-    }
-    sums = {gauge: float(sum(actor.get(key) or 0 for actor in status["attention"])) for key, gauge in names.items()}
-    actors = {
-        f"{role}_actors": float(sum(actor["state"] == "running" for actor in status[role])) for role in ("attention", "ffn")
-    }
-    moved = {gauge: float(status["moved_in"].get(key, 0)) for key, gauge in MOVED_GAUGES.items()}
-    return {**sums, **actors, **moved, "epoch": float(status["epoch"])}
 
 
 @serve.ingress()
@@ -263,10 +238,13 @@ def app(args: dict[str, str]) -> serve.Application:
     """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it."""
     # Imported here: a replica imports this module, and needs neither the engine nor torch.
     from actors.cluster import create_controller
+    from actors.fit import check_fits
+    from afd_ray.models.checkpoint import Checkpoint
 
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
     config = load_config(args.get("config"), overrides)
     check_supported(config)
+    check_fits(config, Checkpoint.open(model_directory(config.model)))
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError:

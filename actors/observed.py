@@ -1,6 +1,7 @@
 """What can be seen of an actor with a step loop: its steps, its calls, its memory."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -8,11 +9,15 @@ import ray
 
 from actors.aside import aside
 from actors.memory import resident_bytes
+from actors.ray_metrics import RayMetrics
 from actors.tracing import count_calls, trace_steps
 from afd_ray.engine.loop import StepLoop
 from afd_ray.lookback import PERIOD_S, Lookback
 from afd_ray.measured import Measured, MeasuredFFN
+from afd_ray.metrics import Sample
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
+
+logger = logging.getLogger(__name__)
 
 
 class Observed(ABC):
@@ -43,6 +48,10 @@ class Observed(ABC):
     def _look(self) -> Measured | MeasuredFFN:
         """What the step loop has measured since its start."""
 
+    @abstractmethod
+    def _samples(self) -> list[Sample]:
+        """What this actor exports now."""
+
     def _start_measuring(self) -> None:
         """Once the model is loaded."""
         self._lookback = Lookback[Any](self._look)
@@ -53,16 +62,27 @@ class Observed(ABC):
             self._turning.cancel()
 
     async def _turn(self) -> None:
-        assert self._lookback is not None
+        """On the event loop, so that the step loop is not held up."""
+        exported = RayMetrics() if ray.is_initialized() else None
         while True:
             await asyncio.sleep(PERIOD_S)
-            self._lookback.turn()
+            self._ready_lookback().turn()
+            try:
+                if exported is not None:
+                    exported.publish(self._samples())
+            except Exception:  # whatever Ray's metrics run into, measuring goes on
+                logger.exception("metrics are not exported through Ray any more")
+                exported = None
 
-    def _measured(self) -> dict[str, Any]:
-        """For the status: sums since the start, and since about a minute ago. RuntimeError before `load`."""
+    def _ready_lookback(self) -> Lookback[Any]:
+        """RuntimeError before `load`."""
         if self._lookback is None:
             raise RuntimeError("nothing is measured before the model is loaded")
-        return {"measured": self._look().dump(), "recent": self._lookback.recent().dump()}
+        return self._lookback
+
+    def _measured(self) -> dict[str, Any]:
+        """For the status: sums since the start, and of the last minute."""
+        return {"measured": self._look().dump(), "recent": self._ready_lookback().recent().dump()}
 
     def _held(self) -> "list[AttentionHalf | FFNHalf]":
         """Everything of the model in this process."""

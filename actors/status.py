@@ -1,43 +1,73 @@
 """The cluster's status, in the form that command line and HTTP show."""
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 from actors.roster import Hand, ask, placement_groups
 from actors.transition import Transition
 from afd_ray.config import Config
-from afd_ray.histogram import Histogram
-from afd_ray.measured import STAGES, Measured, load_stages, merged
+from afd_ray.figures import of_stages, served, stages_us
+from afd_ray.measured import STAGES, Measured, MeasuredFFN, load_stages
 from afd_ray.membership.events import Roster
+from afd_ray.metrics import Sample, attention_samples, cluster_samples, ffn_samples
+from placement.planner import Role
 
 ANSWER_TIMEOUT_S = 2.0
 """Who takes longer is shown as last known: a status must not wait for the lost."""
 
+Answer = dict[str, Any]
+Shown = list[tuple[Hand, Answer | None]]
+"""Every actor in order of rank, then those that departed; None: it did not answer."""
+
 
 async def cluster_status(config: Config, transition: Transition) -> dict[str, Any]:
     """As design promises it; actors that do not answer are shown as they were last known."""
-    coordinator, crew = transition.coordinator, transition.crew
+    return _describe(config, transition, await _ask_all(transition))
+
+
+async def cluster_metrics(config: Config, transition: Transition) -> list[Sample]:
+    """Of the cluster, and of every actor that answers."""
+    shown = await _ask_all(transition)
+    samples = cluster_samples(_describe(config, transition, shown))
+    for hand, answer in shown:
+        if answer is not None:
+            samples += actor_samples(hand.name, hand.role, answer)
+    return samples
+
+
+def actor_samples(name: str, role: Role, answer: Answer) -> list[Sample]:
+    """By an actor's own status answer."""
+    if role == "attention":
+        return attention_samples(name, Measured.load(answer["measured"]), Measured.load(answer["recent"]))
+    return ffn_samples(name, MeasuredFFN.load(answer["measured"]), MeasuredFFN.load(answer["recent"]))
+
+
+async def _ask_all(transition: Transition) -> Shown:
+    crew = transition.crew
     hands = list(crew.hands.values())
     answered = await asyncio.gather(*map(answer_of, hands))
     answers = {hand.name: answer for hand, answer in zip(hands, answered, strict=True)}
     hands = [hand for hand in hands if hand.name in crew]  # who was released meanwhile is not dead; who was lost has departed
-    roster = transition.roster
+    living: Shown = [(hand, answers[hand.name]) for hand in _in_order(hands, transition.roster)]
+    return living + [(hand, None) for hand in transition.departed]
+
+
+def _describe(config: Config, transition: Transition, shown: Shown) -> dict[str, Any]:
+    coordinator, roster = transition.coordinator, transition.roster
     epoch = transition.epoch(roster) if roster else None
-    shown = [(hand, answers[hand.name]) for hand in _in_order(hands, roster)] + [(hand, None) for hand in transition.departed]
     attention = [answer for hand, answer in shown if answer and hand.role == "attention"]
-    recent = [Measured.load(answer["recent"]) for answer in attention]
-    stages = [load_stages(answer["recent"]["stages"]) for answer in answers.values() if answer]
+    stages = [load_stages(answer["recent"]["stages"]) for _, answer in shown if answer]
+    goals = config.autoscaling
     return {
         "state": coordinator.state,
         "epoch": roster.number if roster else 0,
         "model": config.model.served_name,
         "attention": [_attention_row(transition, h, a) for h, a in shown if h.role == "attention"],
         "ffn": [_ffn_row(transition, h, a) for h, a in shown if h.role == "ffn"],
-        "placement_groups": placement_groups(hands),
-        "tpot_ms": _quantiles(look.tpot_ms for look in recent),
-        "ttft_ms": _quantiles(look.ttft_ms for look in recent),
-        "stages_us": {stage: _mean(us[stage] for us in stages if stage in us) for stage in STAGES},
+        "placement_groups": placement_groups([hand for hand, _ in shown if hand.name in transition.crew]),
+        **served([Measured.load(answer["recent"]) for answer in attention]),
+        "targets_ms": {"tpot": goals.tpot_target_ms, "ttft": goals.ttft_target_ms},
+        "stages_us": stages_us(stages, STAGES),
         "micro_batches": epoch.micro_batches if epoch else None,
         "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
         "moved_in": _summed([answer["moved_in"] for answer in attention]),
@@ -68,17 +98,6 @@ def _summed(counts: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())}
 
 
-def _quantiles(histograms: Iterable[Histogram]) -> dict[str, float] | None:
-    """p50, p95 and p99 of all of them together; None without values."""
-    values = merged(histograms).quantiles(0.50, 0.95, 0.99)
-    return dict(zip(("p50", "p95", "p99"), (round(value, 3) for value in values), strict=True)) if values else None
-
-
-def _mean(histograms: Iterable[Histogram]) -> float | None:
-    mean = merged(histograms).mean
-    return None if mean is None else round(mean, 2)
-
-
 def _common(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
     identity = hand.identity
     return {
@@ -91,6 +110,7 @@ def _common(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -
         "state": transition.state_of(hand),
         "reason": hand.reason,
         "pace": answer["pace"] if answer else None,
+        **of_stages(load_stages(answer["recent"]["stages"]) if answer else {}),
     }
 
 
@@ -102,7 +122,8 @@ def _rank(roster: Roster | None, hand: Hand) -> int | None:
 
 def _attention_row(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:
     counts = {key: answer[key] if answer else None for key in ("running", "waiting", "kv_used", "kv_total", "micro_batches")}
-    return _common(transition, hand, answer) | counts
+    recent = [Measured.load(answer["recent"])] if answer else []
+    return _common(transition, hand, answer) | counts | served(recent)
 
 
 def _ffn_row(transition: Transition, hand: Hand, answer: dict[str, Any] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from afd_ray.histogram import Histogram
 
 STAGES = ("attention", "ffn", "a2f", "f2a", "attention_wait", "ffn_wait")
 """What an attention actor sees of them is attention, f2a and attention_wait; an FFN actor the others; a colocated one attention and ffn."""
+_BUSY, _WAITS = ("attention", "head", "ffn"), ("attention_wait", "ffn_wait")
 
 StagesUs = Mapping[str, Histogram]
 """Durations in microseconds by stage."""
@@ -138,6 +139,12 @@ class MeasuredFFN:
     def load(cls, dumped: Mapping[str, Any]) -> "MeasuredFFN":
         """What `dump` gave."""
         return cls(**{**dumped, "stages": load_stages(dumped["stages"])})
+
+
+def bubble(stages: StagesUs) -> float | None:
+    """Of the time with work under way, the share in which nothing could be done; None without work."""
+    busy_us, wait_us = (sum(stages[name].total for name in names if name in stages) for names in (_BUSY, _WAITS))
+    return wait_us / (busy_us + wait_us) if busy_us + wait_us else None
 
 
 def merged(histograms: Iterable[Histogram]) -> Histogram:

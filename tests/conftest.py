@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from actors.commands.joining import use_token
 
@@ -18,7 +20,31 @@ use_token()
 pytest.register_assert_rewrite("tests.live_server")
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+
     from tests.live_server import LiveServer
+
+
+class RayInOneProcess(LoadScopeScheduling):
+    """Of a run in two processes, one has every file that uses Ray, so that they share one cluster; of the rest each file goes to either."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if _uses_ray(self.config.rootpath / file) else file
+
+
+@cache
+def _uses_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text(encoding="utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> LoadScopeScheduling:
+    return RayInOneProcess(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    items.sort(key=lambda item: not _uses_ray(item.path))
 
 
 @pytest.fixture(autouse=True)

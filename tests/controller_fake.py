@@ -25,7 +25,7 @@ class FakeController:
         self.views = 0
         self._dead = asyncio.Event()
         self._condition = asyncio.Condition()
-        for name in ("ingress_view", "changed", "status"):
+        for name in ("ingress_view", "changed", "status", "metrics"):
             setattr(self, name, Method(self._until_dead(getattr(self, f"_{name}"))))
 
     async def change(self, actors: dict[str, FakeAttention], state: str = "ready", lost: list[str] | None = None) -> None:
@@ -68,3 +68,5 @@ class FakeController:
     async def _status(self) -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError("it hangs")
+
+    _metrics = _status

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.models import BPE
 
 from actors.http.backend import ModelCard
+from afd_ray.metrics import Sample
 from afd_ray.request import FinishReason, Request, TokenOutput
 from afd_ray.text import Tokenizer
 
@@ -129,5 +130,5 @@ class FakeBackend:
     async def trace(self, steps: int) -> dict[str, Any]:
         return {"traceEvents": [], "steps": steps}
 
-    async def metrics(self) -> dict[str, float]:
-        return {"requests_running": float(len(self.live))}
+    async def metrics(self) -> list[Sample]:
+        return [Sample("afd_requests_running", {"actor": "attention-0"}, float(len(self.live)))]

@@ -16,6 +16,8 @@ def raises(observation: Observation, state: State, now: float) -> Decision:
     raise ZeroDivisionError("a policy's own\nfault")
 
 
+_ROUND: dict[str, Any] = {}
+_ROUND["itself"] = _ROUND
 NONSENSE = {
     "None": None,
     "a number": 5,
@@ -26,6 +28,9 @@ NONSENSE = {
     "a truth": Decision(Counts(True, 2), "?"),
     "three roles": Decision((1, 2, 3), "?"),  # type: ignore[arg-type]
     "no state": Decision(Counts(1, 1), "?", None),  # type: ignore[arg-type]
+    "state that is no JSON": Decision(Counts(1, 1), "?", {"seen": {1, 2}}),
+    "a state that goes round": Decision(Counts(1, 1), "?", _ROUND),
+    "a huge state": Decision(Counts(1, 1), "?", {"all": list(range(100_000))}),
     "no reason": Decision(Counts(1, 1), 5),  # type: ignore[arg-type]
 }
 

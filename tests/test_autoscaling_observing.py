@@ -77,7 +77,7 @@ def test_costs_are_learned_by_an_attention_rank_s_rows_and_by_the_rows_of_a_whol
     for number in range(20):
         size = 2 ** (number % 5)
         counted = [flights(10 * number, 10 + 5.0 * size, 3 + 2.0 * 2 * size, size, 0) for size in (size, size)]
-        before = [Flights(*(0 for _ in own)) for own in counted]
+        before = [Flights() for _ in counted]
         observer.observe(KNOWN, look(*(rank(10 * number, own) for own in before)))
         seen = observer.observe(KNOWN, look(*(rank(10 * number + 5, own) for own in counted)))
     assert seen.costs is not None

@@ -178,8 +178,7 @@ def test_what_there_is_more_of_is_a_leak() -> None:
 
 # --- the storm ----------------------------------------------------------------------------------------------------------------------
 
-SHORT = ["--kills", "4", "--clients", "8", "--tokens", "60", "--detect-timeout", "10"]
-SHORT += ["--victims", "attention", "ffn", "controller", "ingress"]
+SHORT = ["--kills", "3", "--clients", "6", "--tokens", "50", "--detect-timeout", "10", "--victims", "attention", "ffn", "ingress"]
 FULL = ["--kills", "100", "--pauses", "20", "--detect-timeout", "3"]
 
 

@@ -157,7 +157,6 @@ def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> Non
     "override",
     [
         "handoff.kind=nccl",
-        "autoscaling.policy=queue",
         "attention.num_gpus=1",
         "ffn.num_gpus=0.5",
     ],

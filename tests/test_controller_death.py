@@ -131,7 +131,7 @@ async def test_a_silent_controller_is_given_up_on(
     monkeypatch.setattr("actors.ingress.STATUS_TIMEOUT_S", 0.01)
     with pytest.raises(Unavailable, match=r"did not answer in 0\.01 s"):
         await setting.backend.status()
-    assert await setting.backend.metrics() == {"ready": 1.0, "stale_epoch_tokens": 0.0}
+    assert await setting.backend.metrics() == [("afd_ready", {}, 1.0), ("afd_stale_epoch_tokens", {}, 0.0)]
 
 
 async def test_a_cluster_that_stops_leaves_nobody_waiting(setting: Setting, actor: FakeAttention) -> None:

@@ -35,6 +35,47 @@ def test_a_setting_that_the_model_cannot_have(checkpoint: Checkpoint, raw: dict[
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"autoscaling": {"policy": "balanced"}}, "autoscaling.policy: balanced is not known, use fixed, queue, tpot, balance"),
+        ({"autoscaling": {"policy": "no_such:policy"}}, "autoscaling.policy: no_such:policy cannot be loaded"),
+        ({"autoscaling": {"policy": "json:nothing"}}, "autoscaling.policy: json:nothing cannot be loaded"),
+        ({"autoscaling": {"policy": "json:__doc__"}}, "autoscaling.policy: json:__doc__ is no function"),
+        (
+            {"autoscaling": {"policy": "tpot"}, "ffn": {"colocated": True}},
+            "autoscaling.policy: tpot must be fixed with ffn.colocated",
+        ),
+        (
+            {"autoscaling": {"policy": "tpot", "max": {"ffn": 3}}, "ffn": {"tensor_parallel": 4}},
+            "autoscaling.max.ffn: 3 must be at least ffn.tensor_parallel, 4",
+        ),
+        (
+            {"autoscaling": {"policy": "tpot", "max": {"ffn": 9}}},
+            "autoscaling.max: 1 attention and 9 x 1 FFN ranks are more than",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_be_or_bounds_that_it_cannot_come_to(checkpoint: Checkpoint, raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"^autoscaling\.") as caught:
+        check_fits(parse_config(raw), checkpoint)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_fails_when_it_is_imported_is_one_line(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_policies.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="failing_policies:any cannot be loaded: division by zero"):
+        check_fits(parse_config({"autoscaling": {"policy": "failing_policies:any"}}), checkpoint)
+
+
+def test_bounds_do_not_matter_to_the_fixed_policy(checkpoint: Checkpoint) -> None:
+    check_fits(parse_config({"autoscaling": {"max": {"ffn": 9}}}), checkpoint)
+
+
 def test_a_broken_tokenizer(checkpoint: Checkpoint) -> None:
     check_fits(Config(), checkpoint)
     (checkpoint.directory / "tokenizer.json").write_text(json.dumps([]))

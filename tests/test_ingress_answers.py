@@ -261,6 +261,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
 async def test_admin(client: httpx.AsyncClient) -> None:
     assert (await client.get("/admin/status")).json() == {"state": "ready", "epoch": 1}
     assert (await client.post("/admin/scale", json={"ffn": 2, "timeout_s": 9})).json()["to"] == {"ffn": 2, "timeout_s": 9}
+    assert (await client.get("/admin/decisions?after=7")).json() == {"policy": "balance", "decisions": [{"number": 8}]}
     assert (await client.post("/admin/rebalance")).json() == {"epoch": 2, "experts": [[0, 1], [1, 2]]}
     assert (await client.post("/admin/trace", json={"steps": 3})).json() == {"traceEvents": [], "steps": 3}
 
@@ -288,7 +289,7 @@ async def test_metrics_count_over_replicas(backend: FakeBackend) -> None:
         'afd_time_to_first_token_seconds_count{replica="mine"} 1.0',
         'afd_time_per_output_token_seconds_count{replica="mine"} 1.0',
         'afd_choices_finished_total{reason="stop",replica="mine"} 1.0',
-        "afd_requests_running 0.0",
+        'afd_requests_running{actor="attention-0"} 0.0',
     ):
         assert expected in lines
     assert len([line for line in lines if line.startswith("# TYPE afd_generation_tokens_total")]) == 1

@@ -249,6 +249,16 @@ async def test_bad_admin_bodies(client: httpx.AsyncClient, path: str, body: byte
     assert said in error_of(response)["message"]
 
 
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [("after=-1", 'after must be the number of a decision, got "-1"'), ("afer=1", "afer: unknown key, did you mean after?")],
+)
+async def test_bad_questions_about_decisions(client: httpx.AsyncClient, query: str, said: str) -> None:
+    response = await client.get(f"/admin/decisions?{query}")
+    assert response.status_code == 400
+    assert said in error_of(response)["message"]
+
+
 async def test_a_resize_that_did_not_happen_is_no_success(
     client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from actors.attention_pool import AttentionPool
 from actors.http.backend import Overloaded, Unavailable
-from actors.ingress import ClusterBackend, cluster_gauges
+from actors.ingress import ClusterBackend
 from actors.token_stream import TokenStreamClient, TokenStreamServer
+from afd_ray.metrics import Sample
 from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 from tests.ingress_fake import write_tokenizer
 
@@ -168,7 +169,7 @@ class Controller:
         self.views = 0
         self.condition = asyncio.Condition()
         self.directory = str(directory)
-        names = ("ingress_view", "changed", "status", "scale")
+        names = ("ingress_view", "changed", "metrics", "scale")
         for name in names:
             setattr(self, name, Method(getattr(self, f"_{name}")))
 
@@ -188,13 +189,8 @@ class Controller:
             await self.condition.wait_for(lambda: (self.epoch, "ready") != (epoch, state))
         return self.epoch, "ready"
 
-    async def _status(self) -> dict[str, Any]:
-        attention = [
-            {"state": "running", "running": 2, "waiting": 1, "kv_used": 3, "kv_total": 8},
-            {"state": "dead", "running": None},
-        ]
-        moved_in = {"with_kv": 5, "recomputed": 4, "failed": 1, "kv_bytes": 4096, "kv_ms": 2.5}
-        return {"epoch": self.epoch, "attention": attention, "ffn": [{"state": "running"}], "moved_in": moved_in}
+    async def _metrics(self) -> list[Sample]:
+        return [Sample("afd_epoch", {}, self.epoch)]
 
     async def _scale(self, attention: int) -> dict[str, Any]:
         raise ValueError("attention must be at most 2, got 9")
@@ -228,7 +224,7 @@ async def test_the_backend_follows_the_cluster(actors: list[Actor], tmp_path: Pa
     await controller.move(actors[1:])
     await eventually(lambda: actors[1].server.streams == 1 and actors[0].server.streams == 0)
     await eventually(backend.ready)
-    assert (await backend.metrics())["ready"] == 1.0
+    assert Sample("afd_ready", {}, 1.0) in await backend.metrics()
     with pytest.raises(ValueError, match="at most 2"):
         await backend.scale({"attention": 9})
     for _ in range(200):
@@ -237,13 +233,3 @@ async def test_the_backend_follows_the_cluster(actors: list[Actor], tmp_path: Pa
     following.cancel()
     await backend.close()
     await eventually(lambda: actors[1].server.streams == 0)
-
-
-async def test_gauges_are_sums_over_attention_actors(tmp_path: Path) -> None:
-    status = await Controller(tmp_path, [])._status()
-    assert cluster_gauges(status) == {
-        "requests_running": 2.0, "requests_waiting": 1.0, "kv_blocks_used": 3.0, "kv_blocks_total": 8.0,
-        "attention_actors": 1.0, "ffn_actors": 1.0, "epoch": 1.0,
-        "requests_moved_with_kv": 5.0, "requests_moved_and_recomputed": 4.0,
-        "kv_fetches_failed": 1.0, "kv_bytes_fetched": 4096.0, "kv_fetching_ms": 2.5,
-    }  # fmt: skip

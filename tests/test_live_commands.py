@@ -52,6 +52,28 @@ def test_status_has_what_is_promised(live: LiveServer) -> None:
     assert {actor["pid"] for actor in (*status["attention"], *status["ffn"])} <= {process.pid for process in live.processes()}
 
 
+def test_the_last_minute_is_told_of_every_actor(live: LiveServer) -> None:
+    answer(live)
+    status = live.status()
+    served = [actor for actor in status["attention"] if actor["tpot_ms"]]
+    assert served
+    assert all(actor["tokens_per_step"] >= 1 and actor["output_tokens_s"] > 0 for actor in served)
+    assert all(set(actor["stages_us"]) >= {"attention", "f2a", "head"} for actor in served)
+    assert all(0 <= actor["bubble"] < 1 for actor in (*served, *status["ffn"]))
+    assert status["targets_ms"] == {"tpot": 50.0, "ttft": 1000.0}
+
+
+def test_metrics_tell_of_every_actor_and_count_up(live: LiveServer) -> None:
+    before = live.metric("afd_output_tokens_total")
+    answer(live)
+    assert live.metric("afd_output_tokens_total") == before + 20
+    lines = live.http.get("/metrics").text.splitlines()
+    stages = {(actor["id"], stage) for actor in live.status()["attention"] for stage in actor["stages_us"]}
+    for actor, stage in stages:
+        assert any(line.startswith(f'afd_stage_runs_total{{actor="{actor}",role="attention",stage="{stage}"}}') for line in lines)
+    assert 'afd_cluster_state{state="ready"} 1.0' in lines
+
+
 def test_status_through_ray_is_the_same(live: LiveServer) -> None:
     by_ray = json.loads(run("status", "--json", "--address", live.ray_address))
     assert [actor["id"] for actor in by_ray["attention"]] == [actor["id"] for actor in live.status()["attention"]]

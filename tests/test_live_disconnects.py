@@ -123,7 +123,7 @@ def nothing_left(live: LiveServer, tasks: float, files: dict[int, int]) -> Calla
     return holds
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.full)])
 def test_clients_that_go_away_leave_nothing_behind(live: LiveServer, count: int) -> None:
     rng = random.Random(2)
     asyncio.run(make_all(visits(64, rng), live.url))  # what is set up once is set up now

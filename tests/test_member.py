@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors import departure, place
+from actors import departure, observed, place
 from actors import member as member_module
 from actors.attention import AttentionActor
 from actors.collective import AFDGroup
@@ -24,6 +24,7 @@ from afd_ray.config import Config, parse_config
 from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
+from afd_ray.metrics import Sample
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from afd_ray.models.step3 import FFNHalf, FFNShard
 from afd_ray.request import Request, SamplingParams, TokenOutput
@@ -299,6 +300,28 @@ async def test_a_request_goes_on_after_the_tokens_it_has(config: Config, expecte
         assert (measured.ttft_ms.count, measured.tpot_ms.count) == (0, MAX_TOKENS - 10)
 
 
+async def test_an_actor_tells_ray_what_it_measured_until_it_leaves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[str]] = {}
+    both = asyncio.Event()
+
+    class Exported:
+        def publish(self, samples: list[Sample]) -> None:
+            for sample in samples:
+                told.setdefault(sample.labels["actor"], []).append(sample.name)
+            if len(told) == 2:
+                both.set()
+
+    monkeypatch.setattr(observed, "PERIOD_S", 0.01)
+    monkeypatch.setattr(observed, "RayMetrics", Exported)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        async with asyncio.timeout(TIMEOUT_S):
+            await both.wait()
+    assert "afd_requests_running" in told["attention-0"]
+    assert "afd_ffn_rows_total" in told["ffn-0"]
+    assert all(member._turning and member._turning.cancelling() for member in made.members)
+
+
 async def test_an_ffn_rank_without_the_weights_takes_no_place(config: Config) -> None:
     async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
         with pytest.raises(ValueError, match="what rank 1 of epoch 2 needs is not loaded"):
@@ -313,7 +336,7 @@ def held_by_process() -> dict[str, int]:
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
         "segments": sum("/dev/shm/afd-ray-" in line for line in mappings),
-        "names": len(list(Path("/dev/shm").glob("afd-ray-*"))),
+        "names": len(list(Path("/dev/shm").glob(f"afd-ray-{os.getpid()}-*"))),
     }
 
 

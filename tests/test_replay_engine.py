@@ -210,7 +210,10 @@ def be_late(leaver: AttentionActor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(departure.Departure, "_lend", lend_late)
 
 
-@pytest.mark.parametrize("spoil", [close_the_door, refuse, have_another_model, be_late])
+FULL = [pytest.param(spoil, marks=pytest.mark.full) for spoil in (close_the_door, have_another_model)]
+
+
+@pytest.mark.parametrize("spoil", [refuse, be_late, *FULL])
 async def test_a_request_whose_keys_and_values_cannot_be_had_is_computed_again(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[AttentionActor, pytest.MonkeyPatch], None]
 ) -> None:

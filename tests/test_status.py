@@ -10,7 +10,13 @@ from afd_ray.config import Config
 from afd_ray.measured import Measured
 
 ANSWER = {
-    **{"recent": Measured(0.0, 1.0).dump(), "expert_loads": [], "moved_in": {}, "pace": None},
+    **{
+        "measured": Measured(0.0, 1.0).dump(),
+        "recent": Measured(0.0, 1.0).dump(),
+        "expert_loads": [],
+        "moved_in": {},
+        "pace": None,
+    },
     **{"running": 0, "waiting": 0, "kv_used": 0, "kv_total": 1, "micro_batches": 1},
 }
 

@@ -24,7 +24,7 @@ FFN_COLUMNS = ("id", "rank", "state", "node", "address", "pid", "instance", "tp_
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("status", help="show a running server's actors, load and latency")
     add_json(parser)
-    parser.add_argument("--watch", action="store_true", help="once a second, until interrupted")
+    parser.add_argument("--watch", action="store_true", help="a live view, until interrupted; with --json a line a second")
     add_server(parser)
     parser.set_defaults(run=run)
 
@@ -51,12 +51,15 @@ def _print_json(args: argparse.Namespace, status: Status) -> int:
 
 
 def _watch(args: argparse.Namespace, status: Status) -> int:
-    from rich.console import Group
+    from rich.console import Console
     from rich.live import Live
 
-    with Live(Group(*render(status)), auto_refresh=False) as live:
+    from actors.commands.watch import view
+
+    console = Console()
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         for latest in _every_period(args, status):
-            live.update(Group(*render(latest)), refresh=True)
+            live.update(view(latest, ask(args, "/admin/decisions")["decisions"]), refresh=True)
     return 0
 
 
@@ -79,7 +82,7 @@ def render(status: Status) -> "list[RenderableType]":
     parts += [_escaped(f"{actor['id']} is lost: {actor.get('reason')}") for actor in (*attention, *ffn) if _is_dead(actor)]
     parts += [_line(key, _figures(status[key])) for key in ("tpot_ms", "ttft_ms", "stages_us") if status.get(key)]
     if status.get("last_resize"):
-        parts.append(_line("last resize", _resize(status["last_resize"])))
+        parts.append(_line("last resize", resize_words(status["last_resize"])))
     return parts
 
 
@@ -137,7 +140,7 @@ def _figures(values: Status) -> list[str]:
     return [f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()] or ["-"]
 
 
-def _resize(resize: Status) -> list[str]:
+def resize_words(resize: Status) -> list[str]:
     """As `4 attention and 1 ffn to 2 attention and 1 ffn, committed, ...`."""
     shapes = [" and ".join(f"{count} {role}" for role, count in (resize.get(end) or {}).items()) for end in ("from", "to")]
     rest = {key: value for key, value in resize.items() if key not in ("from", "to", "outcome", "reason")}

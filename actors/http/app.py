@@ -111,8 +111,8 @@ def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, o
 
     async def scrape(request: Request) -> Response:
         metrics.tasks_alive(len(asyncio.all_tasks()))
-        peers, gauges = await asyncio.gather(options.peer_snapshots(), backend.metrics())
-        text = render({**peers, options.replica: metrics.snapshot()}, gauges)
+        peers, samples = await asyncio.gather(options.peer_snapshots(), backend.metrics())
+        text = render({**peers, options.replica: metrics.snapshot()}, samples)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     app.add_route("/health", health, methods=["GET"])

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from afd_ray.metrics import Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
 
@@ -66,6 +67,6 @@ class Backend(Protocol):
 
     async def trace(self, steps: int) -> dict[str, Any]: ...
 
-    async def metrics(self) -> dict[str, float]:
-        """Gauges of the cluster, by name without the `afd_` prefix."""
+    async def metrics(self) -> list[Sample]:
+        """Of the cluster; at least what this side knows of it."""
         ...

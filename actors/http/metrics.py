@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+
+from afd_ray.metrics import CATALOGUE, Sample
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -91,15 +93,14 @@ def _wanted(sample_name: str) -> bool:
     return not sample_name.endswith("_created")
 
 
-def render(snapshots: Mapping[str, Snapshot], gauges: Mapping[str, float]) -> bytes:
-    """Prometheus text: every replica's samples with a `replica` label, and the cluster's own gauges."""
-    return generate_latest(_Merged(snapshots, gauges))
+def render(snapshots: Mapping[str, Snapshot], samples: Iterable[Sample]) -> bytes:
+    """Prometheus text: every replica's samples with a `replica` label, and the cluster's own, which are in the catalogue."""
+    return generate_latest(_Merged(snapshots, samples))
 
 
 class _Merged(Collector):
-    def __init__(self, snapshots: Mapping[str, Snapshot], gauges: Mapping[str, float]) -> None:
-        self._snapshots = snapshots
-        self._gauges = gauges
+    def __init__(self, snapshots: Mapping[str, Snapshot], samples: Iterable[Sample]) -> None:
+        self._snapshots, self._samples = snapshots, samples
 
     def collect(self, *_: Any) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
@@ -108,9 +109,11 @@ class _Merged(Collector):
                 family = families.setdefault(name, Metric(name, documentation, kind))
                 for sample_name, labels, value in samples:
                     family.add_sample(sample_name, {**labels, "replica": replica}, value)
+        for sample in self._samples:
+            metric = CATALOGUE[sample.name]
+            family = families.setdefault(metric.name, Metric(metric.family, metric.help, metric.kind))
+            family.add_sample(metric.name, dict(sample.labels), sample.value)
         yield from families.values()
-        for name, value in sorted(self._gauges.items()):
-            yield GaugeMetricFamily(f"afd_{name}", f"Cluster: {name.replace('_', ' ')}", value)
 
 
 class MetricsBoard:

@@ -110,7 +110,7 @@ def create_segment(capacities: Mapping[int, int], nonce: bytes) -> Segment:
 
 def _create_file() -> tuple[str, int]:
     while True:
-        name = PREFIX + secrets.token_hex(8)
+        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         with suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
