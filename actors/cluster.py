@@ -138,6 +138,10 @@ class Cluster:
         actors = [*status["attention"], *status["ffn"]]
         return [f"{actor['id']} is lost: {actor['reason']}" for actor in actors if actor["state"] == "dead"]
 
+    def measured(self) -> dict[str, Any]:
+        """As `GET /admin/measured`: what the attention actors have measured since their start. Raises ClusterError while they cannot all be asked."""
+        return dict(self._call(self.controller.measured.remote()))
+
     def trace(self, steps: int) -> dict[str, Any]:
         """Chrome trace of the next `steps` steps of every actor."""
         return dict(ray.get(self.controller.trace.remote(steps)))

@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import ray
-
 from actors.cluster import Cluster
 from actors.commands.admin import ask_url
 from afd_ray.measured import Measured
@@ -39,7 +37,7 @@ class Started:
         self._cluster = cluster
 
     def measured(self) -> dict[str, Any]:
-        return dict(ray.get(self._cluster.controller.measured.remote()))
+        return self._cluster.measured()
 
     def generate(self, prompts: Prompts, max_tokens: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

@@ -41,8 +41,8 @@ async def measured(config: Config, model: ModelConfig, transition: Transition) -
     if roster is None:
         raise RuntimeError(f"the cluster is {transition.coordinator.state}: nothing serves")
     look, silent = await look_at(roster.number, transition.hands)
-    if silent:
-        raise RuntimeError(f"no answer from {', '.join(silent)}")
+    if silent or not look.attention:
+        raise RuntimeError(f"no answer from {', '.join(silent) or 'any attention actor'}")
     blocks = min(one.kv_total for one in look.attention.values())
     wire = wire_dtype(config, model)
     facts = Facts(
