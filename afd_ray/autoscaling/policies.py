@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from afd_ray.autoscaling.forecast import forecast_growth
-from afd_ray.autoscaling.settling import KV_FULL, WAIT_SHARE, Pace, settle, waits_too_long
+from afd_ray.autoscaling.settling import JUDGED_AFTER_S, KV_FULL, WAIT_SHARE, Pace, settle, waits_too_long
 from afd_ray.autoscaling.sizing import Demand, Sizing, least_for_kv
 from afd_ray.autoscaling.values import Counts, Decision, Observation, State
 
@@ -43,9 +43,12 @@ def queue(observation: Observation, state: State, now: float) -> Decision:
 
 
 def tpot(observation: Observation, state: State, now: float) -> Decision:
-    """Target tracking: both roles in proportion to how far TPOT is off its target; needs no model of the stages."""
+    """Target tracking: both roles in proportion to how far TPOT is off its target; needs no model of the stages.
+
+    TPOT is known over a minute: who grows again before that is over answers to what was before the last growth.
+    """
     goals, current = observation.goals, observation.counts
-    pace = Pace.of(observation, most_shrink=0.25)
+    pace = Pace.of(observation, most_shrink=0.25, grow_cooldown_s=JUDGED_AFTER_S)
 
     def holds(counts: Counts) -> bool:
         share = max(current.attention / counts.attention, current.ffn / counts.ffn)

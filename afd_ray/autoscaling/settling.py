@@ -139,7 +139,12 @@ def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, An
     del memory["more_since"]
     _regret(observation, memory, now, pace)
     if observation.tpot_ms is not None and observation.tpot_ms.p95 > observation.goals.tpot_ms:
-        memory["growth"] = {"tpot_ms": observation.tpot_ms.p95, "requests": observation.requests, "at": now}
+        memory["growth"] = {
+            "tpot_ms": observation.tpot_ms.p95,
+            "requests": observation.requests,
+            "ranks": sum(observation.counts),
+            "at": now,
+        }
     return Decision(more, why, memory)
 
 
@@ -212,5 +217,18 @@ def _note_growth_in_vain(memory: dict[str, Any], observation: Observation, now: 
         memory.pop("growth")
         return
     growth = memory["growth"] = {**growth, "judged": True}
-    helped = tpot.p95 <= observation.goals.tpot_ms or tpot.p95 < growth["tpot_ms"] * (1 - FUTILE_GAIN)
+    target_ms = observation.goals.tpot_ms
+    if tpot.p95 > target_ms and _best_ms(growth, observation, tpot.p95) > target_ms:
+        memory["futile"] = MOST_FUTILE
+        return
+    helped = tpot.p95 <= target_ms or tpot.p95 < growth["tpot_ms"] * (1 - FUTILE_GAIN)
     memory["futile"] = 0 if helped else memory.get("futile", 0) + 1
+
+
+def _best_ms(growth: State, observation: Observation, tpot_ms: float) -> float:
+    """TPOT with all the ranks that are allowed, if each further growth helps as this one did; zero where that cannot be told."""
+    before, ranks, gain = growth.get("ranks", 0), sum(observation.counts), growth["tpot_ms"] / tpot_ms
+    if not 0 < before < ranks or gain < 1:
+        return 0.0
+    exponent = math.log(gain) / math.log(ranks / before)
+    return float(tpot_ms * (ranks / max(ranks, sum(observation.goals.most))) ** exponent)
