@@ -52,7 +52,7 @@ def test_a_setting_that_the_model_cannot_have(checkpoint: Checkpoint, raw: dict[
         ),
         (
             {"autoscaling": {"policy": "tpot", "max": {"ffn": 9}}},
-            "autoscaling.max: 1 attention and 9 x 1 FFN ranks are more than",
+            "autoscaling.max: 4 attention and 9 x 1 FFN ranks are more than",
         ),
     ],
 )

@@ -218,17 +218,16 @@ def _note_growth_in_vain(memory: dict[str, Any], observation: Observation, now: 
         return
     growth = memory["growth"] = {**growth, "judged": True}
     target_ms = observation.goals.tpot_ms
-    if tpot.p95 > target_ms and _best_ms(growth, observation, tpot.p95) > target_ms:
-        memory["futile"] = MOST_FUTILE
-        return
-    helped = tpot.p95 <= target_ms or tpot.p95 < growth["tpot_ms"] * (1 - FUTILE_GAIN)
-    memory["futile"] = 0 if helped else memory.get("futile", 0) + 1
+    if tpot.p95 > target_ms and tpot.p95 >= growth["tpot_ms"] * (1 - FUTILE_GAIN):
+        memory["futile"] = memory.get("futile", 0) + 1
+    else:
+        memory["futile"] = MOST_FUTILE if _best_ms(growth, observation, tpot.p95) > target_ms else 0
 
 
 def _best_ms(growth: State, observation: Observation, tpot_ms: float) -> float:
     """TPOT with all the ranks that are allowed, if each further growth helps as this one did; zero where that cannot be told."""
-    before, ranks, gain = growth.get("ranks", 0), sum(observation.counts), growth["tpot_ms"] / tpot_ms
-    if not 0 < before < ranks or gain < 1:
+    before, ranks = growth["ranks"], sum(observation.counts)
+    if ranks <= before:
         return 0.0
-    exponent = math.log(gain) / math.log(ranks / before)
+    exponent = math.log(growth["tpot_ms"] / tpot_ms) / math.log(ranks / before)
     return float(tpot_ms * (ranks / max(ranks, sum(observation.goals.most))) ** exponent)
