@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """How long a member that lost its epoch keeps what waits for the next one."""
+SWITCH_S = 0.2e-3
+"""How long another thread of an actor waits at most for the interpreter while the step loop looks for messages."""
 LEFT = "left"
 
 
@@ -327,6 +330,7 @@ class Member(Observed):
 
 def run_loop(loop: StepLoop, name: str, on_failed: Callable[[str], None]) -> None:
     """On the step loop's thread."""
+    sys.setswitchinterval(SWITCH_S)
     try:
         loop.run()
     except Exception as error:  # whatever ends the loop ends this member

@@ -1,6 +1,7 @@
 """What does a hand-off cost? Round trips between two processes for each link kind, beside the bare mechanism it stands on, in one run.
 
 Bounds: a spinning ping-pong through shared memory, blocking sockets, gloo. All are measured in turns, and nothing is pinned to a core.
+The links look for messages that are due as long as they do in a cluster whose hosts have a core for each actor.
 """
 
 import argparse
@@ -24,12 +25,12 @@ import torch.distributed as dist
 
 from afd_ray.handoff.mesh import Endpoint, LinkKind, RingMesh, open_mesh
 from afd_ray.handoff.message import Header, Kind, Message
+from afd_ray.handoff.spin import SPIN_US
 from benchmarks._machine import hardware
 
 SIZES = tuple(256 << (2 * power) for power in range(8))  # 256 B to 4 MiB
 HOST = "127.0.0.1"
 RING_BYTES = 16 << 20
-SPIN_US = 200.0
 TIMEOUT_S = 30.0
 WAKES = 200
 LINKS: tuple[LinkKind, ...] = ("shm", "tcp", "gloo")

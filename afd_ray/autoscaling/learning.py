@@ -7,7 +7,8 @@ class StageBook:
     """Microseconds of a layer of a micro-batch. FFN ranks share the work of a layer, so that what one number of ranks taught holds for another."""
 
     def __init__(self) -> None:
-        self._attention, self._ffn, self._transfer = CostMeter(), CostMeter(), CostMeter()
+        # A live cluster gives one sample of each rank in a control period: each of them counts.
+        self._attention, self._ffn, self._transfer = (CostMeter(samples_a_fit=1) for _ in range(3))
 
     def attended(self, rows: float, context_tokens: float, duration_us: float) -> None:
         """One attention rank's micro-batch."""

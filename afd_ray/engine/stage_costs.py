@@ -59,7 +59,9 @@ class CostMeter:
     last sample the heavier. So base and slope stay known while one row count alone is run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples_a_fit: int = SAMPLES_A_FIT) -> None:
+        """The line is drawn anew after so many samples."""
+        self._samples_a_fit = samples_a_fit
         self._means: dict[int, np.ndarray] = {}  # rows.bit_length(): rows, context tokens, microseconds
         self._counts: dict[int, int] = {}
         self._last = 0
@@ -77,8 +79,8 @@ class CostMeter:
 
     @property
     def line(self) -> CostLine:
-        """What the samples say; zeros without any. Fitted anew when some more have come."""
-        if self._unfitted >= min(SAMPLES_A_FIT, sum(self._counts.values())) > 0:
+        """What the samples say; zeros without any."""
+        if self._unfitted >= min(self._samples_a_fit, sum(self._counts.values())) > 0:
             self._line = self._fit()
             self._unfitted = 0
         return self._line

@@ -14,8 +14,6 @@ from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, LinkError, Messa
 from afd_ray.handoff.spin import Spin
 from afd_ray.handoff.wiring import OWN_CLOSE, Terms, Wiring
 
-_ALONE_S = 50e-6
-"""How long a receiver that looks for messages keeps the interpreter to itself."""
 _WARM_UP_POLL_S = 0.5e-3
 
 
@@ -120,15 +118,11 @@ class RingMesh:
 
     def _spin_until(self, until_s: float) -> bool:
         """Look for messages until that time; whether to look further is over."""
-        alone_until_s = time.perf_counter() + _ALONE_S
         while not self._ready():
-            now_s = time.perf_counter()
-            if now_s >= until_s:
+            if time.perf_counter() >= until_s:
                 return False
             if self._sockets is not None:
                 self._sockets.look(0.0)
-            if now_s >= alone_until_s:
-                time.sleep(0)  # the interpreter to whichever other thread of this process wants it
         return True
 
     def _ready(self) -> bool:
