@@ -1,4 +1,4 @@
-"""What every test gets: one torch thread, and no Ray unless it is marked `ray`."""
+"""What every test gets: one torch thread, Triton's interpreter, and no Ray unless it is marked `ray`."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it once, when it is imported. TRITON_INTERPRET=0 compiles the kernels and runs them on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
