@@ -1,0 +1,306 @@
+"""The routed experts of a layer: two grouped products over rows sorted by expert, SwiGLU in the first, weights and the sum in the second.
+
+Programs go through the rows' tiles first and through the columns next, so that the tiles of one expert read its weights together, and what
+many experts add to the same columns of a row is added while these are in the L2 cache. The partial rows themselves are never written.
+
+Legend of shapes: N rows, K top-k, E experts held, H hidden, I intermediate; a block is 128 columns, B blocks of H, J of I.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_ray.handoff.quantise import BLOCK
+from afd_ray.kernels.gpu.e4m3 import power_of_two, scale_exponent, to_e4m3
+from afd_ray.kernels.gpu.expert_order import Order, order_by_expert
+
+
+class Experts(NamedTuple):
+    """Stacked weights, contiguous; in e4m3 each 128 x 128 block times its scale."""
+
+    gate: Tensor  # [E, I, H]
+    up: Tensor  # [E, I, H]
+    down: Tensor  # [E, H, I]
+    gate_scales: Tensor | None = None  # [E, J, B] float32
+    up_scales: Tensor | None = None  # [E, J, B]
+    down_scales: Tensor | None = None  # [E, B, J]
+
+
+class Tile(NamedTuple):
+    """How a program goes through a product."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    """Tiles of both operands on their way at a time."""
+    warps: int
+
+
+WIDE = 128
+"""Columns of a tile: in e4m3 those that share a scale."""
+GATE_UP_TILES = {
+    torch.float32: Tile(64, WIDE, 32, 2, 8),
+    torch.float16: Tile(64, WIDE, 64, 4, 8),
+    torch.bfloat16: Tile(64, WIDE, 64, 4, 8),
+    torch.float8_e4m3fn: Tile(64, WIDE, BLOCK, 4, 8),
+}
+DOWN_TILES = {
+    torch.float32: Tile(64, WIDE, 32, 2, 4),
+    torch.float16: Tile(64, WIDE, 64, 4, 4),
+    torch.bfloat16: Tile(64, WIDE, 64, 4, 4),
+    torch.float8_e4m3fn: Tile(64, WIDE, BLOCK, 4, 4),
+}
+"""By the dtype of weights and rows; found by compiling (docs/gpu.md)."""
+
+
+@triton.jit
+def gate_up_kernel(
+    x,  # [N, H]
+    exponents,  # [N, B] uint8, or None
+    gate,
+    up,  # [E, I, H]
+    gate_scales,
+    up_scales,  # [E, J, B], or None
+    starts,
+    assignments,
+    inner,  # [N * K, I], sorted
+    inner_exponents,  # [N * K, J], or None
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    expert, first, end = _expert_of(starts, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
+    if expert >= EXPERTS:
+        return
+    place = first + tl.arange(0, TILE_ROWS)
+    is_row = place < end
+    row = tl.load(assignments + place, mask=is_row, other=0) // TOP_K
+    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    is_column = (column < INNER)[:, None]
+    depth = tl.arange(0, TILE_DEPTH)[None, :]
+    rows = x + row.to(tl.int64)[:, None] * HIDDEN + depth
+    weight = (expert.to(tl.int64) * INNER + column)[:, None] * HIDDEN + depth
+    gates = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    ups = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    BLOCKS: tl.constexpr = HIDDEN // TILE_DEPTH
+    if NARROW:
+        row_scale = exponents + row.to(tl.int64) * BLOCKS
+        weight_scale = (expert * tl.num_programs(1) + tl.program_id(1)) * BLOCKS
+        exponent = tl.load(row_scale)
+        gate_scale, up_scale = tl.load(gate_scales + weight_scale), tl.load(up_scales + weight_scale)
+    for block in range(BLOCKS):
+        at = block * TILE_DEPTH
+        left = tl.load(rows + at)
+        gate_tile = tl.load(gate + weight + at, mask=is_column, other=0.0)
+        up_tile = tl.load(up + weight + at, mask=is_column, other=0.0)
+        if NARROW:
+            scale = power_of_two(exponent.to(tl.int32))
+            by_gate, by_up = (scale * gate_scale)[:, None], (scale * up_scale)[:, None]
+            # A block ahead: no product waits for its scales.
+            ahead = tl.minimum(block + 1, BLOCKS - 1)
+            exponent = tl.load(row_scale + ahead)
+            gate_scale, up_scale = tl.load(gate_scales + weight_scale + ahead), tl.load(up_scales + weight_scale + ahead)
+            gates += tl.dot(left, gate_tile.T) * by_gate
+            ups += tl.dot(left, up_tile.T) * by_up
+        else:
+            gates = tl.dot(left, gate_tile.T, gates, input_precision="ieee")
+            ups = tl.dot(left, up_tile.T, ups, input_precision="ieee")
+
+    gated = gates * tl.sigmoid(gates) * ups
+    is_place = is_row[:, None] & (column < INNER)[None, :]
+    at = inner + place.to(tl.int64)[:, None] * INNER + column[None, :]
+    if NARROW:
+        exponent = scale_exponent(tl.max(tl.abs(gated), 1))
+        tl.store(inner_exponents + place * tl.num_programs(1) + tl.program_id(1), exponent.to(tl.uint8), mask=is_row)
+        tl.store(at, to_e4m3(gated * power_of_two(254 - exponent)[:, None]), mask=is_place)
+    else:
+        tl.store(at, gated.to(inner.dtype.element_ty), mask=is_place)
+
+
+@triton.jit
+def down_kernel(
+    inner,  # [N * K, I], sorted
+    inner_exponents,  # [N * K, J], or None
+    down,  # [E, H, I]
+    down_scales,  # [E, B, J], or None
+    starts,
+    assignments,
+    weights,  # [N, K]
+    total,  # [N, H] float32
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    expert, first, end = _expert_of(starts, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
+    if expert >= EXPERTS:
+        return
+    place = first + tl.arange(0, TILE_ROWS)
+    is_row = place < end
+    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    is_column = (column < HIDDEN)[:, None]
+    depth = tl.arange(0, TILE_DEPTH)[None, :]
+    rows = inner + place.to(tl.int64)[:, None] * INNER + depth
+    weight = down + (expert.to(tl.int64) * HIDDEN + column)[:, None] * INNER + depth
+    sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    BLOCKS: tl.constexpr = INNER // TILE_DEPTH
+    if NARROW:
+        row_scale = inner_exponents + place * BLOCKS
+        weight_scale = down_scales + (expert * tl.num_programs(1) + tl.program_id(1)) * BLOCKS
+        exponent, scale = tl.load(row_scale, mask=is_row, other=1), tl.load(weight_scale)
+    for block in range(BLOCKS):
+        at = block * TILE_DEPTH
+        left = tl.load(rows + at, mask=is_row[:, None], other=0.0)
+        right = tl.load(weight + at, mask=is_column, other=0.0)
+        if NARROW:
+            by = (power_of_two(exponent.to(tl.int32)) * scale)[:, None]
+            ahead = tl.minimum(block + 1, BLOCKS - 1)
+            exponent, scale = tl.load(row_scale + ahead, mask=is_row, other=1), tl.load(weight_scale + ahead)
+            sums += tl.dot(left, right.T) * by
+        else:
+            sums = tl.dot(left, right.T, sums, input_precision="ieee")
+
+    assignment = tl.load(assignments + place, mask=is_row, other=0)
+    share = tl.load(weights + assignment, mask=is_row, other=0.0).to(tl.float32)
+    at = total + (assignment // TOP_K).to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.atomic_add(at, sums * share[:, None], mask=is_row[:, None] & (column < HIDDEN)[None, :], sem="relaxed")
+
+
+@triton.jit
+def _expert_of(starts, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """Whose rows the program's tile has, and the first of them and where the expert's end; PADDED_EXPERTS when no tile is left."""
+    each = tl.arange(0, PADDED_EXPERTS)
+    first = tl.load(starts + each, mask=each < EXPERTS, other=0)
+    end = tl.load(starts + each + 1, mask=each < EXPERTS, other=0)
+    tiles = tl.cdiv(end - first, TILE_ROWS)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tl.program_id(0)).to(tl.int32), 0)
+    before = tl.sum(tl.where(each < expert, tiles, 0), 0)
+    own_first = tl.sum(tl.where(each == expert, first, 0), 0)
+    own_end = tl.sum(tl.where(each == expert, end, 0), 0)
+    return expert, own_first + (tl.program_id(0) - before) * TILE_ROWS, own_end
+
+
+def feed_forward(
+    experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, first_id: int = 0, exponents: Tensor | None = None
+) -> Tensor:
+    """x [N, H] through the experts first_id.. that its rows chose, ids [N, K] of any integer dtype, times weights [N, K]: [N, H] float32.
+
+    Ids held elsewhere add nothing. x in the dtype of the weights: float32, float16 or bfloat16, H and I multiples of 64; or e4m3 with
+    `exponents` [N, B] as `handoff.quantise` gives them, H and I multiples of 128: what SwiGLU gives is then e4m3 too, by the same rule.
+    Sums are float32; a row's experts are added in no fixed order. Raises ValueError for any other shape or dtype.
+    """
+    _check(experts, x, ids, weights, exponents)
+    total = x.new_zeros(*x.shape, dtype=torch.float32)
+    if not ids.numel():
+        return total
+    order = order_by_expert(ids, len(experts.gate), first_id)
+    inner, inner_exponents = _gate_up(experts, x, exponents, order, ids.shape[1])
+    _down(experts, inner, inner_exponents, order, weights, total)
+    return total
+
+
+def _gate_up(experts: Experts, x: Tensor, exponents: Tensor | None, order: Order, top_k: int) -> tuple[Tensor, Tensor | None]:
+    """silu(gate(x)) * up(x) of every assignment, sorted: [N * K, I], and its exponents [N * K, J] in e4m3."""
+    width = experts.gate.shape[1]
+    sorted_rows = len(order.assignments)
+    inner = x.new_empty(sorted_rows, width)
+    inner_exponents = None if exponents is None else exponents.new_empty(sorted_rows, triton.cdiv(width, BLOCK))
+    tile = GATE_UP_TILES[x.dtype]
+    gate_up_kernel[_grid(experts, order, tile, width)](
+        x,
+        exponents,
+        experts.gate,
+        experts.up,
+        experts.gate_scales,
+        experts.up_scales,
+        *order,
+        inner,
+        inner_exponents,
+        **_sizes(experts, tile, top_k),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return inner, inner_exponents
+
+
+def _down(experts: Experts, inner: Tensor, exponents: Tensor | None, order: Order, weights: Tensor, total: Tensor) -> None:
+    """Add what each assignment's expert gives, times its weight, to its row of `total` [N, H]."""
+    tile = DOWN_TILES[inner.dtype]
+    down_kernel[_grid(experts, order, tile, experts.down.shape[1])](
+        inner,
+        exponents,
+        experts.down,
+        experts.down_scales,
+        *order,
+        weights,
+        total,
+        **_sizes(experts, tile, weights.shape[1]),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _grid(experts: Experts, order: Order, tile: Tile, columns: int) -> tuple[int, int]:
+    """Row tiles, as many as there can be whichever experts were chosen, and column tiles."""
+    count = len(order.assignments)
+    return min(count, count // tile.rows + len(experts.gate)), triton.cdiv(columns, tile.columns)
+
+
+def _sizes(experts: Experts, tile: Tile, top_k: int) -> dict[str, int | bool]:
+    count, inner, hidden = experts.gate.shape
+    sizes = {"HIDDEN": hidden, "INNER": inner, "EXPERTS": count, "PADDED_EXPERTS": triton.next_power_of_2(count), "TOP_K": top_k}
+    tiles = {"TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns, "TILE_DEPTH": tile.depth}
+    return sizes | tiles | {"NARROW": experts.gate.dtype == torch.float8_e4m3fn}
+
+
+def _check(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, exponents: Tensor | None) -> None:
+    gate, up, down = experts[:3]
+    if gate.dim() != 3 or up.shape != gate.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
+        raise ValueError(
+            f"gate and up must be [E, I, H] and down [E, H, I], got {list(gate.shape)}, {list(up.shape)}, {list(down.shape)}"
+        )
+    if x.dim() != 2 or x.shape[1] != gate.shape[2] or ids.dim() != 2 or len(ids) != len(x) or weights.shape != ids.shape:
+        raise ValueError(
+            f"x must be [N, {gate.shape[2]}], ids and weights [N, K], got {list(x.shape)}, {list(ids.shape)}, {list(weights.shape)}"
+        )
+    if x.dtype not in GATE_UP_TILES or not x.dtype == gate.dtype == up.dtype == down.dtype:
+        raise ValueError(f"no kernel for rows {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}")
+    if not all(tensor.is_contiguous() for tensor in (x, ids, weights, gate, up, down)):
+        raise ValueError("every tensor must be contiguous")
+    _check_scales(experts, x, exponents)
+
+
+def _check_scales(experts: Experts, x: Tensor, exponents: Tensor | None) -> None:
+    count, inner, hidden = experts.gate.shape
+    scales = {"exponents": exponents} | {name: getattr(experts, name) for name in ("gate_scales", "up_scales", "down_scales")}
+    if x.dtype != torch.float8_e4m3fn:
+        if inner % 64 or hidden % 64:
+            raise ValueError(f"H and I must be multiples of 64, got {hidden} and {inner}")
+        given = [name for name, tensor in scales.items() if tensor is not None]
+        if given:
+            raise ValueError(f"only e4m3 has scales, got {', '.join(given)} for {x.dtype}")
+        return
+    if inner % BLOCK or hidden % BLOCK:
+        raise ValueError(f"H and I must be multiples of {BLOCK} in e4m3, got {hidden} and {inner}")
+    across, along = hidden // BLOCK, inner // BLOCK
+    wide, narrow = (torch.float32, [count, along, across]), (torch.float32, [count, across, along])
+    expected = {"exponents": (torch.uint8, [len(x), across]), "gate_scales": wide, "up_scales": wide, "down_scales": narrow}
+    for name, (dtype, shape) in expected.items():
+        tensor = scales[name]
+        if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be {dtype} {shape}, contiguous")
