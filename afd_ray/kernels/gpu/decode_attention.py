@@ -1,0 +1,201 @@
+"""Decode attention over the paged KV cache, for query heads that share key heads: MFA, MQA and GQA.
+
+One program takes a row, up to 64 query heads that share a key head, and a span of the row's tokens: the heads fill the M side of the
+tensor cores' tile, so keys and values are read once for all of them. The spans of a row are combined by a second kernel.
+
+Legend of shapes: N rows, A query heads, G key heads, D head_dim, P blocks of the cache, S splits of a row's tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_ray.kernels.gpu.paged_softmax import LOG2_E, attend_tokens, check, operand
+
+HEADS_OF_A_TILE = 64
+"""M of one wgmma; more heads to a key head take several programs."""
+FEWEST_HEADS = 16
+"""M of the smallest tensor-core tile; fewer heads leave it partly empty."""
+MOST_SPLITS = 32
+SHORTEST_SPLIT = 256
+"""Tokens of a span, unless the row has fewer: shorter ones cost more to combine than they gain."""
+
+
+class Tile(NamedTuple):
+    """How a program goes through its tokens."""
+
+    tokens: int
+    stages: int
+    """Tiles of keys and values on their way at a time."""
+    warps: int
+
+
+TILES = {
+    torch.bfloat16: Tile(tokens=64, stages=3, warps=8),
+    torch.float16: Tile(tokens=64, stages=3, warps=8),
+    torch.float8_e4m3fn: Tile(tokens=64, stages=4, warps=8),
+    torch.float32: Tile(tokens=16, stages=2, warps=4),
+}
+"""By the cache's dtype; found by compiling for heads of 256: deeper or larger ones spill or do not fit (docs/gpu.md)."""
+
+
+@triton.jit
+def attend_kernel(
+    q,  # [N, A, D]
+    blocks,  # [P, PAGE, G, 2, D]
+    tables,
+    starts,  # [N]
+    contexts,  # [N]
+    out,  # [N, A, D]; with splits [S, N, A, D] float32
+    weights,  # [S, N, A] float32: log2 of the sum of a span's exponentials
+    score_scale,  # softmax scale x key scale x log2(e)
+    value_scale,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of both products' operands
+):
+    GROUP: tl.constexpr = HEADS // KEY_HEADS
+    HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
+    row, key_head, split = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
+
+    in_group = tl.program_id(1) % HEAD_TILES * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    is_head = in_group < GROUP
+    head = key_head * GROUP + in_group
+    dim = tl.arange(0, DIM)[None, :]
+    queries = tl.load(q + (row * HEADS + head)[:, None] * DIM + dim, mask=is_head[:, None], other=0.0).to(OPERAND)
+
+    context = tl.load(contexts + row)
+    span = _span(context, SPLITS, SHORTEST, TILE_TOKENS)
+    first = split * span
+    end = tl.minimum(first + span, context)
+    if SPLITS > 1:  # noqa: SIM102 (the compiler decides this one, the program the next)
+        if first >= context:
+            return
+    limits = tl.full([TILE_HEADS], 0, tl.int32) + end
+    table, keys = tables + tl.load(starts + row), blocks + key_head * 2 * DIM
+    sums, total, highest = attend_tokens(
+        queries, limits, first, end, table, keys, score_scale, KEY_HEADS * 2 * DIM, PAGE, TILE_TOKENS, OPERAND
+    )
+
+    # A row of no tokens, which pads a batch, gives zeros.
+    attended = sums * (value_scale / tl.where(total > 0.0, total, 1.0))[:, None]
+    place = ((split * tl.num_programs(0) + row) * HEADS + head).to(tl.int64)
+    tl.store(out + place[:, None] * DIM + dim, attended.to(out.dtype.element_ty), mask=is_head[:, None])
+    if SPLITS > 1:
+        tl.store(weights + place, highest + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def combine_kernel(
+    parts,  # [S, N, A, D] float32
+    weights,  # [S, N, A] float32
+    contexts,  # [N]
+    out,  # [N, A, D]
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    context = tl.load(contexts + row)
+    split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, DIM)
+    is_used = (split < SPLITS) & (split * _span(context, SPLITS, SHORTEST, TILE_TOKENS) < context)
+    place = ((split * tl.num_programs(0) + row) * HEADS + head).to(tl.int64)
+    # Finite, so that a row of no tokens, whose parts all read as zeros, gives zeros.
+    logs = tl.load(weights + place, mask=is_used, other=-1e30)
+    shares = tl.exp2(logs - tl.max(logs, 0))
+    attended = tl.load(parts + place[:, None] * DIM + dim[None, :], mask=is_used[:, None], other=0.0)
+    mean = tl.sum(attended * shares[:, None], 0) / tl.sum(shares, 0)
+    tl.store(out + (row * HEADS + head) * DIM + dim, mean.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _span(context, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, TILE_TOKENS: tl.constexpr):
+    """Tokens of each of a row's splits: whole tiles, as equal as they can be; the last splits of a short row have none."""
+    return tl.maximum(tl.cdiv(tl.cdiv(context, SPLITS), TILE_TOKENS) * TILE_TOKENS, SHORTEST)
+
+
+def splits_for(programs: int, multiprocessors: int) -> int:
+    """Into how many splits a row's tokens go, where `programs` (rows x key heads) would run without, one to a multiprocessor.
+
+    The fewest that keep the multiprocessors at least nine tenths as busy as the best number would.
+    It does not depend on the contexts, so that a captured graph serves any.
+    """
+    if programs < 1:
+        return 1
+    busy = {splits: _busy(programs * splits, multiprocessors) for splits in range(1, MOST_SPLITS + 1)}
+    return next(splits for splits, share in busy.items() if share >= 0.9 * max(busy.values()))
+
+
+def _busy(programs: int, multiprocessors: int) -> float:
+    """Share of the multiprocessors' time that equally long programs fill."""
+    rounds = -(-programs // multiprocessors)
+    return programs / (rounds * multiprocessors)
+
+
+def attend(
+    q: Tensor,
+    blocks: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    *,
+    splits: int,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> Tensor:
+    """q [N, A, D] over the first contexts[row] tokens of the blocks tables[starts[row]:]: [N, A, D] in the dtype of q.
+
+    blocks [P, block_size, G, 2, D] contiguous: a token's key heads, each beside its value head; `PagedCache.blocks[layer]` with G = 1.
+    D and block_size are powers of two. float32, bfloat16, float16, or e4m3 times `key_scale` and `value_scale`, which is computed in
+    float16: it holds every e4m3 value, and q must be within its range. tables [.], starts [N] and contexts [N] int32; a context may be 0.
+    splits from 1 to 32, see `splits_for`. Raises ValueError for any other shape or dtype.
+    """
+    check(q, blocks, tables, {"starts": starts, "contexts": contexts}, {})
+    if not 1 <= splits <= MOST_SPLITS:
+        raise ValueError(f"splits must be from 1 to {MOST_SPLITS}, got {splits}")
+    rows, heads, dim = q.shape
+    key_heads = blocks.shape[2]
+    out = torch.empty_like(q)
+    if not rows:
+        return out
+    parts = out if splits == 1 else q.new_empty(splits, rows, heads, dim, dtype=torch.float32)
+    weights = q.new_empty(splits, rows, heads, dtype=torch.float32)
+    tile = TILES[blocks.dtype]
+    tile_heads = min(HEADS_OF_A_TILE, max(FEWEST_HEADS, triton.next_power_of_2(heads // key_heads)))
+    span = {"SPLITS": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens}
+    attend_kernel[(rows, key_heads * triton.cdiv(heads // key_heads, tile_heads), splits)](
+        q,
+        blocks,
+        tables,
+        starts,
+        contexts,
+        parts,
+        weights,
+        dim**-0.5 * key_scale * LOG2_E,
+        value_scale,
+        HEADS=heads,
+        KEY_HEADS=key_heads,
+        DIM=dim,
+        PAGE=blocks.shape[1],
+        TILE_HEADS=tile_heads,
+        OPERAND=operand(blocks.dtype),
+        **span,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        padded = triton.next_power_of_2(splits)
+        combine_kernel[(rows, heads)](parts, weights, contexts, out, HEADS=heads, DIM=dim, PADDED_SPLITS=padded, **span)
+    return out
