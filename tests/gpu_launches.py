@@ -1,0 +1,102 @@
+"""The launches whose code the tests bound, at Step-3's sizes, and the bounds."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from afd_ray.kernels.gpu import decode_attention, expert_gemm, norm_quantise, prefill_attention, rope_kv_write, router
+
+ROWS, HIDDEN, HEADS, DIM, EXPERTS = 128, 7168, 64, 256, 48
+
+
+class Bounds(NamedTuple):
+    """Of one kernel."""
+
+    registers: int
+    shared_bytes: int
+    wgmma: bool = False
+    asynchronous_copies: bool = False
+
+
+class Launch(NamedTuple):
+    launch: Callable[[], object]
+    bounds: dict[str, Bounds]
+    """By kernel, all that the launcher starts."""
+    full: bool = False
+    """Whether only the full suite compiles it."""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def ints(count: int) -> Tensor:
+    return meta(count, dtype=torch.int32)
+
+
+def decode(cached: torch.dtype, splits: int, page: int = 64, heads: int = HEADS, key_heads: int = 1, dim: int = DIM) -> Tensor:
+    blocks = meta(1024, page, key_heads, 2, dim, dtype=cached)
+    return decode_attention.attend(meta(64, heads, dim), blocks, ints(8192), ints(64), ints(64), splits=splits)
+
+
+def prefill(cached: torch.dtype) -> Tensor:
+    blocks, tiles = meta(1024, 64, 1, 2, DIM, dtype=cached), ints(256)
+    return prefill_attention.attend_chunks(meta(512, HEADS, DIM), blocks, ints(8192), ints(512), ints(512), tiles, tiles)
+
+
+def norm(scales: str | None) -> object:
+    return norm_quantise.add_norm_quantise(meta(ROWS, HIDDEN), meta(2, ROWS, HIDDEN), meta(HIDDEN), 1e-5, scales=scales)
+
+
+def rotation(cached: torch.dtype) -> None:
+    table = meta(ROWS, DIM // 2, dtype=torch.float32)
+    tokens = meta(8192, 2 * DIM, dtype=cached)
+    rope_kv_write.rotate_and_write(meta(ROWS, HEADS, DIM), meta(ROWS, DIM), meta(ROWS, DIM), table, table, ints(ROWS), tokens)
+
+
+def experts(dtype: torch.dtype, held: int = EXPERTS // 2, inner: int = 640) -> Tensor:
+    """One FFN rank of 16, tensor parallel 8 and expert parallel 2, at the batch of the paper."""
+    gate, up, down = (
+        meta(held, inner, HIDDEN, dtype=dtype),
+        meta(held, inner, HIDDEN, dtype=dtype),
+        meta(held, HIDDEN, inner, dtype=dtype),
+    )
+    x, ids, weights = meta(2048, HIDDEN, dtype=dtype), meta(2048, 3, dtype=torch.int32), meta(2048, 3)
+    if dtype != torch.float8_e4m3fn:
+        return expert_gemm.feed_forward(expert_gemm.Experts(gate, up, down), x, ids, weights)
+    wide, narrow = (
+        meta(held, *shape, dtype=torch.float32) for shape in ((inner // 128, HIDDEN // 128), (HIDDEN // 128, inner // 128))
+    )
+    scaled = expert_gemm.Experts(gate, up, down, wide, wide, narrow)
+    return expert_gemm.feed_forward(scaled, x, ids, weights, exponents=meta(2048, HIDDEN // 128, dtype=torch.uint8))
+
+
+STREAMED = Bounds(registers=184, shared_bytes=229376, wgmma=True, asynchronous_copies=True)
+DEQUANTISED = Bounds(registers=232, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
+COMBINED = Bounds(registers=64, shared_bytes=4096)
+TILED = Bounds(registers=232, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
+PRODUCT = Bounds(registers=192, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
+LIGHT = Bounds(registers=80, shared_bytes=8192)
+
+EXPERT_BOUNDS = {"order_kernel": LIGHT, "gate_up_kernel": PRODUCT, "down_kernel": PRODUCT}
+
+LAUNCHES = {
+    "decode, bf16": Launch(lambda: decode(torch.bfloat16, 2), {"attend_kernel": STREAMED, "combine_kernel": COMBINED}),
+    "decode, fp8": Launch(lambda: decode(torch.float8_e4m3fn, 2), {"attend_kernel": DEQUANTISED, "combine_kernel": COMBINED}),
+    "decode, bf16, one split": Launch(lambda: decode(torch.bfloat16, 1), {"attend_kernel": STREAMED}, full=True),
+    "decode, bf16, blocks of 16": Launch(lambda: decode(torch.bfloat16, 1, page=16), {"attend_kernel": STREAMED}, full=True),
+    "decode, fp8, blocks of 16": Launch(
+        lambda: decode(torch.float8_e4m3fn, 1, page=16), {"attend_kernel": DEQUANTISED}, full=True
+    ),
+    "prefill, bf16": Launch(lambda: prefill(torch.bfloat16), {"prefill_kernel": TILED}),
+    "prefill, fp8": Launch(lambda: prefill(torch.float8_e4m3fn), {"prefill_kernel": DEQUANTISED}, full=True),
+    "experts, fp8": Launch(lambda: experts(torch.float8_e4m3fn), EXPERT_BOUNDS),
+    "experts, bf16": Launch(lambda: experts(torch.bfloat16), EXPERT_BOUNDS),
+    "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}),
+    "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),
+    "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}),
+    "rotate and write, fp8": Launch(lambda: rotation(torch.float8_e4m3fn), {"rotate_and_write_kernel": LIGHT}, full=True),
+    "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}),
+}
