@@ -90,13 +90,13 @@ LAUNCHES = {
     "decode, fp8, blocks of 16": Launch(
         lambda: decode(torch.float8_e4m3fn, 1, page=16), {"attend_kernel": DEQUANTISED}, full=True
     ),
-    "prefill, bf16": Launch(lambda: prefill(torch.bfloat16), {"prefill_kernel": TILED}),
+    "prefill, bf16": Launch(lambda: prefill(torch.bfloat16), {"prefill_kernel": TILED}, full=True),
     "prefill, fp8": Launch(lambda: prefill(torch.float8_e4m3fn), {"prefill_kernel": DEQUANTISED}, full=True),
     "experts, fp8": Launch(lambda: experts(torch.float8_e4m3fn), EXPERT_BOUNDS),
-    "experts, bf16": Launch(lambda: experts(torch.bfloat16), EXPERT_BOUNDS),
-    "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}),
+    "experts, bf16": Launch(lambda: experts(torch.bfloat16), EXPERT_BOUNDS, full=True),
+    "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),
-    "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}),
+    "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}, full=True),
     "rotate and write, fp8": Launch(lambda: rotation(torch.float8_e4m3fn), {"rotate_and_write_kernel": LIGHT}, full=True),
-    "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}),
+    "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}, full=True),
 }

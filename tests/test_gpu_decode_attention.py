@@ -15,7 +15,7 @@ from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 
 class Shape(NamedTuple):
     contexts: tuple[int, ...]
-    heads: int = 8
+    heads: int = 4
     key_heads: int = 1
     dim: int = 32
     page: int = 16
@@ -70,22 +70,25 @@ AROUND_A_SPLIT = (SHORTEST_SPLIT - 1, SHORTEST_SPLIT, SHORTEST_SPLIT + 1)
 AROUND_A_TILE = (0, 1, 63, 64, 65)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "splits"),
+    [(torch.float32, 1), (torch.float16, 3), (torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float8_e4m3fn, 3)],
+    ids=str,
+)
 def test_rows_of_any_context_equal_the_reference(dtype: torch.dtype, splits: int) -> None:
     case = paged(Shape((*AROUND_A_TILE, *AROUND_A_SPLIT, 700)), dtype)
     assert error(found(case, splits), case.expected) < CLOSE[dtype]
 
 
 def test_the_heads_of_step_3() -> None:
-    case = paged(Shape((70, 300), heads=64, dim=256, page=64), torch.float16)
+    case = paged(Shape((300,), heads=64, dim=256, page=64), torch.float16)
     assert error(found(case, 2), case.expected) < CLOSE[torch.float16]
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (8, 8), (12, 4), (40, 1), (130, 2)])
 def test_heads_that_do_not_fill_a_tile_or_need_two(heads: int, key_heads: int) -> None:
-    case = paged(Shape((40, 300), heads, key_heads, dim=16), torch.float16)
-    assert error(found(case, 2), case.expected) < CLOSE[torch.float16]
+    case = paged(Shape((1, 100), heads, key_heads, dim=16), torch.float16)
+    assert error(found(case, 1), case.expected) < CLOSE[torch.float16]
 
 
 @pytest.mark.parametrize("page", [1, 8, 64, 256])
@@ -95,8 +98,8 @@ def test_blocks_smaller_and_larger_than_a_tile(page: int) -> None:
 
 
 def test_splits_without_a_token_count_for_nothing() -> None:
-    case = paged(Shape((0, 1, SHORTEST_SPLIT, 2 * SHORTEST_SPLIT)), torch.float32)
-    assert error(found(case, MOST_SPLITS), case.expected) < CLOSE[torch.float32]
+    case = paged(Shape((0, 1, SHORTEST_SPLIT, 2 * SHORTEST_SPLIT), heads=1), torch.float16)
+    assert error(found(case, MOST_SPLITS), case.expected) < CLOSE[torch.float16]
 
 
 def test_a_row_of_no_tokens_is_zeros() -> None:
@@ -105,7 +108,7 @@ def test_a_row_of_no_tokens_is_zeros() -> None:
 
 
 def test_no_rows_are_no_rows() -> None:
-    assert found(paged(Shape(()), torch.float32), 2).shape == (0, 8, 32)
+    assert found(paged(Shape(()), torch.float32), 2).shape == (0, 4, 32)
 
 
 def test_scales_of_keys_and_values() -> None:

@@ -130,14 +130,16 @@ def expected_in_e4m3(given: Layer) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(1, inner=128), Shape(70, hidden=256, inner=384), Shape(20, experts=6, top_k=3, inner=256)]
+    "shape", [Shape(1, inner=128), Shape(70, hidden=256, inner=256), Shape(20, experts=6, top_k=3, inner=256)]
 )
 def test_e4m3_equals_the_experts_of_what_it_stands_for(shape: Shape) -> None:
     held, exponents, given = in_e4m3(layer(shape))
     assert error(found(held, exponents=exponents), expected_in_e4m3(given)) < CLOSE[torch.float8_e4m3fn]
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of gates far below zero, which are then nothing, as they should be
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp"
+)  # of gates far below zero, which are then nothing, as they should be
 def test_each_block_of_weights_has_its_own_scale() -> None:
     given = layer(Shape(8, hidden=256, inner=256))
     given.experts.gate[1, 128:, :128] *= 50

