@@ -65,13 +65,13 @@ def found(held: Layer, first_id: int = 0, exponents: Tensor | None = None) -> Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [Shape(1), Shape(65), Shape(40, experts=5, top_k=1, inner=192), Shape(9, top_k=3, hidden=192)])
+@pytest.mark.parametrize("shape", [Shape(1), Shape(40, experts=5, top_k=1, inner=192), Shape(9, top_k=3, hidden=192)])
 def test_equals_the_model_s_experts(dtype: torch.dtype, shape: Shape) -> None:
     held = as_held(layer(shape), dtype)
     assert error(found(held), expected(held)) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("rows", [63, 64, 65, 129])
+@pytest.mark.parametrize("rows", [64, 65])
 def test_rows_that_just_fill_a_tile_or_do_not(rows: int) -> None:
     """All on one expert."""
     held = as_held(layer(Shape(rows, experts=2, top_k=1)), torch.float16)

@@ -47,8 +47,18 @@ def test_sum_and_norm_equal_the_model_s(dtype: torch.dtype, rows: int, width: in
     assert error(found.hidden, hidden) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 7168])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (torch.float32, 1),
+        (torch.float32, 127),
+        (torch.float32, 128),
+        (torch.float16, 129),
+        (torch.bfloat16, 300),
+        (torch.bfloat16, 7168),
+    ],
+    ids=str,
+)
 def test_e4m3_of_blocks_is_the_wire_s(dtype: torch.dtype, width: int) -> None:
     found = Inputs(3, width, 1, dtype).found()
     values, exponents = quantise(found.hidden.cpu())

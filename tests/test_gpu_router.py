@@ -19,9 +19,8 @@ def distinct(rows: int, experts: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize(("rows", "experts", "top_k"), [(1, 1, 1), (5, 48, 3), (4, 8, 8), (9, 100, 6)])
-def test_chooses_what_the_reference_chooses(dtype: torch.dtype, normalise: bool, rows: int, experts: int, top_k: int) -> None:
+@pytest.mark.parametrize(("rows", "experts", "top_k", "normalise"), [(1, 1, 1, False), (5, 48, 3, True), (9, 100, 6, False)])
+def test_chooses_what_the_reference_chooses(dtype: torch.dtype, rows: int, experts: int, top_k: int, normalise: bool) -> None:
     logits = distinct(rows, experts).to(dtype)
     ids, weights = route(logits.to(DEVICE), top_k, normalise)
     expected_ids, expected_weights = step3.route(logits, top_k, normalise)
