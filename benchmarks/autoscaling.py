@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -79,7 +79,7 @@ def families(policy: str) -> list[list[Settings]]:
     """Settings to choose from; those of a family have ever fewer ranks for the same load."""
     match policy:
         case "fixed":
-            return [[_ranks(attention, ffn) for attention in range(32, 7, -2)] for ffn in (10, 12, 14, 16)]
+            return [[_ranks(attention, ffn) for attention in range(34, 13, -2)] for ffn in (11, 12, 14)]
         case "queue":
             ratios, ongoing, delays = ((4, 4), (6, 4), (8, 4)), (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 10, 12), (300, 600)
             return [
@@ -87,10 +87,13 @@ def families(policy: str) -> list[list[Settings]]:
                 for ratio, delay in product(ratios, delays)
             ]
         case "balance" | "predictive":
-            margins, deviations, delays = (0.75, 0.8, 0.85, 0.9, 0.95), (0.5, 1, 2), (150, 300)
+            margins, deviations, delays = (0.8, 0.85, 0.9, 0.95, 1), (0.5, 1), ((120, 20), (300, 60))
             return [
-                [_options(margin=margin, deviations=spare, shrink_after_s=delay) for margin in margins]
-                for spare, delay in product(deviations, delays)
+                [
+                    _options(margin=margin, deviations=spare, shrink_after_s=after, shrink_cooldown_s=cooldown)
+                    for margin in margins
+                ]
+                for spare, (after, cooldown) in product(deviations, delays)
             ]
         case _:
             return [[()]]
@@ -104,14 +107,32 @@ def _options(**values: float) -> Settings:
     return tuple(f"autoscaling.options.{name}={value:g}" for name, value in values.items())
 
 
-def cheapest(policy: str, family: Sequence[Settings], days: Sequence[Day]) -> list[Try]:
-    """What was tried to find the last settings of a family that hold on all days, by halves."""
-    tries: list[Try] = []
+class Paid(NamedTuple):
+    """What came of settings on one training day, as it is kept."""
+
+    seed: int
+    settings: Settings
+    gpu_hours: float
+    attainment: float
+
+    @property
+    def holds(self) -> bool:
+        return self.attainment >= WANTED
+
+
+def cheapest(policy: str, family: Sequence[Settings], days: Sequence[Day], known: Sequence[Paid]) -> list[Paid]:
+    """What is to be tried to find the last settings of a family that hold on all days, by halves; `known` is not tried again."""
+    tried: list[Paid] = []
+    found = {(paid.seed, paid.settings): paid for paid in known}
 
     def holds(settings: Settings) -> bool:
         for day in days:
-            tries.append(attempt(day, policy, settings))
-            if not tries[-1].holds:
+            paid = found.get((day.seed, settings))
+            if paid is None:
+                outcome = attempt(day, policy, settings).outcome
+                paid = Paid(day.seed, settings, round(outcome.gpu_hours, 1), round(outcome.attainment, 4))
+            tried.append(paid)
+            if not paid.holds:
                 return False
         return True
 
@@ -119,32 +140,46 @@ def cheapest(policy: str, family: Sequence[Settings], days: Sequence[Day]) -> li
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if holds(family[middle]) else (low, middle)
-    return tries
+    return tried
 
 
-def chosen(tries: Iterable[Try], days: int) -> Settings:
+def chosen(tried: Iterable[Paid], days: int) -> Settings:
     """Of the settings that hold on so many days those that pay least for them; where none does, those that come nearest."""
-    by_settings: dict[Settings, list[Try]] = {}
-    for tried in tries:
-        by_settings.setdefault(tried.settings, []).append(tried)
+    by_settings: dict[Settings, list[Paid]] = {}
+    for paid in tried:
+        by_settings.setdefault(paid.settings, []).append(paid)
 
     def worth(settings: Settings) -> tuple[bool, float]:
         found = by_settings[settings]
-        if len(found) == days and all(tried.holds for tried in found):
-            return True, -sum(tried.gpu_hours for tried in found)
-        return False, min(tried.outcome.attainment for tried in found)
+        if len(found) == days and all(paid.holds for paid in found):
+            return True, -sum(paid.gpu_hours for paid in found)
+        return False, min(paid.attainment for paid in found)
 
     return max(by_settings, key=worth)
 
 
-def tune(policy: str, days: Sequence[Day], pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """What the policy is to be set to, and all that was tried, as JSON values."""
-    running = [pool.submit(cheapest, policy, family, days) for family in families(policy)]
-    tries = [tried for future in running for tried in future.result()]
-    rows = [
-        [tried.day.seed, " ".join(tried.settings), round(tried.gpu_hours, 1), round(tried.outcome.attainment, 4)] for tried in tries
-    ]
-    return {"settings": chosen(tries, len(days)), "tried": rows}
+def tune(policies: Sequence[str], days: Sequence[Day], file: Path) -> None:
+    """Keeps what each policy is to be set to, and all that was tried, family by family, so that a run that was broken off is gone on with."""
+    kept = read_kept(file)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        running = {
+            pool.submit(cheapest, policy, family, days, kept.get(policy, [])): policy
+            for policy in policies
+            for family in families(policy)
+        }
+        for done in as_completed(running):
+            tried = kept.setdefault(running[done], [])
+            tried += [paid for paid in done.result() if paid not in tried]
+            file.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def read_kept(file: Path) -> dict[str, list[Paid]]:
+    """What `tune` has written, by policy."""
+    raw: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return {
+        policy: [Paid(seed, tuple(settings), hours, share) for seed, settings, hours, share in rows]
+        for policy, rows in raw.items()
+    }
 
 
 # --- report ------------------------------------------------------------------------------------------------------------------
@@ -157,22 +192,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help=f"one day each (default: {HELD_OUT}, or {TRAINING} with --tune)")
     parser.add_argument("--policies", nargs="+", default=[*BASELINES, *OURS], metavar="NAME")
     parser.add_argument("--tune", action="store_true", help="choose the settings, in place of the report")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the settings, autoscaling.md and autoscaling.png")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="directory for the settings, autoscaling.md and autoscaling.png"
+    )
     parser.add_argument("--quick", action="store_true", help="a small run that writes nothing")
     args = parser.parse_args(argv)
     trace = QUICK if args.quick else args.trace
     days = [Day(args.config, trace, seed) for seed in args.seeds or (TRAINING if args.tune else HELD_OUT)]
-    file = args.out / "autoscaling_settings.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    file = args.out / "autoscaling_tuning.json"
+    if args.tune:
+        tune(args.policies, days, file)
+        return 0
+    kept = read_kept(file)
+    settings = {policy: chosen(kept[policy], len({paid.seed for paid in kept[policy]})) for policy in args.policies}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        if args.tune:
-            for policy in args.policies:
-                known[policy] = tune(policy, days, pool)
-                file.write_text(json.dumps(known, indent=1) + "\n")
-            return 0
-        running = [pool.submit(attempt, day, policy, tuple(known[policy]["settings"])) for day in days for policy in args.policies]
+        running = [pool.submit(attempt, day, policy, settings[policy]) for day in days for policy in args.policies]
         tries = [future.result() for future in running]
-    text = report(args, days, tries, known)
+    text = report(args, days, tries, kept)
     print(text)
     if not args.quick:
         (args.out / "autoscaling.md").write_text(text + "\n")
@@ -180,10 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(args: argparse.Namespace, days: Sequence[Day], tries: Sequence[Try], known: dict[str, Any]) -> str:
+def report(args: argparse.Namespace, days: Sequence[Day], tries: Sequence[Try], kept: dict[str, list[Paid]]) -> str:
     seeds = " ".join(str(day.seed) for day in days)
     command = f"python -m benchmarks.autoscaling --config {args.config} --trace {args.trace}"
-    training = sorted({row[0] for policy in args.policies for row in known[policy]["tried"]})
+    training = sorted({paid.seed for policy in args.policies for paid in kept[policy]})
     lines = [
         "# What does each policy pay for 99% of a bursty day's requests within both targets?",
         "",
@@ -199,7 +235,8 @@ def report(args: argparse.Namespace, days: Sequence[Day], tries: Sequence[Try], 
         lines += ["", f"## Day {day.seed}", "", *_table([tried for tried in tries if tried.day == day])]
     lines += ["", "![Requests and ranks over the first of these days](autoscaling.png)", "", "## How the settings were found"]
     for policy in args.policies:
-        lines += ["", f"`{policy}`: `{' '.join(known[policy]['settings'])}`", "", *_tried(known[policy]["tried"])]
+        settings = next(tried.settings for tried in tries if tried.policy == policy)
+        lines += ["", f"`{policy}`: `{' '.join(settings)}`", "", *_tuning(kept[policy])]
     return "\n".join(lines)
 
 
@@ -212,27 +249,46 @@ def _verdicts(tries: Sequence[Try]) -> list[str]:
         fewer = {base: 1 - paid[policy] / paid[base] for base in BASELINES if base in paid}
         said = ", ".join(f"{share:.0%} fewer than `{base}`" for base, share in fewer.items())
         holds = all(share >= FEWER for share in fewer.values()) and least[policy] >= WANTED
-        lines += ["", f"- `{policy}`: {said}, at least {least[policy]:.2%} of a day's requests within the targets: {'yes' if holds else '**no**'}"]
+        lines += [
+            "",
+            f"- `{policy}`: {said}, at least {least[policy]:.2%} of a day's requests within the targets: {'yes' if holds else '**no**'}",
+        ]
     return lines
 
 
 def _table(tries: Sequence[Try]) -> list[str]:
     bases = [tried for tried in tries if tried.policy in BASELINES]
-    head = ["policy", "GPU-hours", *(f"of {base.policy}" for base in bases), "within targets", "TPOT p50, p95 ms", "TTFT p95 ms", "resizes"]
+    head = [
+        "policy",
+        "GPU-hours",
+        *(f"of {base.policy}" for base in bases),
+        "within targets",
+        "TPOT p50, p95 ms",
+        "TTFT p95 ms",
+        "resizes",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for tried in tries:
         summary = tried.outcome.summary()
         shares = [f"{tried.gpu_hours / base.gpu_hours:.0%}" for base in bases]
         tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
         latencies = f"{tpot['p50']:.1f}, {tpot['p95']:.1f}", f"{ttft['p95']:.0f}"
-        cells = [tried.policy, f"{tried.gpu_hours:.1f}", *shares, f"{tried.outcome.attainment:.2%}", *latencies, str(summary["resizes"])]
+        cells = [
+            tried.policy,
+            f"{tried.gpu_hours:.1f}",
+            *shares,
+            f"{tried.outcome.attainment:.2%}",
+            *latencies,
+            str(summary["resizes"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _tried(rows: Sequence[Sequence[Any]]) -> list[str]:
+def _tuning(tried: Sequence[Paid]) -> list[str]:
     head = ["| day | settings | GPU-hours | within targets |", "|---|---|---|---|"]
-    return head + [f"| {day} | {settings} | {hours:.1f} | {share:.2%} |" for day, settings, hours, share in rows]
+    rows = sorted(tried, key=lambda paid: (paid.settings, paid.seed))
+    return head + [f"| {p.seed} | {' '.join(p.settings)} | {p.gpu_hours:.1f} | {p.attainment:.2%} |" for p in rows]
 
 
 def plot(tries: Sequence[Try], file: Path) -> None:

@@ -10,7 +10,6 @@ from afd_ray.lookback import PERIOD_S, WINDOW_S, Lookback
 from afd_ray.measured import Flights, Measured, MeasuredFFN
 from tests.measured_scenes import histogram
 
-
 EARLIER = Measured(
     since_s=100.0,
     at_s=110.0,

@@ -11,7 +11,6 @@ from afd_ray.measured import Measured, MeasuredFFN, bubble
 from afd_ray.metrics import CATALOGUE, Sample, attention_samples, cluster_samples, ffn_samples
 from tests.measured_scenes import histogram
 
-
 SUMS = Measured(
     since_s=0.0,
     at_s=100.0,

@@ -82,9 +82,7 @@ def settle(
         return hold(observation, pause, memory, give_up=_overdue(observation, now))
     _note_growth_in_vain(memory, observation, now, pace)
     limit = observation.goals.bound(Counts(*(math.ceil(count * pace.most_growth) for count in current)))
-    more = Counts(
-        *(max(count, min(most, asked)) for count, most, asked in zip(current, limit, wanted, strict=True))
-    )
+    more = Counts(*(max(count, min(most, asked)) for count, most, asked in zip(current, limit, wanted, strict=True)))
     if more != current:
         return _grow(more, why, observation, memory, now, pace)
     memory.pop("more_since", None)
