@@ -198,17 +198,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small run that writes nothing")
     args = parser.parse_args(argv)
     trace = QUICK if args.quick else args.trace
-    days = [Day(args.config, trace, seed) for seed in args.seeds or (TRAINING if args.tune else HELD_OUT)]
+    default = TRAINING if args.tune else HELD_OUT[:1] if args.quick else HELD_OUT
+    days = [Day(args.config, trace, seed) for seed in args.seeds or default]
     file = args.out / "autoscaling_tuning.json"
     if args.tune:
         tune(args.policies, days, file)
         return 0
     kept = read_kept(file)
-    settings = {policy: chosen(kept[policy], len({paid.seed for paid in kept[policy]})) for policy in args.policies}
+    untried = [policy for policy in args.policies if policy not in kept]
+    if untried and not args.quick:
+        parser.error(f"no settings for {', '.join(untried)} yet, choose them with --tune")
+    settings = {
+        policy: families(policy)[0][0] if args.quick else chosen(kept[policy], len({paid.seed for paid in kept[policy]}))
+        for policy in args.policies
+    }
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         running = [pool.submit(attempt, day, policy, settings[policy]) for day in days for policy in args.policies]
         tries = [future.result() for future in running]
-    text = report(args, days, tries, kept)
+    text = "\n".join(_table(tries)) if args.quick else report(args, days, tries, kept)
     print(text)
     if not args.quick:
         (args.out / "autoscaling.md").write_text(text + "\n")
