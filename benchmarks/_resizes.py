@@ -150,8 +150,8 @@ def moves_of(entries: Sequence[dict[str, Any]], began_s: float) -> tuple[list[Mo
     """The resizes that committed, and how long each took."""
     moves, lasted, asked = [], [], None
     for entry in entries:
-        if entry["action"] == "resize":
-            asked = entry
+        if entry["action"] in ("resize", "rolled_back"):
+            asked = entry if entry["action"] == "resize" else None
         elif entry["action"] == "committed" and asked is not None:
             moves.append(Move(asked["at_s"] - began_s, Counts(**asked["before"]), Counts(**asked["wanted"])))
             lasted.append(entry["at_s"] - asked["at_s"])

@@ -81,13 +81,13 @@ def families(policy: str) -> list[list[Settings]]:
         case "fixed":
             return [[_ranks(attention, ffn) for attention in range(34, 13, -2)] for ffn in (11, 12, 14)]
         case "queue":
-            ratios, ongoing, delays = ((4, 4), (6, 4), (8, 4)), (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 10, 12), (300, 600)
+            ratios, ongoing, delays = ((4, 4), (6, 4), (8, 4)), (3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 10, 12), (120, 300, 600)
             return [
                 [(*_ranks(*ratio), *_options(ongoing_per_attention=each, shrink_after_s=delay)) for each in ongoing]
                 for ratio, delay in product(ratios, delays)
             ]
         case "balance" | "predictive":
-            margins, deviations, delays = (0.8, 0.85, 0.9, 0.95, 1), (0.5, 1), ((120, 20), (300, 60))
+            margins, deviations, delays = (0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 1), (0.5, 1), ((120, 20), (300, 60))
             return [
                 [
                     _options(margin=margin, deviations=spare, shrink_after_s=after, shrink_cooldown_s=cooldown)
