@@ -19,6 +19,7 @@ from actors.cluster_view import ANSWER_TIMEOUT_S, ClusterView
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
+from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
 from afd_ray.config import Config, check_supported, load_config, model_directory
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
@@ -165,6 +166,8 @@ class Ingress:
         options = Options(
             api_keys=Keys.from_file(self._server["api_keys_file"]),
             admin_keys=Keys.from_file(self._server["admin_keys_file"]),
+            rate=RequestRate(_share(self._server["max_requests_per_s"], self._server["replicas"])),
+            max_header_bytes=self._server["max_header_bytes"],
             max_body_bytes=self._server["max_body_bytes"],
             replica=self._id,
             peer_snapshots=self._peer_snapshots,
@@ -226,6 +229,11 @@ def build(controller_name: str, config: Config) -> serve.Application:
     }
     deployment: serve.Deployment = serve.deployment(name="ingress", **options)(Ingress)
     return deployment.bind(controller_name, server, config.failure.model_dump())
+
+
+def _share(rate: float | None, replicas: int) -> float | None:
+    """Of one replica: requests are dealt to all of them alike."""
+    return None if rate is None else rate / replicas
 
 
 def _keys_path(path: str | None) -> str | None:

@@ -160,6 +160,10 @@ class Server(Section):
     api_keys_file: str | None = None
     admin_keys_file: str | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] = 1024
+    max_requests_per_s: PositiveFloat | None = None
+    """Of one key, or of one address where no key is asked for."""
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 65_536
+    """Of a request's path and headers together."""
     max_body_bytes: PositiveInt = 1_048_576
     replicas: Count = 1
 
