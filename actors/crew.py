@@ -15,6 +15,7 @@ from actors.attention import AttentionActor
 from actors.ffn import FFNActor
 from actors.roster import Hand, first_line, gather_named
 from afd_ray.config import Config
+from placement.demand import attention_group, ffn_group, separate_nodes
 from placement.groups import Reservation, inventory, release, release_named, reserve
 from placement.planner import Group, Placed, Role, plan
 
@@ -71,8 +72,8 @@ class Crew:
 
         Raises Infeasible when there is no room, RuntimeError naming an actor that died; what is there by then is for `release`.
         """
-        wanted: list[tuple[Group, Sequence[str]]] = [(self._attention_group(), [name]) for name in attention]
-        wanted += [(self._ffn_group(len(names)), names) for names in ffn]
+        wanted: list[tuple[Group, Sequence[str]]] = [(attention_group(self.config), [name]) for name in attention]
+        wanted += [(ffn_group(self.config, len(names)), names) for names in ffn]
         started: list[str] = []
         for group, names in list(wanted):
             held = self._room(group)
@@ -80,9 +81,8 @@ class Crew:
                 wanted.remove((group, names))
                 started += self._launch(held, names)
         if wanted:
-            apart = not self.config.ffn.colocated and self.config.placement.separate_nodes
             groups = [group for group, _ in wanted]
-            placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), apart)
+            placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), separate_nodes(self.config))
             reserved = await reserve(placed, self._ray_name(f"e{number}"), self.config.placement.timeout_s)
             for reservation, (group, names) in zip(reserved, wanted, strict=True):
                 self._held.append(Held(reservation, [None] * group.actors))
@@ -197,15 +197,6 @@ class Crew:
     def _ray_name(self, what: str) -> str:
         """Of a member, or of the placement groups of an epoch."""
         return f"afd-{self.uid}-{what}"
-
-    def _attention_group(self) -> Group:
-        attention = self.config.attention
-        labels = frozenset(attention.labels.items())
-        return Group("attention", 1, attention.num_cpus, attention.num_gpus, labels, self.config.placement.attention)
-
-    def _ffn_group(self, actors: int) -> Group:
-        ffn = self.config.ffn
-        return Group("ffn", actors, ffn.num_cpus, ffn.num_gpus, frozenset(ffn.labels.items()), self.config.placement.ffn)
 
 
 async def _dead(hand: Hand) -> None:

@@ -25,8 +25,10 @@ from actors.controller import NAME, NAMESPACE
 from actors.fit import check_fits
 from actors.http.auth import Keys
 from actors.ingress import build as build_ingress
+from actors.joining import joined
 from actors.roster import first_line
 from afd_ray.config import Config, ConfigError, model_directory
+from afd_ray.diagnosis.findings import open_doors
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import SamplingParams
 from afd_ray.text import Tokenizer
@@ -34,7 +36,6 @@ from afd_ray.text import Tokenizer
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
 WATCH_PERIOD_S = 0.5
-CONNECT_TIMEOUT_S = 5.0
 DRAIN_ANSWER_TIMEOUT_S = 5.0
 FLUSH_S = 0.2
 APPLICATION = "afd"
@@ -52,6 +53,8 @@ def serve(config: Config, address: str | None = None) -> int:
     check_fits(config, Checkpoint.open(model_directory(config.model)))
     for keys_file in (config.server.api_keys_file, config.server.admin_keys_file):
         Keys.from_file(keys_file)
+    for finding in open_doors(config):
+        report(f"warning: {finding.found}; {finding.change}")
     host = config.server.host
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
@@ -122,31 +125,6 @@ def own_stdout() -> Iterator[TextIO]:
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
         yield stdout
-
-
-@contextmanager
-def joined(address: str) -> Iterator[None]:
-    """Connected to the Ray cluster at `address`."""
-    require_listener(address)
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def require_listener(address: str) -> None:
-    """Raises ClusterError when nobody listens at `address`: Ray itself would try for a minute."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(f"no Ray cluster at {address} ({error.strerror or error})") from None
 
 
 @contextmanager
