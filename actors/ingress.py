@@ -239,7 +239,7 @@ def _share(rate: float | None, replicas: int) -> float | None:
 def _keys_path(path: str | None) -> str | None:
     """Absolute: a replica has another working directory."""
     Keys.from_file(path)
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def app(args: dict[str, str]) -> serve.Application:

@@ -39,6 +39,16 @@ WATCH_PERIOD_S = 0.5
 DRAIN_ANSWER_TIMEOUT_S = 5.0
 FLUSH_S = 0.2
 APPLICATION = "afd"
+SERVE_ENVIRONMENT = {
+    # A request crosses from Serve's proxy to the replica by gRPC, some 2 ms sooner than by actor call,
+    # and the proxy's router shares its event loop: a hop between threads for each token is a third of what the proxy costs.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Serve starts another proxy after three failed looks at the one there was: by default half a minute without anybody who listens.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "actors.http.guard.middlewares",
+}
+"""Of whatever starts Ray where Serve's controller and proxies will run: they inherit it. `configs/cluster` says the same."""
 INTERRUPTED = 130
 """Exit code of a server that was told to stop before it was ready."""
 
@@ -135,13 +145,8 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
             yield
         return
     report("starting Ray")
-    # Inherited by Serve's proxy: a request crosses to the replica by gRPC, some 2 ms sooner than by actor call,
-    # and its router shares the proxy's event loop: a hop between threads for each token is a third of what the proxy costs.
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
-    # Serve starts another proxy after three failed looks at the one there was: by default half a minute without anybody who listens.
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "actors.http.guard.middlewares")
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     with hangup_held():

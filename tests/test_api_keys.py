@@ -174,7 +174,9 @@ def test_callers_are_not_remembered_without_end() -> None:
         rate.take(str(MAX_CALLERS))
 
 
-async def answer(options: Options, path: str = "/v1/models", headers: dict[str, str] | None = None, times: int = 1) -> httpx.Response:
+async def answer(
+    options: Options, path: str = "/v1/models", headers: dict[str, str] | None = None, times: int = 1
+) -> httpx.Response:
     async with connected(FakeBackend(None, [1]), options) as client:
         for _ in range(times):
             response = await client.get(path, headers=headers)

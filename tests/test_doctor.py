@@ -56,7 +56,12 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
 
 
 PLANTED = {
-    "another version": (with_f(versions={**F.versions, "torch": "2.11.0"}), "versions", "f", "torch differs: 2.13.0 on head, a; 2.11.0 on f"),
+    "another version": (
+        with_f(versions={**F.versions, "torch": "2.11.0"}),
+        "versions",
+        "f",
+        "torch differs: 2.13.0 on head, a; 2.11.0 on f",
+    ),
     "other code": (with_f(versions={**F.versions, "code": "ba9876543210"}), "versions", "f", "code differs"),
     "an unmet requirement": (with_f(unmet=("torch<2.14,>=2.11, got 2.9.0",)), "versions", "f (10.0.0.1)", "got 2.9.0"),
     "the loopback address": (with_f(address="127.0.1.1"), "addresses", "f (127.0.1.1)", "which no other host reaches"),
@@ -64,10 +69,25 @@ PLANTED = {
     "a taken port": (replace(SOUND, port_error="Address already in use"), "ports", "127.0.0.1:8000", "already in use"),
     "a clock that is ahead": (with_f(clock_ahead_s=3.0), "clock", "f (10.0.0.1)", "3.0 s ahead of that of"),
     "a clock that is behind": (with_f(clock_ahead_s=-3.0), "clock", "f (10.0.0.1)", "3.0 s behind that of"),
-    "little shared memory": (with_f(shm_free_bytes=MIB, shm_total_bytes=64 * MIB), "shared memory", "f (10.0.0.1)", "has 1 MiB of 64 MiB free"),
+    "little shared memory": (
+        with_f(shm_free_bytes=MIB, shm_total_bytes=64 * MIB),
+        "shared memory",
+        "f (10.0.0.1)",
+        "has 1 MiB of 64 MiB free",
+    ),
     "no token": (with_f(token=False), "token", "f", "without a token"),
-    "a missing label": (with_f(labels={"pool": "fnn"}), "labels", "the cluster", "pool=ffn, which ffn.labels asks for; there is pool=fnn"),
-    "a cut": (replace(SOUND, meetings=(Meeting("a", "f", "tcp", "no answer"),)), "reachability", "a and f", "no tcp link: no answer"),
+    "a missing label": (
+        with_f(labels={"pool": "fnn"}),
+        "labels",
+        "the cluster",
+        "pool=ffn, which ffn.labels asks for; there is pool=fnn",
+    ),
+    "a cut": (
+        replace(SOUND, meetings=(Meeting("a", "f", "tcp", "no answer"),)),
+        "reachability",
+        "a and f",
+        "no tcp link: no answer",
+    ),
     "no shared rings": (replace(SOUND, meetings=(Meeting("a", "a", "shm", "gone"),)), "reachability", "a", "no shm link: gone"),
     "another checkpoint": (with_f(model="dead"), "model", "f", "the checkpoint differs: beef on head, a; dead on f"),
     "no checkpoint": (with_f(model=None, model_error="/m is no directory"), "model", "f (10.0.0.1)", "/m is no directory"),

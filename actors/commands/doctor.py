@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="say what keeps a cluster from coming up, and what to change; exit 1 if anything does")
+    parser = commands.add_parser(
+        "doctor", help="say what keeps a cluster from coming up, and what to change; exit 1 if anything does"
+    )
     add_config(parser)
     parser.add_argument(
-        "--address", type=host_and_port, metavar="HOST:PORT", help="every host of this Ray cluster, and every pair (default: this host)"
+        "--address",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        help="every host of this Ray cluster, and every pair (default: this host)",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -73,7 +78,12 @@ def describe(facts: "ClusterFacts") -> dict[str, Any]:
         for host in facts.hosts
     ]
     links = [{"hosts": [link.first, link.second], "kind": link.kind, "error": link.error} for link in facts.meetings]
-    return {"hosts": hosts, "silent": [host.name for host in facts.silent], "links": links, "shm_needed_bytes": facts.shm_needed_bytes}
+    return {
+        "hosts": hosts,
+        "silent": [host.name for host in facts.silent],
+        "links": links,
+        "shm_needed_bytes": facts.shm_needed_bytes,
+    }
 
 
 def _show(described: dict[str, Any] | None, findings: "list[Finding]") -> None:

@@ -17,7 +17,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("keys", help="make, list and revoke API keys; a running server follows the file")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     add = actions.add_parser("add", help="make a key: it is printed once, the file keeps its hash")
-    add.add_argument("file", metavar="FILE", type=Path, help="server.api_keys_file or server.admin_keys_file; made where there is none")
+    add.add_argument(
+        "file", metavar="FILE", type=Path, help="server.api_keys_file or server.admin_keys_file; made where there is none"
+    )
     add.add_argument("--name", metavar="NAME", help="of its holder, to revoke it by (default: drawn)")
     add.set_defaults(run=run_add)
     listing = actions.add_parser("list", help="names and days; never the keys")
@@ -69,7 +71,10 @@ def run_revoke(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps({"name": args.name, "left": left}))
         return 0
-    print(f"{args.name} is revoked, {left} left" + ("" if left else ": a running server lets nobody in, and none starts with this file"))
+    print(
+        f"{args.name} is revoked, {left} left"
+        + ("" if left else ": a running server lets nobody in, and none starts with this file")
+    )
     return 0
 
 

@@ -38,7 +38,7 @@ class Keys:
     @classmethod
     def from_file(cls, path: str | Path | None) -> "Keys":
         """As the constructor; None: everybody."""
-        return cls(None if path is None else Path(path))
+        return cls(None if path is None else Path(path).expanduser())
 
     def check(self, request: Request) -> str | None:
         """Whose key the request carries; None where none is asked for. Raises ApiError 401."""

@@ -14,7 +14,19 @@ OPEN_FILES = 4096
 """Ray opens some for every worker, the ingress one for every client."""
 
 Check = Literal[
-    "start", "versions", "addresses", "ports", "clock", "shared memory", "open files", "token", "labels", "room", "reachability", "model", "access"
+    "start",
+    "versions",
+    "addresses",
+    "ports",
+    "clock",
+    "shared memory",
+    "open files",
+    "token",
+    "labels",
+    "room",
+    "reachability",
+    "model",
+    "access",
 ]
 Severity = Literal["error", "warning"]
 
@@ -114,7 +126,9 @@ def _labels(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
             continue
         asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
         found = f"no host carries {asked}, which {role}.labels asks for{_nearest(asked, hosts)}"
-        yield Finding("labels", "error", "the cluster", found, f"`ray start --labels={asked}` on hosts for {role}, or change {role}.labels")
+        yield Finding(
+            "labels", "error", "the cluster", found, f"`ray start --labels={asked}` on hosts for {role}, or change {role}.labels"
+        )
 
 
 def _nearest(asked: str, hosts: Iterable[HostFacts]) -> str:
@@ -142,7 +156,9 @@ def _shared_memory(facts: ClusterFacts) -> Iterator[Finding]:
                 f"/dev/shm has {_mib(host.shm_free_bytes)} of {_mib(host.shm_total_bytes)} free, "
                 f"the links of one host need {_mib(facts.shm_needed_bytes)}"
             )
-            change = "mount a larger /dev/shm (docker: --shm-size; Kubernetes: an emptyDir of medium Memory), or give Ray less of it"
+            change = (
+                "mount a larger /dev/shm (docker: --shm-size; Kubernetes: an emptyDir of medium Memory), or give Ray less of it"
+            )
             yield Finding("shared memory", "error", str(host), found, change)
 
 
@@ -171,8 +187,12 @@ def open_doors(config: Config) -> Iterator[Finding]:
     for role, file in (("admin", server.admin_keys_file), ("api", server.api_keys_file)):
         if file is None:
             what = "resize and trace the cluster" if role == "admin" else "send requests"
-            change = f"`afd-ray keys add FILE` and server.{role}_keys_file: FILE, or a server.host that only trusted clients reach"
-            yield Finding("access", "warning", server.host, f"whoever reaches the port can {what}: no server.{role}_keys_file", change)
+            change = (
+                f"`afd-ray keys add FILE` and server.{role}_keys_file: FILE, or a server.host that only trusted clients reach"
+            )
+            yield Finding(
+                "access", "warning", server.host, f"whoever reaches the port can {what}: no server.{role}_keys_file", change
+            )
 
 
 def is_loopback(host: str) -> bool:
