@@ -16,8 +16,9 @@ from actors.ffn import FFNActor
 from actors.roster import Hand, first_line, gather_named
 from afd_ray.config import Config
 from placement.demand import attention_group, ffn_group, separate_nodes
-from placement.groups import Reservation, inventory, release, release_named, reserve
-from placement.planner import Group, Placed, Role, plan
+from placement.groups import Reservation, release, release_named, reserve
+from placement.planner import Group, Placed, Role
+from placement.room import find_room
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Crew:
     controller: str
     """Name of the controller's actor: without one, actors end by themselves."""
     hands: dict[str, Hand] = field(default_factory=dict)
+    lack: str | None = None
+    """What is missing, while it waits for nodes."""
     _held: list[Held] = field(default_factory=list)
 
     def __getitem__(self, member: str) -> Hand:
@@ -81,8 +84,7 @@ class Crew:
                 wanted.remove((group, names))
                 started += self._launch(held, names)
         if wanted:
-            groups = [group for group, _ in wanted]
-            placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), separate_nodes(self.config))
+            placed = await self._find_room([group for group, _ in wanted])
             reserved = await reserve(placed, self._ray_name(f"e{number}"), self.config.placement.timeout_s)
             for reservation, (group, names) in zip(reserved, wanted, strict=True):
                 self._held.append(Held(reservation, [None] * group.actors))
@@ -158,6 +160,18 @@ class Crew:
     def _found(self, member: str | None, bundle: int) -> Found | None:
         hand = self.hands.get(member) if member else None
         return Found(hand.name, hand.role, bundle, hand.identity) if hand else None
+
+    async def _find_room(self, groups: list[Group]) -> list[Placed]:
+        def note(lack: str) -> None:
+            logger.warning("waiting for nodes: %s", lack)
+            self.lack = lack
+
+        try:
+            return await find_room(
+                groups, separate_nodes(self.config), self.config.placement.wait_for_nodes_s, on_lack=note
+            )
+        finally:
+            self.lack = None
 
     # --- one actor ------------------------------------------------------------------------------------------------------------
 

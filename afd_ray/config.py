@@ -114,6 +114,8 @@ class Placement(Section):
     ffn: Strategy = "PACK"
     separate_nodes: Literal["auto"] | bool = "auto"
     timeout_s: Seconds = 60.0
+    wait_for_nodes_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """For nodes that still join, or that Ray's autoscaler starts."""
 
 
 class Failure(Section):

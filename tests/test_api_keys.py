@@ -35,8 +35,7 @@ def carrying(key: str) -> Request:
 def lets_in(keys: Keys, key: str) -> bool:
     try:
         keys.check(carrying(key))
-    except ApiError as error:
-        assert error.status == 401
+    except ApiError:
         return False
     return True
 

@@ -1,8 +1,6 @@
 """Facts of the host that this process runs on, each by a function."""
 
-import hashlib
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -15,11 +13,8 @@ from packaging.requirements import Requirement
 from afd_ray.config import Config, model_directory
 from afd_ray.diagnosis.facts import HostFacts
 from afd_ray.models.checkpoint import Checkpoint, digest
+from afd_ray.versions import DISTRIBUTION, all_versions
 
-PACKAGES = ("ray", "torch", "numpy", "msgpack", "grpcio")
-"""What must be alike where processes talk to each other."""
-OWN = ("afd_ray", "placement", "actors")
-DISTRIBUTION = "afd-ray"
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -30,7 +25,7 @@ def host_facts(config: Config, address: str) -> HostFacts:
     return HostFacts(
         name=socket.gethostname(),
         address=address,
-        versions=versions(),
+        versions=all_versions(),
         unmet=tuple(unmet()),
         clock_ahead_s=0.0,
         clock_doubt_s=0.0,
@@ -42,26 +37,6 @@ def host_facts(config: Config, address: str) -> HostFacts:
         model_error=model_error,
         token=os.environ.get("RAY_AUTH_MODE") == "token",
     )
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of packages and of this project's own files; what is not installed is left out."""
-    found = {"python": platform.python_version(), "code": code_digest()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def code_digest() -> str:
-    """12 hexadecimal digits over the project's Python files, as they lie on this host."""
-    root = Path(__file__).resolve().parents[2]
-    total = hashlib.sha256()
-    for file in sorted(file for package in OWN for file in (root / package).rglob("*.py")):
-        total.update(str(file.relative_to(root)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()[:12]
 
 
 def unmet() -> Iterator[str]:
