@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from actors.roster import Hand, first_line, gather_named
 from afd_ray.config import Config
 from placement.demand import attention_group, ffn_group, separate_nodes
 from placement.groups import Reservation, release, release_named, reserve
-from placement.planner import Group, Placed, Role
+from placement.planner import Group, Placed, Role, plan
 from placement.room import find_room
 
 logger = logging.getLogger(__name__)
@@ -162,16 +163,22 @@ class Crew:
         return Found(hand.name, hand.role, bundle, hand.identity) if hand else None
 
     async def _find_room(self, groups: list[Group]) -> list[Placed]:
-        def note(lack: str) -> None:
-            logger.warning("waiting for nodes: %s", lack)
-            self.lack = lack
-
+        asked = self.config.placement
+        place = partial(
+            plan,
+            groups,
+            separate_nodes=separate_nodes(self.config),
+            topology=asked.topology_label,
+            beside={held.reservation.placed.node_id for held in self._held},
+        )
         try:
-            return await find_room(
-                groups, separate_nodes(self.config), self.config.placement.wait_for_nodes_s, on_lack=note
-            )
+            return await find_room(groups, place, asked.wait_for_nodes_s, on_lack=self._note_lack)
         finally:
             self.lack = None
+
+    def _note_lack(self, lack: str) -> None:
+        logger.warning("waiting for nodes: %s", lack)
+        self.lack = lack
 
     # --- one actor ------------------------------------------------------------------------------------------------------------
 

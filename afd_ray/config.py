@@ -116,6 +116,8 @@ class Placement(Section):
     timeout_s: Seconds = 60.0
     wait_for_nodes_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     """For nodes that still join, or that Ray's autoscaler starts."""
+    topology_label: str | None = Field(default=None, min_length=1)
+    """Of nodes, as `rack`: all actors go where it has one value, if they fit so."""
 
 
 class Failure(Section):

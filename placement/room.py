@@ -3,12 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from ray.autoscaler.sdk import request_resources
 
 from placement.groups import inventory
-from placement.planner import Group, Infeasible, Node, Placed, plan
+from placement.planner import Group, Infeasible, Node, Placed
 
 POLL_S = 1.0
 
@@ -21,14 +20,14 @@ def demand(groups: Sequence[Group]) -> None:
 
 async def find_room(
     groups: Sequence[Group],
-    separate_nodes: bool | Literal["auto"],
+    place: Callable[[list[Node]], list[Placed]],
     wait_s: float,
     *,
     on_lack: Callable[[str], None] = lambda reason: None,
     look: Callable[[], list[Node]] = inventory,
     ask: Callable[[Sequence[Group]], None] = demand,
 ) -> list[Placed]:
-    """As `plan`, on the nodes of the cluster. Where the groups do not fit, Ray's autoscaler is asked for nodes, and whatever joins within `wait_s` counts.
+    """What `place` makes of the cluster's nodes. Where that is Infeasible, Ray's autoscaler is asked for nodes, and whatever joins within `wait_s` counts.
 
     `on_lack` is told what is missing whenever that is something else. Raises Infeasible.
     """
@@ -36,7 +35,7 @@ async def find_room(
     try:
         while True:
             try:
-                return plan(groups, await asyncio.to_thread(look), separate_nodes)
+                return place(await asyncio.to_thread(look))
             except Infeasible as error:
                 lack = str(error)
                 if time.monotonic() >= end_s:

@@ -1,11 +1,12 @@
 """Room for groups: nodes that join in time count, and Ray's autoscaler is asked for them only while they are missing."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from placement import room
-from placement.planner import Group, Infeasible, Node
+from placement.planner import Group, Infeasible, Node, plan
 from placement.room import find_room
 
 FFN = frozenset({("pool", "ffn")})
@@ -26,7 +27,8 @@ class Cluster:
         return self.nodes.pop(0) if len(self.nodes) > 1 else self.nodes[0]
 
     async def find(self, wait_s: float) -> list[str]:
-        placed = await find_room(GROUPS, "auto", wait_s, on_lack=self.lacks.append, look=self.look, ask=self.asked.append)
+        place = partial(plan, GROUPS, separate_nodes="auto")
+        placed = await find_room(GROUPS, place, wait_s, on_lack=self.lacks.append, look=self.look, ask=self.asked.append)
         return [one.node_id for one in placed]
 
 
