@@ -270,7 +270,8 @@ def _application(args: dict[str, str]) -> serve.Application:
     except ValueError:
         controller = create_controller(config, CONTROLLER_NAME, detached=True)
     else:
-        check_same_cluster(ray.get(controller.configuration.remote()), config)
+        running: Any = ray.get(controller.configuration.remote())
+        check_same_cluster(running, config)
     try:
         ray.get(controller.start.remote())
     except RayError as error:

@@ -42,7 +42,13 @@ class Operator:
         self.hosts = hosts
         self.key = ""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self._environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+        self._environment = {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",
+            "OMP_NUM_THREADS": "1",
+        }
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             self._environment.pop(name, None)
 
@@ -54,7 +60,9 @@ class Operator:
         """The token, a key for the admin calls, and the cluster's file with the addresses filled in."""
         self.types("ray", "get-auth-token", "--generate")
         self.types("mkdir", "-p", "/root/.afd-ray")
-        made = self.types(sys.executable, "-m", "actors.cli", "keys", "add", "/root/.afd-ray/admin-keys", "--name", "operator", "--json")
+        made = self.types(
+            sys.executable, "-m", "actors.cli", "keys", "add", "/root/.afd-ray/admin-keys", "--name", "operator", "--json"
+        )
         self.key = json.loads(made)["key"]
         self.types("tee", CLUSTER, input=filled_in(self.hosts))
 

@@ -35,11 +35,20 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        asked = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+        asked = {
+            "prompt": PROMPT,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
         with httpx.stream("POST", f"{self.url}/v1/completions", json=asked, timeout=TIMEOUT_S, trust_env=False) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
-                    self.tokens += [token for choice in json.loads(line[6:])["choices"] for token in choice.get("token_ids") or ()]
+                    self.tokens += [
+                        token for choice in json.loads(line[6:])["choices"] for token in choice.get("token_ids") or ()
+                    ]
 
 
 @pytest.fixture

@@ -40,5 +40,7 @@ class TestWithoutRoom:
 
     def test_an_impossible_demand_is_named_after_the_deadline(self) -> None:
         wanted = {"attention.num_cpus": "1000", "placement.wait_for_nodes_s": "0.1"}
-        with pytest.raises(RayServeException, match=r"needed: attention 2000 CPUs .*, and no node that would help came in 0.1 s$"):
+        with pytest.raises(
+            RayServeException, match=r"needed: attention 2000 CPUs .*, and no node that would help came in 0.1 s$"
+        ):
             app({"config": "demo", **wanted})
