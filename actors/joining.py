@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, without types
 
 from actors.cluster import ClusterError
 from actors.controller import NAMESPACE
 from afd_ray.diagnosis.findings import Finding
-from afd_ray.diagnosis.joining import explain
+from afd_ray.diagnosis.joining import clash, explain
+from afd_ray.versions import all_versions
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -30,7 +32,7 @@ def joined(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise Refused(explain(address, str(error))) from error
+        raise Refused(explain(address, f"{error}\n{error.__cause__ or ''}")) from error
     try:
         yield
     finally:
@@ -38,14 +40,17 @@ def joined(address: str) -> Iterator[None]:
 
 
 def require_answer(address: str) -> None:
-    """Raises Refused when nobody listens at `address`, or does not take our token: Ray itself would try for a minute, and not say which it was."""
+    """Raises Refused when nobody listens at `address`, wants another token, or runs other versions: Ray itself would try for a minute, and not say which it was."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        GcsClient(address=address)
+        theirs = get_cluster_metadata(GcsClient(address=address))
     except OSError as error:
         raise Refused(explain(address, error.strerror or str(error))) from None
     except ray.exceptions.RayError as error:
         raise Refused(explain(address, str(error))) from None
+    finding = clash({name: theirs[f"{name}_version"] for name in ("ray", "python")}, all_versions())
+    if finding is not None:
+        raise Refused(finding)

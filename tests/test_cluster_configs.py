@@ -125,7 +125,7 @@ def test_every_ray_start_reads_the_environment_with_token_authentication(name: s
     assert "export RAY_AUTH_MODE=token\n" in environment
     config = read(name)
     commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    assert [command for command in commands if not command.startswith(". ~/afd-ray/configs/cluster/ray.env; ray ")] == []
+    assert [command for command in commands if not command.startswith(". ~/afd-ray/configs/cluster/ray.env; ")] == []
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 

@@ -12,7 +12,7 @@ from actors.doctor.meetings import meet_here
 from afd_ray.config import Config, load_config
 from afd_ray.diagnosis.facts import ClusterFacts, HostFacts, Meeting, Silent
 from afd_ray.diagnosis.findings import OPEN_FILES, Finding, diagnose
-from afd_ray.diagnosis.joining import explain
+from afd_ray.diagnosis.joining import clash, explain
 
 MIB = 1 << 20
 POOLS = ["attention.labels={pool: attention}", "ffn.labels={pool: ffn}"]
@@ -140,7 +140,7 @@ def test_errors_come_before_warnings() -> None:
     ("said", "check", "text"),
     [
         ("RPC error: InvalidAuthToken: Authentication token is missing or incorrect.", "token", "wants another token"),
-        ("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n", "versions", "Ray: 2.59.0"),
+        ("Failed to connect\nNo node info found matching attributes", "addresses", "this host is no node of the Ray cluster at h:1"),
         ("\nConnection refused\nmore", "addresses", "no Ray cluster at h:1 (Connection refused)"),
         ("", "addresses", "no Ray cluster at h:1 (no reason given)"),
     ],
@@ -150,6 +150,14 @@ def test_why_a_cluster_lets_nobody_in(said: str, check: str, text: str) -> None:
     assert finding.check == check
     assert text in finding.found
     assert "\n" not in finding.found
+
+
+def test_a_cluster_of_other_versions_lets_nobody_in() -> None:
+    ours = {"ray": "2.60.0", "python": "3.11.7", "torch": "2.13.0"}
+    assert clash({"ray": "2.60.0", "python": "3.11.7"}, ours) is None
+    finding = clash({"ray": "2.59.0", "python": "3.11.7"}, ours)
+    assert finding is not None
+    assert finding.found.endswith("ray 2.59.0 there, 2.60.0 here")
 
 
 def test_a_port_in_use_is_seen() -> None:

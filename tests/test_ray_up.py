@@ -66,6 +66,13 @@ class Operator:
         self.key = json.loads(made)["key"]
         self.types("tee", CLUSTER, input=filled_in(self.hosts))
 
+    def sees(self, nodes: int) -> dict[str, str | None]:
+        """The pools of the nodes by name, once there are so many: asked on the head, for only a node of a cluster can join it."""
+        address = f"{self.hosts[HEAD].address}:6379"
+        command = [sys.executable, "-c", NODES, address, str(nodes), str(DEADLINE_S)]
+        said = self.hosts[HEAD].run(command, env=self._environment, timeout=2 * DEADLINE_S)
+        return dict(json.loads(said.splitlines()[-1]))
+
     def runs_on_the_head(self, command: str) -> str:
         return self.types("ray", "exec", CLUSTER, f". ~/afd-ray/configs/cluster/ray.env; {command}")
 
@@ -113,9 +120,7 @@ def operator(needs_testbed: None) -> Iterator[Operator]:
 
 def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operator) -> None:
     operator.types("ray", "up", "--yes", "--no-config-cache", CLUSTER)
-    address = f"{operator.hosts[HEAD].address}:6379"
-    nodes = operator.types(sys.executable, "-c", NODES, address, "3", str(DEADLINE_S)).splitlines()[-1]
-    assert json.loads(nodes) == {HEAD: None, ATTENTION: "attention", FFN: "ffn"}
+    assert operator.sees(3) == {HEAD: None, ATTENTION: "attention", FFN: "ffn"}
 
     operator.runs_on_the_head("serve deploy ~/afd-ray/configs/serve/demo.yaml")
     until(lambda: operator.asks("GET", "/ready")[0] == 200, DEADLINE_S)
