@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.attention import AttentionActor
 from actors.ffn import FFNActor
-from actors.roster import Hand, first_line, gather_named
+from actors.roster import Hand, awaited, first_line, gather_named
 from afd_ray.config import Config
 from placement.demand import attention_group, ffn_group, separate_nodes
 from placement.groups import Reservation, release, release_named, reserve
@@ -224,14 +224,10 @@ async def _dead(hand: Hand) -> None:
     """Until Ray calls it dead."""
     try:
         while True:
-            await asyncio.wait_for(_awaited(hand.handle.beat.remote()), GONE_TIMEOUT_S)
+            await asyncio.wait_for(awaited(hand.handle.beat.remote()), GONE_TIMEOUT_S)
             await asyncio.sleep(POLL_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         logger.debug("%s has ended: %s", hand.name, first_line(error))
-
-
-async def _awaited(call: Any) -> Any:
-    return await call
 
 
 def _alive(pid: int) -> bool:

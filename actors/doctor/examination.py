@@ -17,7 +17,7 @@ from actors.doctor.host import host_facts, listen_error
 from actors.doctor.meetings import meet_here
 from actors.doctor.witness import Witness
 from actors.place import wire_dtype
-from actors.roster import first_line
+from actors.roster import awaited, first_line
 from afd_ray.config import Config, model_directory
 from afd_ray.diagnosis.facts import ClusterFacts, HostFacts, Meeting, Silent
 from afd_ray.handoff import shm
@@ -113,7 +113,7 @@ def _hosts(config: Config) -> list[Host]:
 
 async def _facts(host: Host) -> HostFacts | Silent:
     try:
-        facts: HostFacts = await asyncio.wait_for(_awaited(host.witness.facts.remote()), START_TIMEOUT_S)
+        facts: HostFacts = await asyncio.wait_for(awaited(host.witness.facts.remote()), START_TIMEOUT_S)
         ahead_s, doubt_s = await _clock(host)
     except TimeoutError:
         return Silent(host.name, host.address, f"nothing in {START_TIMEOUT_S:g} s")
@@ -127,7 +127,7 @@ async def _clock(host: Host) -> tuple[float, float]:
     looks = []
     for _ in range(CLOCK_LOOKS):
         asked_s = time.time()
-        theirs_s = await asyncio.wait_for(_awaited(host.witness.clock.remote()), ANSWER_TIMEOUT_S)
+        theirs_s = await asyncio.wait_for(awaited(host.witness.clock.remote()), ANSWER_TIMEOUT_S)
         doubt_s = (time.time() - asked_s) / 2
         looks.append((doubt_s, theirs_s - asked_s - doubt_s))
     doubt_s, ahead_s = min(looks)
@@ -172,11 +172,7 @@ async def _meet(number: int, first: Host, second: Host, kind: LinkKind) -> Meeti
 
 
 async def _both(calls: Iterable[Any]) -> list[Any]:
-    return list(await asyncio.wait_for(asyncio.gather(*map(_awaited, calls)), ANSWER_TIMEOUT_S))
-
-
-async def _awaited(call: Any) -> Any:
-    return await call
+    return list(await asyncio.wait_for(asyncio.gather(*map(awaited, calls)), ANSWER_TIMEOUT_S))
 
 
 def _is_serving() -> bool:
@@ -194,7 +190,7 @@ async def _port_error(config: Config, hosts: list[Host]) -> str | None:
     if head is None:
         return None
     asked = head.witness.port_error.remote(config.server.host, config.server.port)
-    error: str | None = await asyncio.wait_for(_awaited(asked), ANSWER_TIMEOUT_S)
+    error: str | None = await asyncio.wait_for(awaited(asked), ANSWER_TIMEOUT_S)
     return error
 
 
