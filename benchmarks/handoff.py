@@ -6,209 +6,27 @@ The links look for messages that are due as long as they do in a cluster whose h
 
 import argparse
 import json
-import mmap
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
+from datetime import date
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from afd_ray.handoff.mesh import Endpoint, LinkKind, RingMesh, open_mesh
-from afd_ray.handoff.message import Header, Kind, Message
-from afd_ray.handoff.spin import SPIN_US
+from afd_ray.handoff.mesh import LinkKind
 from benchmarks._machine import hardware
+from benchmarks._ways import SIZES, WAYS, BareTcp, Link, Way
 
-SIZES = tuple(256 << (2 * power) for power in range(8))  # 256 B to 4 MiB
-HOST = "127.0.0.1"
-RING_BYTES = 16 << 20
-TIMEOUT_S = 30.0
 WAKES = 200
 LINKS: tuple[LinkKind, ...] = ("shm", "tcp", "gloo")
 RATIOS = {"shm": "bare_shm", "tcp": "bare_tcp", "tcp_parked": "bare_tcp", "gloo": "bare_gloo"}
 COMMAND = "python -m benchmarks.handoff --write benchmarks/results/handoff.md"
-
-
-class Way(ABC):
-    """A way for two processes to hand bytes to each other and back."""
-
-    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
-        """`pipe` leads to the other process, which makes the same way at the same time; `scratch` is a directory of both."""
-        self.rank = rank
-
-    @abstractmethod
-    def ping(self, size_bytes: int) -> None:
-        """Send that many bytes, and take as many back."""
-
-    @abstractmethod
-    def pong(self, size_bytes: int) -> None:
-        """Take that many bytes, and send as many back."""
-
-    def close(self) -> None:  # noqa: B027
-        """Give back what is not given back by itself."""
-
-
-class BareShm(Way):
-    """Two buffers and two counters in shared memory: copy in, count, look for the other's count, copy out."""
-
-    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
-        super().__init__(rank, pipe, scratch)
-        path = scratch / "bare_shm"
-        size_bytes = 4096 + 2 * SIZES[-1]
-        if rank == 0:
-            path.write_bytes(bytes(size_bytes))
-            pipe.send(None)
-        else:
-            pipe.recv()
-        with path.open("r+b") as file:
-            whole = memoryview(mmap.mmap(file.fileno(), size_bytes))
-        self.counts = whole[:4096].cast("Q")
-        buffers = whole[4096 : 4096 + SIZES[-1]], whole[4096 + SIZES[-1] :]
-        self.outgoing, self.incoming = buffers[rank], buffers[1 - rank]
-        self.own = memoryview(bytearray(SIZES[-1]))
-        self.sent_at, self.received_at = 64 * rank, 64 * (1 - rank)
-        self.count = 0
-
-    def send(self, size_bytes: int) -> None:
-        self.outgoing[:size_bytes] = self.own[:size_bytes]
-        self.counts[self.sent_at] = self.count
-
-    def receive(self, size_bytes: int) -> None:
-        counts, place, count = self.counts, self.received_at, self.count
-        while counts[place] != count:
-            pass
-        self.own[:size_bytes] = self.incoming[:size_bytes]
-
-    def ping(self, size_bytes: int) -> None:
-        self.count += 1
-        self.send(size_bytes)
-        self.receive(size_bytes)
-
-    def pong(self, size_bytes: int) -> None:
-        self.count += 1
-        self.receive(size_bytes)
-        self.send(size_bytes)
-
-
-class BareTcp(Way):
-    """Blocking sockets: sendall, recv_into."""
-
-    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
-        super().__init__(rank, pipe, scratch)
-        if rank == 0:
-            with socket.create_server((HOST, 0)) as listener:
-                pipe.send(listener.getsockname())
-                self.connection, _ = listener.accept()
-        else:
-            self.connection = socket.create_connection(pipe.recv())
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.own = memoryview(bytearray(SIZES[-1]))
-
-    def receive(self, size_bytes: int) -> None:
-        received_bytes = 0
-        while received_bytes < size_bytes:
-            received_bytes += self.connection.recv_into(self.own[received_bytes:size_bytes])
-
-    def ping(self, size_bytes: int) -> None:
-        self.connection.sendall(self.own[:size_bytes])
-        self.receive(size_bytes)
-
-    def pong(self, size_bytes: int) -> None:
-        self.receive(size_bytes)
-        self.connection.sendall(self.own[:size_bytes])
-
-    def tell(self, value: int) -> None:
-        self.connection.sendall(value.to_bytes(8, "little"))
-
-    def hear(self) -> int:
-        self.receive(8)
-        return int.from_bytes(self.own[:8], "little")
-
-    def close(self) -> None:
-        self.connection.close()
-
-
-class BareGloo(Way):
-    """ProcessGroupGloo's send and recv of one tensor."""
-
-    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
-        super().__init__(rank, pipe, scratch)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=TIMEOUT_S)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
-        self.group = dist.ProcessGroupGloo(dist.FileStore(str(scratch / "bare_gloo"), 2), rank, 2, options)
-        self.own = torch.zeros(SIZES[-1], dtype=torch.uint8)
-
-    def ping(self, size_bytes: int) -> None:
-        self.group.send([self.own[:size_bytes]], 1, 0).wait()
-        self.group.recv([self.own[:size_bytes]], 1, 0).wait()
-
-    def pong(self, size_bytes: int) -> None:
-        self.group.recv([self.own[:size_bytes]], 0, 0).wait()
-        self.group.send([self.own[:size_bytes]], 0, 0).wait()
-
-
-class Link(Way):
-    """An edge of a mesh: a tensor goes in, a tensor comes out."""
-
-    kind: LinkKind
-    under_way: bool
-
-    def __init__(self, rank: int, pipe: Connection, scratch: Path) -> None:
-        super().__init__(rank, pipe, scratch)
-        self.mesh = open_link(self.kind, rank, pipe)
-        self.own = torch.zeros(SIZES[-1], dtype=torch.uint8)
-        self.header = Header(Kind.DISPATCH, epoch=0, source=rank)
-
-    def next(self) -> Message:
-        while (message := self.mesh.receive()) is None:
-            self.mesh.wait(TIMEOUT_S, self.under_way)
-        return message
-
-    def ping(self, size_bytes: int) -> None:
-        self.mesh.send(1, self.header, (self.own[:size_bytes],))
-        self.next().release()
-
-    def pong(self, size_bytes: int) -> None:
-        message = self.next()
-        self.mesh.send(0, self.header, message.tensors)
-        message.release()
-
-    def close(self) -> None:
-        self.mesh.close()
-
-
-def open_link(kind: LinkKind, rank: int, pipe: Connection) -> RingMesh:
-    """One end of a group of two whose other end the other process opens at the same time."""
-    mesh = open_mesh(rank, 2, 0, secret=b"benchmark", host=HOST, peers={1 - rank: RING_BYTES}, kind=kind, spin_us=SPIN_US)
-    pipe.send(mesh.endpoint.to_dict())
-    mesh.connect({1 - rank: Endpoint.from_dict(pipe.recv())}, TIMEOUT_S)
-    return mesh
-
-
-def link(kind: LinkKind, under_way: bool) -> type[Way]:
-    return type(kind, (Link,), {"kind": kind, "under_way": under_way})
-
-
-WAYS: dict[str, type[Way]] = {
-    "bare_shm": BareShm,
-    "shm": link("shm", under_way=True),
-    "shm_parked": link("shm", under_way=False),
-    "bare_tcp": BareTcp,
-    "tcp": link("tcp", under_way=True),
-    "tcp_parked": link("tcp", under_way=False),
-    "bare_gloo": BareGloo,
-    "gloo": link("gloo", under_way=False),
-}
 
 
 # --- the other process --------------------------------------------------------------------------------------------------------
@@ -223,6 +41,7 @@ def follow(pipe: Connection, scratch: Path) -> None:
         "wake": answer_wakes,
         "bare_wake": answer_bare_wakes,
         "idle": rest,
+        "doze": doze,
     }
     with torch.inference_mode():
         while order := pipe.recv():
@@ -256,9 +75,18 @@ def answer_bare_wakes(way: BareTcp, count: int) -> None:
 
 
 def rest(way: Link, seconds: float) -> float:
-    """Percent of a core that a wait of that length costs this process."""
+    """Percent of a core that a wait of that length costs this process, all its threads together."""
+    return cost_of(way.mesh.wait, seconds)
+
+
+def doze(_way: Way, seconds: float) -> float:
+    """As `rest`, for a process that sleeps: what its other threads cost."""
+    return cost_of(time.sleep, seconds)
+
+
+def cost_of(pause: Callable[[float], object], seconds: float) -> float:
     began_s, began_cpu_s = time.monotonic(), time.process_time()
-    way.mesh.wait(seconds)
+    pause(seconds)
     return 100 * (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
 
 
@@ -300,7 +128,8 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         "round_trip_us": {size: {name: spread(values) for name, values in by_way.items()} for size, by_way in times_us.items()},
         "wake_us": {"bare_tcp": spread(bare_wakes(ways["bare_tcp"], pipe))}
         | {kind: spread(wakes(way, pipe, parked(kind))) for kind, way in kinds.items()},
-        "idle_percent": {kind: idle(way, pipe, parked(kind), args.idle) for kind, way in kinds.items()},
+        "idle_percent": {"bare_tcp": dozing(ways["bare_tcp"], pipe, args.idle)}
+        | {kind: idle(way, pipe, parked(kind), args.idle) for kind, way in kinds.items()},
     }
     for way in ways.values():
         way.close()
@@ -361,6 +190,11 @@ def idle(way: Link, pipe: Connection, name: str, seconds: float) -> float:
     return round(rest(way, seconds), 3)
 
 
+def dozing(way: Way, pipe: Connection, seconds: float) -> float:
+    pipe.send(("doze", "bare_tcp", seconds))
+    return round(doze(way, seconds), 3)
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"p50": round(statistics.median(values), 1), "p95": round(statistics.quantiles(values, n=20)[-1], 1)}
 
@@ -381,7 +215,7 @@ def document(report: dict[str, Any]) -> str:
         for size, by_way in by_size.items()
     ]
     idle_percent = report["idle_percent"]
-    rest = [[kind, f"{wake['p50']:,} / {wake['p95']:,}", idle_percent.get(kind, "-")] for kind, wake in report["wake_us"].items()]
+    rest = [[kind, f"{wake['p50']:,} / {wake['p95']:,}", idle_percent[kind]] for kind, wake in report["wake_us"].items()]
     parts = [
         "# What does a hand-off cost?",
         f"{report['date']}, {report['hardware']}. Two processes, pinned to nothing; every way in turn, {report['rounds']} rounds.",
@@ -391,7 +225,7 @@ def document(report: dict[str, Any]) -> str:
         table(["size", *names], trips),
         "Ratios of the medians to the bare mechanism.",
         table(["size", *(f"{name} / {bare}" for name, bare in RATIOS.items())], ratios),
-        "Waking a parked receiver, us from send to receipt, and the CPU that a waiting process takes, percent of a core.",
+        "Waking a parked receiver, us from send to receipt, and the CPU that a waiting process takes, percent of a core (`bare_tcp`: one that sleeps).",
         table(["link", "wake p50 / p95", "idle"], rest),
     ]
     return "\n\n".join(parts) + "\n"

@@ -32,14 +32,14 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = replace(PRESETS["step3-tiny"], moe_layers=frozenset(range(4)), moe_num_experts=16, moe_top_k=1)
 """Each row has one expert, so that routed FFN instances divide the rows among them."""
 NAME = "paced"
-TARGET_MS, PERIOD_S = 200.0, 5.0
+TARGET_MS, PERIOD_S = 400.0, 5.0
 PERIODS = 3
 """In which TPOT must be under its target again."""
 MOST = Counts(4, 4)
 CONFIG: dict[str, Any] = {
     "model": {"name": NAME},
-    "attention": {"replicas": 1, "pace": {"base_us": 2000, "per_context_token_us": 12}},
-    "ffn": {"dispatch": "routed", "pace": {"base_us": 1000, "per_row_us": 1000}},
+    "attention": {"replicas": 1, "pace": {"base_us": 4000, "per_context_token_us": 24}},
+    "ffn": {"dispatch": "routed", "pace": {"base_us": 2000, "per_row_us": 1000}},
     "pipeline": {"max_tokens_per_micro_batch": 12},
     "failure": {"detect_timeout_s": 5.0},
     "autoscaling": {
@@ -48,10 +48,10 @@ CONFIG: dict[str, Any] = {
         "tpot_target_ms": TARGET_MS,
         "ttft_target_ms": 10_000,
         "max": MOST._asdict(),
-        "options": {"shrink_after_s": 40, "shrink_cooldown_s": 10, "grow_cooldown_s": 5, "deviations": 0},
+        "options": {"shrink_after_s": 40, "shrink_cooldown_s": 10, "grow_cooldown_s": 5, "deviations": 0, "margin": 0.85},
     },
 }
-OUTPUT = 160
+OUTPUT = 80
 """Tokens of each answer."""
 
 
@@ -66,9 +66,9 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("as at first", 40, 0.4, 50),
-    Phase("context doubled", 90, 0.4, 170),
-    Phase("rate doubled", 90, 0.8, 170),
+    Phase("as at first", 40, 0.7, 60),
+    Phase("context doubled", 90, 0.7, 160),
+    Phase("rate doubled", 90, 1.4, 160),
     Phase("no load", 100, 0.0, 0),
 )
 

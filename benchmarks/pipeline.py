@@ -25,7 +25,8 @@ from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
 from benchmarks import testbed
 from benchmarks._machine import hardware
-from benchmarks._pair import ADDRESSES, Load, Pair, pair, pair_of_hosts
+from benchmarks.pair.halves import Load
+from benchmarks.pair.processes import ADDRESSES, Pair, pair, pair_of_hosts
 from benchmarks.testbed.switch import Switch
 
 matplotlib.use("Agg")
