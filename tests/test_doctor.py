@@ -140,7 +140,11 @@ def test_errors_come_before_warnings() -> None:
     ("said", "check", "text"),
     [
         ("RPC error: InvalidAuthToken: Authentication token is missing or incorrect.", "token", "wants another token"),
-        ("Failed to connect\nNo node info found matching attributes", "addresses", "this host is no node of the Ray cluster at h:1"),
+        (
+            "Failed to connect\nNo node info found matching attributes",
+            "addresses",
+            "this host is no node of the Ray cluster at h:1",
+        ),
         ("\nConnection refused\nmore", "addresses", "no Ray cluster at h:1 (Connection refused)"),
         ("", "addresses", "no Ray cluster at h:1 (no reason given)"),
     ],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from afd_ray.diagnosis.findings import Finding
 
+
 def clash(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Finding | None:
     """Ray lets nobody in whose Ray or Python is another version than the cluster's."""
     differ = [f"{name} {theirs[name]} there, {ours.get(name)} here" for name in theirs if theirs[name] != ours.get(name)]
@@ -22,7 +23,9 @@ def explain(address: str, said: str) -> Finding:
         return Finding("token", "error", address, found, change)
     if "no node info found" in text:
         found = f"this host is no node of the Ray cluster at {address}"
-        return Finding("addresses", "error", "this host", found, f"run it on a host of the cluster, or join: ray start --address={address}")
+        return Finding(
+            "addresses", "error", "this host", found, f"run it on a host of the cluster, or join: ray start --address={address}"
+        )
     first = next((line.strip() for line in said.splitlines() if line.strip()), "no reason given")
     change = "see that the head runs (`ray status` there), and that its port is open from here"
     return Finding("addresses", "error", address, f"no Ray cluster at {address} ({first})", change)
