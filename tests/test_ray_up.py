@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +54,10 @@ class Operator:
     def types(self, *command: str, **options: Any) -> str:
         """What it says."""
         return self.hosts[OPERATOR].run(command, env=self._environment, timeout=STEP_TIMEOUT_S, **options)
+
+    def calls_us(self, *words: str) -> str:
+        """`afd-ray`."""
+        return self.types(sys.executable, "-m", "actors.cli", *words)
 
     def prepares(self) -> None:
         """The token, a key for the admin calls, and the cluster's file with the addresses filled in."""
@@ -130,14 +133,13 @@ def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operat
     reference = load_model(Checkpoint.open(model_directory(Model())))
     assert answer["choices"][0]["token_ids"] == reference.generate_greedy(prompt, TOKENS)
 
+    url = f"http://{operator.hosts[HEAD].address}:8000"
     _, status = operator.asks("GET", "/admin/status")
     hosts = {role: {actor["address"].split(":")[0] for actor in status[role]} for role in (ATTENTION, FFN)}
     assert hosts == {role: {operator.hosts[role].address} for role in (ATTENTION, FFN)}
-    operator.key, key = "wrong", operator.key
-    assert operator.asks("GET", "/admin/status")[0] == 401
-    operator.key = key
-
-    assert re.search(r"1 attention and 1 FFN ranks", operator.runs_on_the_head("afd-ray scale --attention 1 --address auto"))
+    with pytest.raises(RuntimeError, match="401, wrong API key"):
+        operator.calls_us("status", "--url", url, "--api-key", "wrong")
+    assert "1 attention and 1 FFN ranks" in operator.calls_us("scale", "--attention", "1", "--url", url, "--api-key", operator.key)
     assert operator.asks("POST", "/v1/completions", asked)[1]["choices"] == answer["choices"]
 
     operator.types("ray", "down", "--yes", CLUSTER)
