@@ -120,12 +120,11 @@ def test_the_manifests_application_is_the_one_of_configs_serve() -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_every_ray_start_reads_the_environment_with_token_authentication(name: str) -> None:
+def test_whoever_logs_in_has_the_environment_with_token_authentication(name: str) -> None:
     environment = (CLUSTER / "ray.env").read_text()
     assert "export RAY_AUTH_MODE=token\n" in environment
     config = read(name)
-    commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    assert [command for command in commands if not command.startswith(". ~/afd-ray/configs/cluster/ray.env; ")] == []
+    assert any(command.endswith("echo '. ~/afd-ray/configs/cluster/ray.env' >> ~/.bashrc") for command in config["setup_commands"])
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 

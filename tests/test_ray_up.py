@@ -77,7 +77,12 @@ class Operator:
         return dict(json.loads(said.splitlines()[-1]))
 
     def runs_on_the_head(self, command: str) -> str:
-        return self.types("ray", "exec", CLUSTER, f". ~/afd-ray/configs/cluster/ray.env; {command}")
+        return self.types("ray", "exec", CLUSTER, command)
+
+    def raylets(self) -> int:
+        """On all hosts."""
+        script = "ps -eo args | grep -c '[r]aylet/raylet ' || true"
+        return sum(int(host.run(["sh", "-c", script])) for host in self.hosts.hosts.values())
 
     def asks(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Over HTTP, from its own host; status 0 where nobody answers."""
@@ -124,6 +129,7 @@ def operator(needs_testbed: None) -> Iterator[Operator]:
 def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operator) -> None:
     operator.types("ray", "up", "--yes", "--no-config-cache", CLUSTER)
     assert operator.sees(3) == {HEAD: None, ATTENTION: "attention", FFN: "ffn"}
+    assert operator.raylets() == 3
 
     operator.runs_on_the_head("serve deploy ~/afd-ray/configs/serve/demo.yaml")
     until(lambda: operator.asks("GET", "/ready")[0] == 200, DEADLINE_S)
@@ -143,5 +149,4 @@ def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operat
     assert operator.asks("POST", "/v1/completions", asked)[1]["choices"] == answer["choices"]
 
     operator.types("ray", "down", "--yes", CLUSTER)
-    left = [host.run(["sh", "-c", "ps -eo args | grep -c '[r]aylet ' || true"]).strip() for host in operator.hosts.hosts.values()]
-    assert left == ["0", "0", "0", "0"]
+    until(lambda: operator.raylets() == 0, DEADLINE_S)
