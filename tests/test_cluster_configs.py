@@ -124,7 +124,9 @@ def test_whoever_logs_in_has_the_environment_with_token_authentication(name: str
     environment = (CLUSTER / "ray.env").read_text()
     assert "export RAY_AUTH_MODE=token\n" in environment
     config = read(name)
-    assert any(command.endswith("echo '. ~/afd-ray/configs/cluster/ray.env' >> ~/.bashrc") for command in config["setup_commands"])
+    assert any(
+        command.endswith("echo '. ~/afd-ray/configs/cluster/ray.env' >> ~/.bashrc") for command in config["setup_commands"]
+    )
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 

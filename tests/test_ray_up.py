@@ -145,7 +145,9 @@ def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operat
     assert hosts == {role: {operator.hosts[role].address} for role in (ATTENTION, FFN)}
     with pytest.raises(RuntimeError, match="401, wrong API key"):
         operator.calls_us("status", "--url", url, "--api-key", "wrong")
-    assert "1 attention and 1 FFN ranks" in operator.calls_us("scale", "--attention", "1", "--url", url, "--api-key", operator.key)
+    assert "1 attention and 1 FFN ranks" in operator.calls_us(
+        "scale", "--attention", "1", "--url", url, "--api-key", operator.key
+    )
     assert operator.asks("POST", "/v1/completions", asked)[1]["choices"] == answer["choices"]
 
     operator.types("ray", "down", "--yes", CLUSTER)

@@ -31,7 +31,9 @@ class Cluster:
 
     async def find(self, wait_s: float) -> list[str]:
         place = partial(plan, GROUPS, separate_nodes="auto")
-        placed = await find_room(GROUPS, place, wait_s, on_lack=self.lacks.append, look=self.look, ask=self.asked.append, clock=self.clock)
+        placed = await find_room(
+            GROUPS, place, wait_s, on_lack=self.lacks.append, look=self.look, ask=self.asked.append, clock=self.clock
+        )
         return [one.node_id for one in placed]
 
 
