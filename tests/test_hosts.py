@@ -85,7 +85,8 @@ def test_a_stranger_at_any_port_changes_nothing(
             connection.recv(1 << 16)
 
     listeners = cluster.listeners()
-    assert {program for _, _, program in listeners} >= {"gcs_server", "raylet", "ray::AttentionAc", "ray::FFNActor"}
+    # The kernel keeps 15 characters of a name, and Ray adds what an actor is doing.
+    assert {program[:13] for _, _, program in listeners} >= {"gcs_server", "raylet", "ray::Attentio", "ray::FFNActor"}
     for address, port, _ in listeners:
         cluster.hosts[CLIENT].call(knock, address, port)
     assert streams.ended() == expected
