@@ -142,6 +142,10 @@ class Cluster:
         """As `GET /admin/measured`: what the attention actors have measured since their start. Raises ClusterError while they cannot all be asked."""
         return dict(self._call(self.controller.measured.remote()))
 
+    def decisions(self, after: int = 0) -> list[dict[str, Any]]:
+        """As `GET /admin/decisions`: what the autoscaler decided, those with a higher number, oldest first."""
+        return list(ray.get(self.controller.decisions.remote(after))["decisions"])
+
     def trace(self, steps: int) -> dict[str, Any]:
         """Chrome trace of the next `steps` steps of every actor."""
         return dict(ray.get(self.controller.trace.remote(steps)))

@@ -1,7 +1,7 @@
 """Does the simulator tell what a live cluster does, on the same trace and under the same policy?
 
-Stage times come from `actors.profiling`, as `afd-ray profile` writes them, taken on the very cluster. `real`: as this machine computes them; `paced`: actors that
-last as long as a profile says, many on few cores; `autoscaling`: such actors under a policy, whose decisions are compared too.
+`real`: stages last as long as this machine computes; `paced`: as long as a pace says, many actors on few cores. Stage times of both come from `actors.profiling`, as
+`afd-ray profile` writes them, taken on the very cluster. `resizes`: paced actors under a policy, whose decisions are compared too (`_resizes`).
 
 Asked: TPOT p50 within 10%, p95 within 20%, throughput within 5%, and the same sequence of resizes, each within a control period.
 """
@@ -10,27 +10,27 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from actors.cluster import Cluster, Generation
+from actors.cluster import Cluster
 from actors.profiling import Started, profile
 from afd_ray.autoscaling import Counts, load_policy
 from afd_ray.config import Config, load_config
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.request import SamplingParams
 from afd_ray.simulation.serving import Arrival, Scene, draw, parse_synthetic, simulate
+from benchmarks import _resizes
 from benchmarks._machine import hardware
+from benchmarks._replay import Figures, replay
+from benchmarks._resizes import Scaled
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = {"tpot_p50": 0.10, "tpot_p95": 0.20, "tokens_s": 0.05}
-MOST_STREAMS = 400
+NAMES = {"tpot_p50": "TPOT p50, ms", "tpot_p95": "TPOT p95, ms", "tokens_s": "tokens/s"}
 
 
 class Part(NamedTuple):
@@ -71,17 +71,6 @@ PARTS = {
 }
 
 
-class Figures(NamedTuple):
-    """What clients saw, or would have."""
-
-    tpot_p50: float
-    """ms, of a request's mean over its tokens after the first."""
-    tpot_p95: float
-    ttft_p50: float
-    tokens_s: float
-    """From the first arrival to the last token."""
-
-
 class Row(NamedTuple):
     """One trace on one cluster."""
 
@@ -102,13 +91,17 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    names = [*PARTS, "resizes"]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for simulator.md")
-    parser.add_argument("--quick", action="store_true", help="one trace on one cluster, and nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one trace of each part on one cluster, and nothing is written")
     args = parser.parse_args(argv)
-    rows = [row for name in (args.parts[:1] if args.quick else args.parts) for row in run_part(name, args.seed, args.quick)]
-    text = report(args, rows)
+    rows = [row for name in args.parts if name in PARTS for row in run_part(name, args.seed, args.quick)]
+    scaled: list[Scaled] = []
+    if "resizes" in args.parts:
+        scaled += map(told_of, _resizes.run_traces(list(_resizes.TRACES)[: 1 if args.quick else None]))
+    text = report(args, rows, scaled)
     print(text)
     if not args.quick:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +129,7 @@ def checkpoint_of(preset: str | None, directory: Path) -> list[str]:
     if preset is None:
         return []
     shape = PRESETS[preset]
-    write_checkpoint(directory / preset, shape, random_tensors(shape))
+    write_checkpoint(directory / preset, shape, random_tensors(shape, seed=0))
     return [f"model.path={directory / preset}"]
 
 
@@ -149,68 +142,63 @@ def told(row: Row) -> Row:
     return row
 
 
-# --- live ------------------------------------------------------------------------------------------------------------------------
-
-
-def replay(cluster: Cluster, arrivals: Sequence[Arrival]) -> Figures:
-    """Every request at its time."""
-    began_s = time.perf_counter()
-
-    def serve(arrival: Arrival) -> tuple[float, Generation]:
-        time.sleep(max(0.0, arrival.at_s - (time.perf_counter() - began_s)))
-        submitted_s = time.perf_counter() - began_s
-        params = SamplingParams(max_tokens=arrival.output, temperature=0.0, ignore_eos=True)
-        (answer,) = cluster.generate([[7] * arrival.prompt], params)
-        return submitted_s, answer
-
-    with ThreadPoolExecutor(MOST_STREAMS) as streams:
-        answers = list(streams.map(serve, arrivals))
-    ended_s = max(at_s + answer.times_s[-1] for at_s, answer in answers)
-    tokens = sum(len(answer.times_s) for _, answer in answers)
-    means_ms = sorted(1000 * (t[-1] - t[0]) / (len(t) - 1) for _, a in answers if len(t := a.times_s) > 1)
-    firsts_ms = sorted(1000 * answer.times_s[0] for _, answer in answers)
-    return Figures(at(means_ms, 0.5), at(means_ms, 0.95), at(firsts_ms, 0.5), tokens / (ended_s - arrivals[0].at_s))
-
-
-def at(ordered: Sequence[float], share: float) -> float:
-    """By nearest rank."""
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-# --- simulated ---------------------------------------------------------------------------------------------------------------------
+def told_of(scaled: Scaled) -> Scaled:
+    moves = (", ".join(map(str, moves)) for moves in (scaled.live_moves, scaled.simulated_moves))
+    print(f"resizes, {scaled.trace}: live {next(moves)}; simulated {next(moves)}", file=sys.stderr, flush=True)
+    return scaled
 
 
 def simulated(config: Config, path: Path, arrivals: Sequence[Arrival]) -> Figures:
     """The same cluster with the stage times of the file."""
     scene = Scene.of(config.model_copy(update={"simulation": config.simulation.model_copy(update={"profile": str(path)})}))
-    outcome = simulate(scene, iter(arrivals), load_policy(config.autoscaling.policy))
-    summary = outcome.summary()
-    seconds = outcome.duration_s - arrivals[0].at_s
-    return Figures(
-        summary["tpot_ms"]["p50"], summary["tpot_ms"]["p95"], summary["ttft_ms"]["p50"], outcome.tally.tokens / seconds
-    )
+    return Figures.of(simulate(scene, iter(arrivals), load_policy(config.autoscaling.policy)), arrivals[0].at_s)
 
 
-def report(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+# --- report ------------------------------------------------------------------------------------------------------------------
+
+
+def report(args: argparse.Namespace, rows: Sequence[Row], scaled: Sequence[Scaled]) -> str:
     command = f"python -m benchmarks.simulator --parts {' '.join(args.parts)} --seed {args.seed}"
-    lines = [
-        "# Does the simulator tell what a live cluster does?",
-        "",
-        f"{date.today().isoformat()}, {hardware()}. `{command}`",
-        "",
-        "Live, then simulated with the stage times that were profiled on that cluster just before; TPOT is a request's mean, ms.",
-        "",
-        "| cluster | trace | TPOT p50 | | | TPOT p95 | | | tokens/s | | | TTFT p50 | | holds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["# Does the simulator tell what a live cluster does?", "", f"{date.today().isoformat()}, {hardware()}. `{command}`"]
+    lines += [*_of_latencies(rows)] if rows else []
+    lines += [*_of_resizes(scaled)] if scaled else []
+    return "\n".join(lines)
+
+
+def _of_latencies(rows: Sequence[Row]) -> Iterator[str]:
+    asked = ", ".join(f"{name} within {share:.0%}" for name, share in zip(NAMES.values(), ALLOWED.values(), strict=True))
+    yield from ("", "## On the same trace", "")
+    yield f"Live, then simulated with the stage times that were profiled on that cluster just before; TPOT is a request's mean. Asked: {asked}."
+    yield ""
+    yield f"| cluster | trace | {' | | | '.join(NAMES.values())} | | | TTFT p50, ms | | holds |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         live, there, off = row.live, row.simulated, row.deviations
         figures = [f"{getattr(live, n):.1f} | {getattr(there, n):.1f} | {off[n]:+.0%}" for n in ALLOWED]
         first = f"{live.ttft_p50:.0f} | {there.ttft_p50:.0f}"
-        lines.append(
-            f"| {row.part} {row.counts} | {row.trace} | {' | '.join(figures)} | {first} | {'yes' if row.holds else 'no'} |"
-        )
-    return "\n".join([*lines, "", f"{sum(row.holds for row in rows)} of {len(rows)} within the bounds."])
+        yield f"| {row.part} {row.counts} | {row.trace} | {' | '.join(figures)} | {first} | {'yes' if row.holds else 'no'} |"
+    yield from ("", f"{sum(row.holds for row in rows)} of {len(rows)} within the bounds.")
+
+
+def _of_resizes(scaled: Sequence[Scaled]) -> Iterator[str]:
+    yield from ("", "## Under the same policy", "")
+    yield (
+        f"Paced actors from 1A1F on, policy `{_resizes.POLICY}`, a decision every {_resizes.PERIOD_S:g} s. The simulator is told the paces, and from the live run how long a "
+        "transfer, a growth and a reduction took. Asked: the same sequence of resizes, each within a period."
+    )
+    yield from ("", "| trace | resizes, live | simulated | same | most apart, s | TPOT p50, ms | | TPOT p95, ms | | holds |")
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for one in scaled:
+        moves = ["; ".join(map(str, moves)) or "none" for moves in (one.live_moves, one.simulated_moves)]
+        apart = f"{one.apart_s:.1f}" if one.same else "-"
+        tpot = [f"{getattr(figures, name):.1f}" for name in ("tpot_p50", "tpot_p95") for figures in (one.live, one.simulated)]
+        cells = [one.trace, *moves, _yes(one.same), apart, *tpot, _yes(one.holds)]
+        yield f"| {' | '.join(cells)} |"
+    yield from ("", f"{sum(one.holds for one in scaled)} of {len(scaled)} alike.")
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ async def test_nothing_is_decided_without_all_attention_actors() -> None:
 async def test_an_ffn_actor_that_does_not_answer_is_done_without() -> None:
     async with Setting(mine("larger")) as setting:
         setting.crew.errors["status", setting.members[1]] = RuntimeError("busy")
-        await setting.until(lambda: setting.shape == LARGE)
+        await setting.until(lambda: "committed" in setting.actions())
+        assert (setting.shape, setting.actions()) == (LARGE, ["resize", "committed"])
 
 
 async def test_nobody_is_looked_at_for_the_fixed_policy() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from afd_ray.histogram import Histogram
-from tests.autoscaler_fake import LARGE, Setting
+from tests.autoscaler_fake import LARGE, SMALL, Setting
 from tests.measured_scenes import histogram
 
 OURS = ["tpot", "balance", "predictive"]
@@ -21,14 +21,18 @@ def many(value_ms: float) -> Histogram:
 @pytest.mark.parametrize("policy", OURS)
 async def test_without_traffic_it_shrinks_to_the_minimum(policy: str) -> None:
     async with Setting(policy, shape=LARGE, measured=lambda member: {}, options=AT_ONCE) as setting:
-        await setting.until(lambda: setting.shape is not None and (setting.shape.attention, setting.shape.ffn) == (1, 1))
+        await setting.until(lambda: setting.shape == SMALL)
+        await setting.more(3)
+        assert (setting.shape, setting.actions()) == (SMALL, ["resize", "committed"])
 
 
 @pytest.mark.parametrize("policy", OURS)
 async def test_requests_that_wait_make_it_grow_whatever_those_that_run_are_like(policy: str) -> None:
     measured = {"running": 4, "waiting": 4, "oldest_waiting_s": 5.0, "tpot_ms": many(TARGET_MS / 3)}
     async with Setting(policy, measured=lambda member: measured, options=AT_ONCE, tpot_target_ms=TARGET_MS) as setting:
-        await setting.until(lambda: setting.shape is not None and setting.shape.attention >= 2)
+        await setting.until(lambda: "committed" in setting.actions())
+        first = next(entry for entry in setting.autoscaler.decisions() if entry["action"] == "resize")
+        assert first["before"]["attention"] < first["wanted"]["attention"]
 
 
 async def test_it_does_not_shrink_to_what_would_not_hold() -> None:

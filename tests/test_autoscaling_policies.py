@@ -11,7 +11,7 @@ from afd_ray.autoscaling import Counts, Goals, Observation, Quantiles, Stages, d
 from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast_growth
 from afd_ray.autoscaling.learning import StageBook
 from afd_ray.autoscaling.serve_policy import from_serve, to_serve
-from afd_ray.autoscaling.sizing import Demand, Sizing
+from afd_ray.autoscaling.sizing import CONTEXT_SPREAD, Demand, Sizing, fullest
 from afd_ray.autoscaling.values import State
 from afd_ray.engine.stage_costs import CostLine, StageCosts
 from tests.serving_scenes import LAYERS, MOST, STAGES, counts_at, play, steady
@@ -43,6 +43,17 @@ def test_the_counts_needed_hold_the_target_and_one_rank_fewer_does_not(seed: int
 def test_of_many_requests_a_smaller_part_is_spare() -> None:
     assert Demand(4, 4000).spare(1) == 1.5
     assert Demand(400, 400_000).spare(1) == 1.05
+
+
+def test_the_fullest_rank_has_as_much_more_than_the_mean_as_dealt_contexts_have() -> None:
+    drawn, ranks, each = random.Random(0), 8, 6
+    spread = math.sqrt(math.log(1 + CONTEXT_SPREAD**2))
+    shares = []
+    for _ in range(2000):
+        held = [sum(drawn.lognormvariate(-(spread**2) / 2, spread) for _ in range(each)) for _ in range(ranks)]
+        shares.append(max(held) / each)
+    assert fullest(ranks * each, ranks) == pytest.approx(sum(shares) / len(shares), rel=0.05)
+    assert fullest(100, 1) == 1
 
 
 def test_context_asks_for_attention_and_rows_for_ffn() -> None:
@@ -113,6 +124,7 @@ def test_a_load_that_doubles_is_met_and_one_that_goes_is_followed(name: str) -> 
     outcome = play(load_policy(name), arrivals)
     before, during, after = (sum(counts_at(outcome, at_s)) for at_s in (290, 880, 1790))
     assert before < during > after
+    # Each role turns once, when the load goes; and what was a rank too much or too few when it came may be put right, once up and once down.
     assert outcome.summary()["reversals"] <= 6
     late = [point.tpot_p95_ms for point in outcome.points if 600 < point.at_s < 900]
     assert sum(ms is not None and ms > 40.0 for ms in late) <= len(late) / 10

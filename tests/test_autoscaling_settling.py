@@ -53,13 +53,21 @@ def test_wanting_what_there_is_starts_the_wait_anew() -> None:
     assert ask(Counts(1, 1), 190.0, state).counts == Counts(1, 1)
 
 
+def test_what_was_wanted_before_that_time_is_over_for_each_role() -> None:
+    state: State = {}
+    for now, wanted in ((0.0, Counts(4, 1)), (30.0, Counts(1, 4)), (60.0, Counts(1, 1)), (90.0, Counts(1, 1))):
+        state = ask(wanted, now, state).state
+    assert ask(Counts(1, 1), 120.0, state).counts == Counts(1, 4)
+    assert ask(Counts(1, 1), 140.0, state).counts == Counts(1, 1)
+
+
 def test_what_fewer_ranks_would_not_hold_is_kept() -> None:
     state = ask(Counts(1, 1), 0.0).state
     assert ask(Counts(1, 1), 200.0, state, holds=False).counts == SEEN.counts
 
 
 def test_one_reduction_takes_a_part_of_the_ranks_at_most() -> None:
-    pace, state = replace(PACE, most_shrink=0.25), {"less_since": 0.0, "less_peak": [1, 1]}
+    pace, state = replace(PACE, most_shrink=0.25), {"since": 0.0}
     assert settle(Counts(1, 1), "why", SEEN, state, 200.0, lambda counts: True, pace).counts == Counts(3, 3)
     idle = replace(SEEN, running=0)
     assert settle(Counts(1, 1), "why", idle, state, 200.0, lambda counts: True, pace).counts == Counts(1, 1)
@@ -67,9 +75,8 @@ def test_one_reduction_takes_a_part_of_the_ranks_at_most() -> None:
 
 def test_a_reduction_that_was_taken_back_is_not_tried_again_at_the_same_load() -> None:
     loaded = replace(SEEN, output_tokens_s=1000.0)
-    state = ask(Counts(2, 4), 200.0, {"less_since": 0.0, "less_peak": [2, 4]}, loaded).state
+    state = ask(Counts(2, 4), 200.0, {"since": 0.0}, loaded).state
     state = ask(Counts(4, 4), 300.0, state, replace(loaded, counts=Counts(2, 4))).state
-    state = {**state, "less_since": 400.0, "less_peak": [1, 1]}
     assert ask(Counts(1, 1), 900.0, state, loaded).counts == Counts(4, 4)
     assert ask(Counts(1, 1), 900.0, state, replace(SEEN, output_tokens_s=500.0)).counts == Counts(1, 1)
     assert ask(Counts(1, 1), 9000.0, state, loaded).counts == Counts(1, 1)
@@ -87,7 +94,7 @@ def test_consolidation_stops_at_the_last_number_that_holds() -> None:
 def test_cooldowns_after_a_resize(ago_s: float, grows: bool, shrinks: bool) -> None:
     seen = replace(SEEN, last_resize=Outcome(SEEN.counts, True, 1000 - ago_s))
     assert (ask(Counts(5, 5), 1000.0, seen=seen).counts == Counts(5, 5)) == grows
-    state = {"less_since": 0.0}
+    state = {"since": 0.0}
     assert (ask(Counts(1, 1), 1000.0, state, seen).counts != SEEN.counts) == shrinks
 
 

@@ -49,11 +49,6 @@ def cluster(tiny_directory: Path, two_nodes: None) -> Iterator[Cluster]:
         yield cluster
 
 
-def decisions(cluster: Cluster, after: int = 0) -> list[dict[str, Any]]:
-    answer: dict[str, Any] = ray.get(cluster.controller.decisions.remote(after))
-    return list(answer["decisions"])
-
-
 def until(wanted: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not wanted():
@@ -69,17 +64,17 @@ def test_load_makes_it_grow_and_rest_makes_it_shrink(cluster: Cluster, answers: 
     with load(cluster, answers):
         until(lambda: attention_ranks(cluster) == 2)
     until(lambda: attention_ranks(cluster) == 1)
-    done = [entry for entry in decisions(cluster) if entry["action"] != "hold"]
+    done = [entry for entry in cluster.decisions() if entry["action"] != "hold"]
     assert [entry["action"] for entry in done[:2]] == ["resize", "committed"]
     assert done[0]["seen"]["requests"] > 2
     assert done[0]["wanted"] == {"attention": 2, "ffn": 1}
 
 
 def test_a_controller_that_dies_leaves_its_decisions_to_the_next(cluster: Cluster) -> None:
-    before = decisions(cluster)
+    before = cluster.decisions()
     ray.kill(cluster.controller, no_restart=False)
     until(lambda: knows_more(cluster, before[-1]["number"]))
-    after = decisions(cluster)
+    after = cluster.decisions()
     assert [entry for entry in after if entry["number"] <= before[-1]["number"]][-len(before) :] == before
     numbers = [entry["number"] for entry in after]
     assert numbers == sorted(set(numbers))
@@ -88,8 +83,8 @@ def test_a_controller_that_dies_leaves_its_decisions_to_the_next(cluster: Cluste
 
 def test_counts_set_by_hand_are_left_alone(cluster: Cluster) -> None:
     assert cluster.scale(attention=2)["outcome"] == "committed"
-    last = decisions(cluster)[-1]["number"]
-    until(lambda: len(decisions(cluster, last)) >= 3)
+    last = cluster.decisions()[-1]["number"]
+    until(lambda: len(cluster.decisions(last)) >= 3)
     status = cluster.status()
     assert attention_ranks(cluster) == 2
     assert status["autoscaling"]["override"]["counts"] == {"attention": 2, "ffn": 1}
@@ -102,13 +97,13 @@ def test_an_unsound_policy_does_not_hurt_serving(tiny_directory: Path, answers: 
         with load(cluster, answers) as running:
             running.await_rounds(3)
             assert cluster.scale(attention=2)["outcome"] == "committed"
-            until(lambda: len({entry["reason"] for entry in decisions(cluster)}) >= 4)
-        assert {entry["wanted"]["attention"] for entry in decisions(cluster) if entry["action"] == "hold"} <= {1, 2}
+            until(lambda: len({entry["reason"] for entry in cluster.decisions()}) >= 4)
+        assert {entry["wanted"]["attention"] for entry in cluster.decisions() if entry["action"] == "hold"} <= {1, 2}
 
 
 def knows_more(cluster: Cluster, than: int) -> bool:
     """Whether a decision was made after that one; not while the controller is being restarted."""
     try:
-        return bool(decisions(cluster, than))
+        return bool(cluster.decisions(than))
     except ray.exceptions.RayActorError:
         return False

@@ -6,17 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from afd_ray.histogram import Histogram
 from afd_ray.lookback import PERIOD_S, WINDOW_S, Lookback
 from afd_ray.measured import Flights, Measured, MeasuredFFN
-
-
-def histogram(*values: float) -> Histogram:
-    out = Histogram()
-    for value in values:
-        out.add(value)
-    return out
-
+from tests.measured_scenes import histogram
 
 EARLIER = Measured(
     since_s=100.0,

@@ -7,17 +7,9 @@ import pytest
 from actors import ray_metrics
 from actors.http.metrics import render
 from actors.ray_metrics import RayMetrics
-from afd_ray.histogram import Histogram
 from afd_ray.measured import Measured, MeasuredFFN, bubble
 from afd_ray.metrics import CATALOGUE, Sample, attention_samples, cluster_samples, ffn_samples
-
-
-def histogram(*values: float) -> Histogram:
-    out = Histogram()
-    for value in values:
-        out.add(value)
-    return out
-
+from tests.measured_scenes import histogram
 
 SUMS = Measured(
     since_s=0.0,

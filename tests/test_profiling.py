@@ -105,3 +105,8 @@ def test_rows_measured_with_one_context_take_the_slope_of_those_around() -> None
     fixed_us, per_token_us = profile.attention_us(5)
     assert per_token_us == pytest.approx(0.02)
     assert fixed_us == pytest.approx(35 - 0.02 * 600)
+
+
+def test_of_several_measurements_at_one_point_the_median_counts() -> None:
+    profile = Profile([(1, 10, 5.0)], [(4, 10.0, 1), (4, 90.0, 1), (4, 12.0, 1), (8, 20.0, 1)], [(4, 3.0), (4, 5.0), (4, 400.0)])
+    assert (profile.ffn_us(4, Shape(1)), profile.transfer_us(4)) == (12.0, 5.0)

@@ -36,10 +36,17 @@ def test_a_bursty_trace_is_less_even_than_a_poisson_one() -> None:
     assert unevenness("bursty") > 20
 
 
-def test_prompts_drift() -> None:
-    prompts = [arrival.prompt for arrival in draw(parse_synthetic("drift:rate=5,duration_s=10000,drift=4"), 0)]
-    tenth = len(prompts) // 10
-    assert statistics.mean(prompts[-tenth:]) / statistics.mean(prompts[:tenth]) == pytest.approx(4, rel=0.2)
+@pytest.mark.parametrize(("setting", "drifts", "stays"), [("drift", "prompt", "output"), ("output_drift", "output", "prompt")])
+def test_one_of_the_lengths_drifts(setting: str, drifts: str, stays: str) -> None:
+    arrivals = list(draw(parse_synthetic(f"poisson:rate=5,duration_s=10000,{setting}=4"), 0))
+    tenth = len(arrivals) // 10
+
+    def times_as_long(length: str) -> float:
+        first, last = ([getattr(arrival, length) for arrival in part] for part in (arrivals[:tenth], arrivals[-tenth:]))
+        return statistics.mean(last) / statistics.mean(first)
+
+    assert times_as_long(drifts) == pytest.approx(4, rel=0.2)
+    assert times_as_long(stays) == pytest.approx(1, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import gt
 from typing import Any
 
 from afd_ray.autoscaling.values import Counts, Decision, Observation, State
@@ -15,7 +16,7 @@ FUTILE_GAIN = 0.05
 JUDGED_AFTER_S = 60.0
 """What is known of TPOT is over the last minute: by then all of it is from after a growth."""
 GROWN_LOAD = 1.05
-"""Under so many times the requests TPOT says nothing of what growth was good for."""
+"""So many times a load is more than it was: then TPOT says nothing of what growth was good for, and growth nothing of the reduction before."""
 MOST_FUTILE = 2
 """After so many growths in vain the target is held to be out of reach."""
 KV_FULL = 0.9
@@ -33,7 +34,7 @@ class Pace:
     grow_after_s: float = 0.0
     """More ranks must have been wanted for so long."""
     shrink_after_s: float = 300.0
-    """Fewer ranks must have been wanted for so long; then the most wanted in that time is what is left."""
+    """The most ranks wanted in so long a time are left: a role's, whatever the other's."""
     most_shrink: float = 0.5
     """The part of a role's ranks that one reduction takes at most, while there are requests."""
     regret_s: float = 900.0
@@ -72,26 +73,22 @@ def settle(
     """
     pace = pace or Pace()
     memory: dict[str, Any] = dict(state)
+    current, wanted = observation.counts, observation.goals.bound(wanted)
+    wanted = wanted._replace(attention=_attention(wanted, observation))
+    peak = _most_wanted(wanted, memory, now, pace.shrink_after_s)
     pause = _reason_to_pause(observation, now, pace)
     if pause is not None:
         memory.pop("more_since", None)
-        memory.pop("less_since", None)
         return hold(observation, pause, memory, give_up=_overdue(observation, now))
     _note_growth_in_vain(memory, observation, now, pace)
-    current, wanted = observation.counts, observation.goals.bound(wanted)
-    attention = _attention(wanted, observation)
     limit = observation.goals.bound(Counts(*(math.ceil(count * pace.most_growth) for count in current)))
-    more = Counts(
-        *(max(count, min(most, asked)) for count, most, asked in zip(current, limit, (attention, wanted.ffn), strict=True))
-    )
-    less = Counts(min(attention, current.attention), min(wanted.ffn, current.ffn))
+    more = Counts(*(max(count, min(most, asked)) for count, most, asked in zip(current, limit, wanted, strict=True)))
     if more != current:
         return _grow(more, why, observation, memory, now, pace)
     memory.pop("more_since", None)
-    if less == current:
-        memory.pop("less_since", None)
+    if wanted == current:
         return hold(observation, why, memory)
-    return _shrink(less, why, observation, memory, now, pace, holds)
+    return _shrink(peak, why, observation, memory, now, pace, holds)
 
 
 def _attention(wanted: Counts, observation: Observation) -> int:
@@ -128,7 +125,6 @@ def _since_change(observation: Observation, now: float) -> float:
 
 
 def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, Any], now: float, pace: Pace) -> Decision:
-    memory.pop("less_since", None)
     if memory.get("futile", 0) >= MOST_FUTILE and not waits_too_long(observation):
         return hold(observation, f"{why}; the target is out of reach: more ranks did not help", memory)
     since = memory.setdefault("more_since", now)
@@ -148,23 +144,30 @@ def _grow(more: Counts, why: str, observation: Observation, memory: dict[str, An
     return Decision(more, why, memory)
 
 
+def _most_wanted(wanted: Counts, memory: dict[str, Any], now: float, span_s: float) -> Counts | None:
+    """Of each role in the last `span_s`, the present included; None where that is not known yet."""
+    since = memory.setdefault("since", now)
+    # What no more was wanted of than now cannot be the most.
+    past = [[at, *counts] for at, *counts in memory.get("wanted", []) if at >= now - span_s and any(map(gt, counts, wanted))]
+    memory["wanted"] = [*past, [now, *wanted]]
+    _, attention, ffn = zip(*memory["wanted"], strict=True)
+    return Counts(max(attention), max(ffn)) if now - since >= span_s else None
+
+
 def _shrink(
-    less: Counts, why: str, observation: Observation, memory: dict[str, Any], now: float, pace: Pace, holds: Holds
+    peak: Counts | None, why: str, observation: Observation, memory: dict[str, Any], now: float, pace: Pace, holds: Holds
 ) -> Decision:
-    since = memory.setdefault("less_since", now)
-    peak = memory.get("less_peak", less) if since < now else less
-    peak = memory["less_peak"] = Counts(max(peak[0], less.attention), max(peak[1], less.ffn))
-    if now - since < pace.shrink_after_s:
-        return hold(observation, f"{why}; fewer in {pace.shrink_after_s - (now - since):.0f} s", memory)
+    current = observation.counts
+    if peak is None or (peak.attention >= current.attention and peak.ffn >= current.ffn):
+        return hold(observation, f"{why}; but not for the last {pace.shrink_after_s:.0f} s", memory)
     if _since_change(observation, now) < pace.shrink_cooldown_s:
         return hold(observation, f"{why}; the last resize was just now", memory)
     lowest = _lowest(observation, memory, now, pace)
     floor = Counts(max(peak.attention, lowest.attention), max(peak.ffn, lowest.ffn))
-    target = consolidated(observation.counts, floor, observation.goals.ffn_step, holds)
-    if target == observation.counts:
+    target = consolidated(current, floor, observation.goals.ffn_step, holds)
+    if target == current:
         return hold(observation, f"{why}; but fewer ranks would not hold the target", memory)
-    del memory["less_since"]
-    memory["shrunk"] = {"from": observation.counts, "load": _load(observation), "at": now}
+    memory["shrunk"] = {"from": current, "load": _load(observation), "at": now}
     return Decision(target, why, memory)
 
 
@@ -175,7 +178,7 @@ def _load(observation: Observation) -> float:
 def _regret(observation: Observation, memory: dict[str, Any], now: float, pace: Pace) -> None:
     """Growing: a reduction just before was a mistake, unless the load has grown since."""
     shrunk = memory.pop("shrunk", None)
-    if shrunk is not None and now - shrunk["at"] < pace.regret_s and SAME_LOAD * _load(observation) < shrunk["load"]:
+    if shrunk is not None and now - shrunk["at"] < pace.regret_s and _load(observation) <= GROWN_LOAD * shrunk["load"]:
         memory["floor"] = {**shrunk, "until": now + 4 * pace.regret_s}
 
 

@@ -6,6 +6,8 @@ So each of the three bounds gives a least number of ranks in closed form (after 
 """
 
 import math
+from functools import lru_cache
+from statistics import NormalDist
 from typing import NamedTuple
 
 from afd_ray.autoscaling.values import Counts, Observation
@@ -13,6 +15,8 @@ from afd_ray.engine.pipeline import predicted_period
 from afd_ray.engine.stage_costs import CostLine, StageCosts
 
 MOST_RANKS = 4096
+CONTEXT_SPREAD = 0.7
+"""Standard deviation of the cached context of requests that decode, in means: each is somewhere between its first token and its last, and answers differ."""
 
 
 class Demand(NamedTuple):
@@ -79,7 +83,8 @@ class Sizing(NamedTuple):
     def _tpot_ms(self, counts: Counts, demand: Demand, period_ms: float, micro_batches: int) -> float:
         rows = demand.sequences + demand.prompt_tokens_s * period_ms / 1000
         costs = self._at(counts)
-        mine, context = rows / counts.attention / micro_batches, demand.context_tokens / counts.attention / micro_batches
+        mine = rows / counts.attention / micro_batches
+        context = demand.context_tokens / counts.attention / micro_batches * fullest(demand.sequences, counts.attention)
         times = costs.times(mine, context)._replace(ffn=costs.ffn.duration_us(rows / micro_batches))
         return self.layers * predicted_period(times, micro_batches) / 1000
 
@@ -88,11 +93,14 @@ class Sizing(NamedTuple):
         rows = demand.sequences + demand.prompt_tokens_s * tpot_ms / 1000
         attention, ffn = self._at(Counts(1, 1))[:2]
         room_us = layer_us - micro_batches * attention.base_us
-        work_us = attention.per_row_us * rows + attention.per_token_us * demand.context_tokens
+        rows_us, context_us = attention.per_row_us * rows, attention.per_token_us * demand.context_tokens
         ffn_us = micro_batches * ffn.base_us + ffn.per_row_us * rows
         if room_us <= 0:
             return None
-        counts = Counts(_at_least_1(work_us / room_us), _at_least_1(ffn_us / layer_us))
+        ranks = _at_least_1((rows_us + context_us) / room_us)
+        while rows_us + context_us * fullest(demand.sequences, ranks) > ranks * room_us * (1 + 1e-9):
+            ranks += 1
+        counts = Counts(ranks, _at_least_1(ffn_us / layer_us))
         return self._shorten_round_trip(counts, demand, tpot_ms, micro_batches)
 
     def _shorten_round_trip(self, counts: Counts, demand: Demand, tpot_ms: float, micro_batches: int) -> Counts | None:
@@ -111,6 +119,20 @@ class Sizing(NamedTuple):
         share = self.at.ffn / counts.ffn
         attention = CostLine(*(self.attention_trim * part for part in self.costs.attention))
         return StageCosts(attention, CostLine(*(self.ffn_trim * share * part for part in self.costs.ffn)), self.costs.transfer)
+
+
+def fullest(sequences: float, ranks: int) -> float:
+    """How many times the mean context the attention rank with most of it has, which the others wait for: requests are dealt evenly, but not their contexts.
+
+    A rank's context is a sum of sequences / ranks contexts; the largest of so many sums is expected where the normal distribution has it (Blom 1958).
+    """
+    return 1 + CONTEXT_SPREAD * _largest_deviate(ranks) / math.sqrt(max(1.0, sequences / ranks))
+
+
+@lru_cache(maxsize=MOST_RANKS)
+def _largest_deviate(draws: int) -> float:
+    """Of so many draws from the standard normal distribution, expected."""
+    return NormalDist().inv_cdf((draws - 0.375) / (draws + 0.25)) if draws > 1 else 0.0
 
 
 def least_for_kv(observation: Observation, most_used: float) -> int:

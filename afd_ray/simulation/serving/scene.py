@@ -32,10 +32,12 @@ class Scene(NamedTuple):
     def of(cls, config: Config, step_by_step: bool = False) -> "Scene":
         """All from the configuration; raises ValueError in one line, naming the key, for want of stage times."""
         settings, blocks = config.simulation, config.attention.kv_cache.num_blocks
-        layers = settings.layers or Checkpoint.open(model_directory(config.model)).config.num_hidden_layers
-        return cls(
-            config, _stages(config), layers, settings.kv_blocks or (KV_BLOCKS if blocks == "auto" else blocks), step_by_step
-        )
+        kv_blocks = settings.kv_blocks or (KV_BLOCKS if blocks == "auto" else blocks)
+        if settings.layers is not None:
+            return cls(config, _stages(config), settings.layers, kv_blocks, step_by_step)
+        model = Checkpoint.open(model_directory(config.model)).config
+        experts = model.moe_num_experts, model.moe_top_k
+        return cls(config, _stages(config, *experts), model.num_hidden_layers, kv_blocks, step_by_step)
 
     @property
     def slots(self) -> int:
@@ -72,11 +74,12 @@ class Scene(NamedTuple):
         return make
 
 
-def _stages(config: Config) -> StageModel:
+def _stages(config: Config, *experts: int) -> StageModel:
+    """`experts`: of a layer, and of each row; none: Step-3's."""
     settings, attention, ffn = config.simulation, config.attention.pace, config.ffn.pace
     if settings.profile is not None:
         return Profile.read(Path(settings.profile))
     if attention is None or ffn is None:
         raise ValueError("simulation.profile: without a file of stage times attention.pace and ffn.pace must be given")
     scaling: Scaling = "shared" if settings.ffn_scaling == "shared" else "routed" if config.ffn.dispatch == "routed" else "none"
-    return LinearStages(line_of(attention), line_of(ffn), line_of(settings.transfer), scaling)
+    return LinearStages(line_of(attention), line_of(ffn), line_of(settings.transfer), scaling, *experts)

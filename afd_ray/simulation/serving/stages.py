@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -144,8 +145,10 @@ def _slope(context: "np.ndarray", us: "np.ndarray") -> float:
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> tuple["np.ndarray", "np.ndarray"]:
-    ordered = sorted(points)
-    return np.array([x for x, _ in ordered], dtype=float), np.array([y for _, y in ordered], dtype=float)
+    """In the order of x; of several measurements at one x the median, for some are disturbed."""
+    xs = sorted({x for x, _ in points})
+    ys = [statistics.median(y for at, y in points if at == x) for x in xs]
+    return np.array(xs, dtype=float), np.array(ys, dtype=float)
 
 
 def _between(x: float, xs: "np.ndarray", ys: "np.ndarray") -> float:

@@ -39,6 +39,8 @@ class Synthetic(NamedTuple):
     """From one burst to the next, in the mean."""
     drift: float = 1.0
     """How many times as long prompts are in the end as at the start."""
+    output_drift: float = 1.0
+    """So for answers: with them grows the context that each of their tokens is computed over."""
     longest: float = 32_768
     """Tokens of a prompt, and of an answer."""
 
@@ -83,9 +85,9 @@ def draw(trace: Synthetic, seed: int) -> Iterator[Arrival]:
         rate = trace.rate * daily * factor(start_s) / calm_share
         count = int(random.poisson(rate * width_s))
         times = np.sort(random.uniform(start_s, start_s + width_s, count))
-        prompt = trace.prompt * _drift(trace, start_s)
-        prompts = _lengths(prompt, trace, count, random)
-        outputs = _lengths(trace.output, trace, count, random)
+        done = start_s / trace.duration_s
+        prompts = _lengths(trace.prompt * _drifted(trace.drift, done), trace, count, random)
+        outputs = _lengths(trace.output * _drifted(trace.output_drift, done), trace, count, random)
         yield from map(Arrival, times.tolist(), prompts.tolist(), outputs.tolist())
 
 
@@ -104,9 +106,9 @@ def _bursts(trace: Synthetic, random: np.random.Generator) -> Callable[[float], 
     return factor
 
 
-def _drift(trace: Synthetic, at_s: float) -> float:
-    """Prompts' length by time, their mean over the trace unchanged."""
-    return (1 + (trace.drift - 1) * at_s / trace.duration_s) / ((1 + trace.drift) / 2)
+def _drifted(times: float, done: float) -> float:
+    """By what a length that becomes `times` as long is multiplied when a share `done` of the trace is over; its mean is unchanged."""
+    return (1 + (times - 1) * done) / ((1 + times) / 2)
 
 
 def _lengths(mean: float, trace: Synthetic, count: int, random: np.random.Generator) -> "np.ndarray":

@@ -1,0 +1,196 @@
+"""The part of `benchmarks.simulator` in which a policy resizes: the same sequence of resizes, each within a control period?
+
+The simulator is told what the actors are paced to, and from the live run how long a transfer, a growth and a reduction took.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from actors.cluster import Cluster
+from afd_ray.autoscaling import Counts, Decision, Observation, Policy, State, load_policy
+from afd_ray.config import Config, load_config
+from afd_ray.measured import Measured
+from afd_ray.models.checkpoint import write_checkpoint
+from afd_ray.models.presets import PRESETS, random_tensors
+from afd_ray.simulation.serving import Arrival, Scene, simulate
+from benchmarks._replay import Figures, replay
+
+MODEL = replace(PRESETS["step3-tiny"], moe_layers=frozenset(range(4)), moe_num_experts=16, moe_top_k=1)
+"""Each row has one expert, so that routed FFN instances divide the rows among them."""
+POLICY, PERIOD_S = "balance", 3.0
+OUTPUT = 40
+"""Tokens of each answer."""
+SETTINGS = (
+    "attention.replicas=1",
+    "attention.pace={base_us: 1000, per_context_token_us: 25}",
+    "ffn.dispatch=routed",
+    "ffn.pace={base_us: 1000, per_row_us: 300}",
+    "pipeline.micro_batches=2",
+    "failure.detect_timeout_s=5",
+    f"autoscaling.policy={POLICY}",
+    f"autoscaling.period_s={PERIOD_S}",
+    "autoscaling.tpot_target_ms=100",
+    "autoscaling.ttft_target_ms=10000",
+    "autoscaling.max={attention: 3, ffn: 3}",
+    "autoscaling.options={shrink_after_s: 9, shrink_cooldown_s: 3, grow_cooldown_s: 3, deviations: 0}",
+)
+
+
+class Step(NamedTuple):
+    """Requests like clockwork for some time."""
+
+    seconds: float
+    rate: float
+    """Requests a second."""
+    prompt: int
+
+
+TRACES = {
+    "rate": (Step(15, 2, 16), Step(25, 9, 16), Step(25, 2, 16)),
+    "context": (Step(15, 3, 16), Step(25, 3, 120), Step(25, 3, 16)),
+    "both": (Step(15, 1.5, 16), Step(25, 4, 100), Step(25, 1.5, 16)),
+}
+
+
+class Move(NamedTuple):
+    """A resize as it was decided."""
+
+    at_s: float
+    """Since the trace began."""
+    before: Counts
+    to: Counts
+
+    def __str__(self) -> str:
+        return f"{self.at_s:.1f} s {self.before} to {self.to}"
+
+
+class Scaled(NamedTuple):
+    """One trace under the policy, live and simulated."""
+
+    trace: str
+    live: Figures
+    simulated: Figures
+    live_moves: tuple[Move, ...]
+    simulated_moves: tuple[Move, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether the sequence is."""
+        return [move[1:] for move in self.live_moves] == [move[1:] for move in self.simulated_moves]
+
+    @property
+    def apart_s(self) -> float:
+        """The most that a resize was decided earlier or later than its like."""
+        pairs = zip(self.live_moves, self.simulated_moves, strict=False)
+        return max((abs(one.at_s - other.at_s) for one, other in pairs), default=0.0)
+
+    @property
+    def holds(self) -> bool:
+        return self.same and self.apart_s <= PERIOD_S
+
+
+class Observed(NamedTuple):
+    """What the simulator is told of a live run, seconds."""
+
+    growth_s: float
+    reduction_s: float
+    transfer_us: float
+
+
+def run_traces(names: Sequence[str]) -> Iterator[Scaled]:
+    """Each on a cluster of its own, so that nothing is remembered from the one before."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), MODEL, random_tensors(MODEL, seed=0))
+        config = load_config("demo", [f"model.path={directory}", *SETTINGS])
+        for name in names:
+            arrivals = list(drawn(TRACES[name]))
+            live, moves, observed = serve(config, arrivals)
+            there, simulated_moves = simulated(config, arrivals, observed)
+            yield Scaled(name, live, there, tuple(moves), tuple(simulated_moves))
+
+
+def drawn(steps: Sequence[Step]) -> Iterator[Arrival]:
+    """A request as each step begins, and then in even distances."""
+    for start_s, step in zip(accumulate((step.seconds for step in steps), initial=0.0), steps, strict=False):
+        count = round(step.seconds * step.rate)
+        yield from (Arrival(start_s + number / step.rate, step.prompt, OUTPUT) for number in range(count))
+
+
+# --- live --------------------------------------------------------------------------------------------------------------------
+
+
+def serve(config: Config, arrivals: Sequence[Arrival]) -> tuple[Figures, list[Move], Observed]:
+    """The trace begins with a look of the autoscaler's, as the simulator's does."""
+    with Cluster.start(config) as cluster:
+        idle = _next_look(cluster)
+        seen = replay(cluster, arrivals)
+        entries = cluster.decisions(idle["number"])
+        flights = [Measured.load(dumped).flights for dumped in cluster.measured()["attention"].values()]
+    transfers = [own.transfer_us / own.transfers for own in flights if own.transfers]
+    moves, lasted = moves_of(entries, idle["at_s"])
+    until_s = arrivals[-1].at_s
+    return seen, [move for move in moves if move.at_s < until_s], _observed(moves, lasted, fmean(transfers))
+
+
+def _next_look(cluster: Cluster) -> dict[str, Any]:
+    """The decision that comes next."""
+    known = max((entry["number"] for entry in cluster.decisions()), default=0)
+    while not (entries := cluster.decisions(known)):
+        time.sleep(0.02)
+    return entries[0]
+
+
+def moves_of(entries: Sequence[dict[str, Any]], began_s: float) -> tuple[list[Move], list[float]]:
+    """The resizes that committed, and how long each took."""
+    moves, lasted, asked = [], [], None
+    for entry in entries:
+        if entry["action"] in ("resize", "rolled_back"):
+            asked = entry if entry["action"] == "resize" else None
+        elif entry["action"] == "committed" and asked is not None:
+            moves.append(Move(asked["at_s"] - began_s, Counts(**asked["before"]), Counts(**asked["wanted"])))
+            lasted.append(entry["at_s"] - asked["at_s"])
+    return moves, lasted
+
+
+def _observed(moves: Sequence[Move], lasted: Sequence[float], transfer_us: float) -> Observed:
+    grown = [took_s for move, took_s in zip(moves, lasted, strict=True) if sum(move.to) > sum(move.before)]
+    shrunk = [took_s for move, took_s in zip(moves, lasted, strict=True) if sum(move.to) < sum(move.before)]
+    reduction_s = fmean(shrunk) if shrunk else 0.0
+    return Observed(max(reduction_s, fmean(grown)) if grown else reduction_s, reduction_s, transfer_us)
+
+
+# --- simulated ---------------------------------------------------------------------------------------------------------------
+
+
+def simulated(config: Config, arrivals: Sequence[Arrival], observed: Observed) -> tuple[Figures, list[Move]]:
+    """The same policy on the same trace."""
+    told = {
+        "transfer": {"base_us": observed.transfer_us},
+        "start_delay_s": observed.growth_s - observed.reduction_s,
+        "load_s": 0.0,
+        "connect_s": observed.reduction_s,
+    }
+    settings = type(config.simulation).model_validate(config.simulation.model_dump() | told)
+    moves: list[Move] = []
+    scene = Scene.of(config.model_copy(update={"simulation": settings}))
+    outcome = simulate(scene, iter(arrivals), noting(load_policy(POLICY), moves))
+    until_s = arrivals[-1].at_s
+    return Figures.of(outcome, arrivals[0].at_s), [move for move in moves if move.at_s < until_s]
+
+
+def noting(policy: Policy, moves: list[Move]) -> Policy:
+    """The policy, with what it decides to resize put down."""
+
+    def decide(observation: Observation, state: State, now: float) -> Decision:
+        decision = policy(observation, state, now)
+        if decision.counts != observation.counts:
+            moves.append(Move(now, observation.counts, decision.counts))
+        return decision
+
+    return decide
