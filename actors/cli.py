@@ -8,9 +8,23 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from actors.commands import checkpoint, decisions, demo, generate, plan, profile, scale, serve, simulate, status, trace
+from actors.commands import (
+    checkpoint,
+    decisions,
+    demo,
+    doctor,
+    generate,
+    keys,
+    plan,
+    profile,
+    scale,
+    serve,
+    simulate,
+    status,
+    trace,
+)
 
-COMMANDS = (serve, status, scale, decisions, generate, trace, plan, simulate, profile, checkpoint, demo)
+COMMANDS = (serve, status, scale, decisions, generate, trace, plan, simulate, profile, doctor, checkpoint, keys, demo)
 INTERRUPTED = 130
 
 

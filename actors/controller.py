@@ -78,12 +78,19 @@ class Controller(Inquiry):
         self._autoscaler.begin()
 
     @ray.method
+    async def configuration(self) -> Config:
+        """What the cluster was started with."""
+        return self._config
+
+    @ray.method
     async def progress(self) -> str:
         """What the bring-up is doing now, in a few words."""
         change = self._transition.coordinator.change
         if change is None:
             return "ready" if self._transition.roster else ""
         doing = NAMES[change.phase]
+        if self._crew.lack is not None:
+            return f"waiting for nodes: {self._crew.lack}"
         if change.phase != "load":
             return doing
         try:

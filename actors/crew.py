@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -13,10 +14,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.attention import AttentionActor
 from actors.ffn import FFNActor
-from actors.roster import Hand, first_line, gather_named
+from actors.roster import Hand, awaited, first_line, gather_named
 from afd_ray.config import Config
-from placement.groups import Reservation, inventory, release, release_named, reserve
+from placement.demand import attention_group, ffn_group, separate_nodes
+from placement.groups import Reservation, release, release_named, reserve
 from placement.planner import Group, Placed, Role, plan
+from placement.room import find_room
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class Crew:
     controller: str
     """Name of the controller's actor: without one, actors end by themselves."""
     hands: dict[str, Hand] = field(default_factory=dict)
+    lack: str | None = None
+    """What is missing, while it waits for nodes."""
     _held: list[Held] = field(default_factory=list)
 
     def __getitem__(self, member: str) -> Hand:
@@ -71,8 +76,8 @@ class Crew:
 
         Raises Infeasible when there is no room, RuntimeError naming an actor that died; what is there by then is for `release`.
         """
-        wanted: list[tuple[Group, Sequence[str]]] = [(self._attention_group(), [name]) for name in attention]
-        wanted += [(self._ffn_group(len(names)), names) for names in ffn]
+        wanted: list[tuple[Group, Sequence[str]]] = [(attention_group(self.config), [name]) for name in attention]
+        wanted += [(ffn_group(self.config, len(names)), names) for names in ffn]
         started: list[str] = []
         for group, names in list(wanted):
             held = self._room(group)
@@ -80,9 +85,7 @@ class Crew:
                 wanted.remove((group, names))
                 started += self._launch(held, names)
         if wanted:
-            apart = not self.config.ffn.colocated and self.config.placement.separate_nodes
-            groups = [group for group, _ in wanted]
-            placed: list[Placed] = plan(groups, await asyncio.to_thread(inventory), apart)
+            placed = await self._find_room([group for group, _ in wanted])
             reserved = await reserve(placed, self._ray_name(f"e{number}"), self.config.placement.timeout_s)
             for reservation, (group, names) in zip(reserved, wanted, strict=True):
                 self._held.append(Held(reservation, [None] * group.actors))
@@ -159,6 +162,24 @@ class Crew:
         hand = self.hands.get(member) if member else None
         return Found(hand.name, hand.role, bundle, hand.identity) if hand else None
 
+    async def _find_room(self, groups: list[Group]) -> list[Placed]:
+        asked = self.config.placement
+        place = partial(
+            plan,
+            groups,
+            separate_nodes=separate_nodes(self.config),
+            topology=asked.topology_label,
+            beside={held.reservation.placed.node_id for held in self._held},
+        )
+        try:
+            return await find_room(groups, place, asked.wait_for_nodes_s, on_lack=self._note_lack)
+        finally:
+            self.lack = None
+
+    def _note_lack(self, lack: str) -> None:
+        logger.warning("waiting for nodes: %s", lack)
+        self.lack = lack
+
     # --- one actor ------------------------------------------------------------------------------------------------------------
 
     def _room(self, group: Group) -> Held | None:
@@ -198,28 +219,15 @@ class Crew:
         """Of a member, or of the placement groups of an epoch."""
         return f"afd-{self.uid}-{what}"
 
-    def _attention_group(self) -> Group:
-        attention = self.config.attention
-        labels = frozenset(attention.labels.items())
-        return Group("attention", 1, attention.num_cpus, attention.num_gpus, labels, self.config.placement.attention)
-
-    def _ffn_group(self, actors: int) -> Group:
-        ffn = self.config.ffn
-        return Group("ffn", actors, ffn.num_cpus, ffn.num_gpus, frozenset(ffn.labels.items()), self.config.placement.ffn)
-
 
 async def _dead(hand: Hand) -> None:
     """Until Ray calls it dead."""
     try:
         while True:
-            await asyncio.wait_for(_awaited(hand.handle.beat.remote()), GONE_TIMEOUT_S)
+            await asyncio.wait_for(awaited(hand.handle.beat.remote()), GONE_TIMEOUT_S)
             await asyncio.sleep(POLL_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         logger.debug("%s has ended: %s", hand.name, first_line(error))
-
-
-async def _awaited(call: Any) -> Any:
-    return await call
 
 
 def _alive(pid: int) -> bool:

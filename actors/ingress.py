@@ -13,14 +13,16 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from actors.cluster_view import ANSWER_TIMEOUT_S, ClusterView
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
+from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
-from afd_ray.config import Config, check_supported, load_config, model_directory
+from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
@@ -165,6 +167,8 @@ class Ingress:
         options = Options(
             api_keys=Keys.from_file(self._server["api_keys_file"]),
             admin_keys=Keys.from_file(self._server["admin_keys_file"]),
+            rate=RequestRate(_share(self._server["max_requests_per_s"], self._server["replicas"])),
+            max_header_bytes=self._server["max_header_bytes"],
             max_body_bytes=self._server["max_body_bytes"],
             replica=self._id,
             peer_snapshots=self._peer_snapshots,
@@ -228,17 +232,33 @@ def build(controller_name: str, config: Config) -> serve.Application:
     return deployment.bind(controller_name, server, config.failure.model_dump())
 
 
+def _share(rate: float | None, replicas: int) -> float | None:
+    """Of one replica: requests are dealt to all of them alike."""
+    return None if rate is None else rate / replicas
+
+
 def _keys_path(path: str | None) -> str | None:
     """Absolute: a replica has another working directory."""
     Keys.from_file(path)
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def app(args: dict[str, str]) -> serve.Application:
-    """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it."""
+    """`serve run actors.ingress:app config=FILE [key.path=value ...]`: starts the cluster when none runs, and serves it.
+
+    Raises RayServeException (one line), which Serve shows as it is: what else a builder raises it tries three times more, and shows with its traceback.
+    """
+    try:
+        return _application(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise RayServeException(" ".join(str(error).split())) from error
+
+
+def _application(args: dict[str, str]) -> serve.Application:
     # Imported here: a replica imports this module, and needs neither the engine nor torch.
-    from actors.cluster import create_controller
+    from actors.cluster import ClusterError, create_controller
     from actors.fit import check_fits
+    from actors.roster import first_line
     from afd_ray.models.checkpoint import Checkpoint
 
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
@@ -249,5 +269,25 @@ def app(args: dict[str, str]) -> serve.Application:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError:
         controller = create_controller(config, CONTROLLER_NAME, detached=True)
-    ray.get(controller.start.remote())
+    else:
+        running: Any = ray.get(controller.configuration.remote())
+        check_same_cluster(running, config)
+    try:
+        ray.get(controller.start.remote())
+    except RayError as error:
+        ray.kill(controller)  # nothing is left of what it began, and the next one may have another configuration
+        raise ClusterError(first_line(error)) from None
     return build(CONTROLLER_NAME, config)
+
+
+def check_same_cluster(running: Config, wanted: Config) -> None:
+    """Raises ConfigError (one line) unless all but `server` is as the cluster was started with: that alone is the ingress' own."""
+    for section in type(wanted).model_fields:
+        before, after = getattr(running, section).model_dump(), getattr(wanted, section).model_dump()
+        if section == "server" or before == after:
+            continue
+        key = next(key for key in after if before[key] != after[key])
+        raise ConfigError(
+            f"{section}.{key}: {after[key]} is not what the running cluster was started with, {before[key]}: resize it with afd-ray scale, "
+            "or end it with its Ray"
+        )

@@ -27,6 +27,7 @@ from afd_ray.membership.seat import Seat, Stale
 from afd_ray.models.checkpoint import Checkpoint, Progress, digest
 from afd_ray.models.config import DTYPES
 from afd_ray.telemetry import clock_offset_ns
+from afd_ray.versions import DECISIVE, versions
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Member(Observed):
         return self._identity() | {"host": host, "pulse": await self._pulse.start(host)}
 
     def _identity(self) -> dict[str, Any]:
-        """Where this actor runs, and which checkpoint it has read."""
+        """Where this actor runs, with what, and which checkpoint it has read."""
         return {
             "id": self._name,
             "node": ray.get_runtime_context().get_node_id(),
@@ -215,6 +216,7 @@ class Member(Observed):
             "pid": os.getpid(),
             "offset_ns": clock_offset_ns(),
             "model_digest": self._model_digest,
+            "versions": versions(DECISIVE),
         }
 
     def _standing(self) -> dict[str, Any]:

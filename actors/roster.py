@@ -33,7 +33,7 @@ async def ask(hands: list[Hand], method: str, *args: Any, timeout_s: float | Non
 
 async def gather_named(calls: dict[str, Any], what: str, timeout_s: float | None = None) -> list[Any]:
     """Await calls by actor name; a deadline names who has not answered, an error who failed."""
-    tasks = {name: asyncio.ensure_future(_awaited(call)) for name, call in calls.items()}
+    tasks = {name: asyncio.ensure_future(awaited(call)) for name, call in calls.items()}
     if not tasks:
         return []
     done, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -54,7 +54,7 @@ async def gather_named(calls: dict[str, Any], what: str, timeout_s: float | None
 async def trace_all(hands: list[Hand], steps: int, timeout_s: float) -> list[dict[str, Any]]:
     """Every actor's trace. Once one has its steps the others get as long again: an idle actor would never get there."""
     started_s = time.monotonic()
-    calls = [asyncio.ensure_future(_awaited(hand.handle.trace.remote(steps, timeout_s))) for hand in hands]
+    calls = [asyncio.ensure_future(awaited(hand.handle.trace.remote(steps, timeout_s))) for hand in hands]
     _, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     if pending:
         await asyncio.wait(pending, timeout=max(TRACE_GRACE_S, time.monotonic() - started_s))
@@ -64,7 +64,8 @@ async def trace_all(hands: list[Hand], steps: int, timeout_s: float) -> list[dic
     return [dict(await call, name=hand.name) for hand, call in zip(hands, calls, strict=True)]
 
 
-async def _awaited(call: Any) -> Any:
+async def awaited(call: Any) -> Any:
+    """The answer to a Ray call: as a coroutine, for asyncio takes no object reference."""
     return await call
 
 

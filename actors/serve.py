@@ -25,8 +25,10 @@ from actors.controller import NAME, NAMESPACE
 from actors.fit import check_fits
 from actors.http.auth import Keys
 from actors.ingress import build as build_ingress
+from actors.joining import joined
 from actors.roster import first_line
 from afd_ray.config import Config, ConfigError, model_directory
+from afd_ray.diagnosis.findings import open_doors
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.request import SamplingParams
 from afd_ray.text import Tokenizer
@@ -34,10 +36,19 @@ from afd_ray.text import Tokenizer
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
 WATCH_PERIOD_S = 0.5
-CONNECT_TIMEOUT_S = 5.0
 DRAIN_ANSWER_TIMEOUT_S = 5.0
 FLUSH_S = 0.2
 APPLICATION = "afd"
+SERVE_ENVIRONMENT = {
+    # A request crosses from Serve's proxy to the replica by gRPC, some 2 ms sooner than by actor call,
+    # and the proxy's router shares its event loop: a hop between threads for each token is a third of what the proxy costs.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Serve starts another proxy after three failed looks at the one there was: by default half a minute without anybody who listens.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "actors.http.guard.middlewares",
+}
+"""Of whatever starts Ray where Serve's controller and proxies will run: they inherit it. `configs/cluster` says the same."""
 INTERRUPTED = 130
 """Exit code of a server that was told to stop before it was ready."""
 
@@ -52,6 +63,8 @@ def serve(config: Config, address: str | None = None) -> int:
     check_fits(config, Checkpoint.open(model_directory(config.model)))
     for keys_file in (config.server.api_keys_file, config.server.admin_keys_file):
         Keys.from_file(keys_file)
+    for finding in open_doors(config):
+        report(f"warning: {finding.found}; {finding.change}")
     host = config.server.host
     port = free_port(host, config.server.port)
     started_s = time.monotonic()
@@ -125,31 +138,6 @@ def own_stdout() -> Iterator[TextIO]:
 
 
 @contextmanager
-def joined(address: str) -> Iterator[None]:
-    """Connected to the Ray cluster at `address`."""
-    require_listener(address)
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def require_listener(address: str) -> None:
-    """Raises ClusterError when nobody listens at `address`: Ray itself would try for a minute."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(f"no Ray cluster at {address} ({error.strerror or error})") from None
-
-
-@contextmanager
 def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
     """A Ray of our own, or the one at `address`; left again at the end."""
     if address is not None:
@@ -157,13 +145,8 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
             yield
         return
     report("starting Ray")
-    # Inherited by Serve's proxy: a request crosses to the replica by gRPC, some 2 ms sooner than by actor call,
-    # and its router shares the proxy's event loop: a hop between threads for each token is a third of what the proxy costs.
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
-    # Serve starts another proxy after three failed looks at the one there was: by default half a minute without anybody who listens.
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "actors.http.guard.middlewares")
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     with hangup_held():

@@ -16,7 +16,7 @@ from actors.vigil import Vigil
 from afd_ray.config import Config
 from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.spin import SPIN_US
-from afd_ray.membership.contract import check_same_model
+from afd_ray.membership.contract import check_same_model, check_same_versions
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.epochs import Epochs
 from afd_ray.membership.events import (
@@ -62,7 +62,7 @@ def deadlines_of(config: Config) -> Deadlines:
     """As configured."""
     start_s, fetched_s = config.handoff.start_timeout_s, config.failure.drain_timeout_s
     return Deadlines(
-        provide_s=config.placement.timeout_s + START_S,
+        provide_s=config.placement.wait_for_nodes_s + config.placement.timeout_s + START_S,
         prepare_s=start_s,
         connect_s=start_s + MARGIN_S,
         reconnect_s=min(start_s, RECONNECT * config.failure.detect_timeout_s) + MARGIN_S,
@@ -300,6 +300,7 @@ class Transition:
         if ask.op == "load":
             hand.identity = answer
             known = [self.crew[member] for member in ask.roster.members if member in self.crew]
+            check_same_versions({other.name: other.identity["versions"] for other in known if other.identity})
             check_same_model({other.name: other.identity["model_digest"] for other in known if other.identity})
         elif ask.op == "prepare":
             self._endpoints.setdefault(ask.number, {})[ask.roster.members.index(hand.name)] = answer

@@ -114,6 +114,10 @@ class Placement(Section):
     ffn: Strategy = "PACK"
     separate_nodes: Literal["auto"] | bool = "auto"
     timeout_s: Seconds = 60.0
+    wait_for_nodes_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """For nodes that still join, or that Ray's autoscaler starts."""
+    topology_label: str | None = Field(default=None, min_length=1)
+    """Of nodes, as `rack`: all actors go where it has one value, if they fit so."""
 
 
 class Failure(Section):
@@ -160,6 +164,10 @@ class Server(Section):
     api_keys_file: str | None = None
     admin_keys_file: str | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] = 1024
+    max_requests_per_s: PositiveFloat | None = None
+    """Of one key, or of one address where no key is asked for."""
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 65_536
+    """Of a request's path and headers together."""
     max_body_bytes: PositiveInt = 1_048_576
     replicas: Count = 1
 

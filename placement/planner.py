@@ -1,6 +1,6 @@
 """From configuration and inventory to which node holds which actor, as a pure function."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -49,24 +49,46 @@ class Infeasible(ValueError):
     """The groups do not fit; the message is one line and says what is missing."""
 
 
-def plan(groups: Sequence[Group], nodes: Sequence[Node], separate_nodes: bool | Literal["auto"]) -> list[Placed]:
+def plan(
+    groups: Sequence[Group],
+    nodes: Sequence[Node],
+    separate_nodes: bool | Literal["auto"],
+    topology: str | None = None,
+    beside: Collection[str] = (),
+) -> list[Placed]:
     """A node for each group, in the order of `groups`.
 
     Groups of a role go where their strategy says. With `separate_nodes` "auto" the roles share a node only when the cluster has a
-    single one, or when they fit no other way; True refuses instead. Raises Infeasible.
+    single one, or when they fit no other way; True refuses instead. `topology` is a label, such as the switch of a node, of which all
+    groups have one value where they fit so: if they can that of the nodes in `beside`, which hold their peers. Raises Infeasible.
     """
     if not nodes:
         raise Infeasible("the cluster has no live node")
+    near = [*_domains(nodes, topology, beside), nodes]
     if separate_nodes is not False:
-        apart = _apart(groups, nodes)
+        apart = next(filter(None, (_apart(groups, domain) for domain in near)), None)
         if apart is not None:
             return apart
     if separate_nodes is True:
         raise Infeasible(_why_not_apart(groups, nodes))
-    together = _assign(groups, nodes, nodes)
+    together = next(filter(None, (_assign(groups, domain, domain) for domain in near)), None)
     if together is None:
         raise Infeasible(_shortage(groups, nodes))
     return together
+
+
+def _domains(nodes: Sequence[Node], topology: str | None, beside: Collection[str]) -> list[list[Node]]:
+    """The nodes of each value of the label `topology`: most peers first, then most CPUs; none of nodes without it."""
+    if topology is None:
+        return []
+    by_value: dict[str, list[Node]] = {}
+    for node in nodes:
+        value = dict(node.labels).get(topology)
+        if value is not None:
+            by_value.setdefault(value, []).append(node)
+    peers = {value: sum(node.id in beside for node in domain) for value, domain in by_value.items()}
+    order = sorted(by_value, key=lambda value: (-peers[value], -sum(node.cpus for node in by_value[value]), value))
+    return [by_value[value] for value in order]
 
 
 def _apart(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Placed] | None:

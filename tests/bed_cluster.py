@@ -89,6 +89,17 @@ class BedCluster:
         (line,) = [line for line in self.ask("/metrics").splitlines() if line.startswith("afd_stale_epoch_tokens ")]
         return float(line.split()[1])
 
+    def listeners(self) -> list[tuple[str, int, str]]:
+        """Every TCP port that other hosts reach: address, port, and the program that listens there."""
+        found = []
+        for host in self.hosts.hosts.values():
+            for line in host.run(["ss", "-Htlnp"]).splitlines():
+                address, _, port = line.split()[3].rpartition(":")
+                program = line.split('"')[1] if '"' in line else ""
+                if not address.strip("[]").startswith(("127.", "::1")):
+                    found.append((host.address, int(port), program))
+        return found
+
     def processes(self) -> int:
         """Of attention and FFN actors, on all hosts."""
         script = "ps -eo args | grep -cE '^ray::(Attention|FFN)Actor' || true"

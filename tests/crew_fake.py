@@ -39,7 +39,12 @@ class FakeHandle:
             raise error
         if op == "lost":
             return await asyncio.shield(self.ended)
-        return {"load": {"model_digest": 1}, "prepare": {}, "switch": crew.pause_ms, "status": crew.status(self.name)}.get(op)
+        return {
+            "load": {"model_digest": 1, "versions": {}},
+            "prepare": {},
+            "switch": crew.pause_ms,
+            "status": crew.status(self.name),
+        }.get(op)
 
 
 class FakeCrew:

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.models import BPE
 
+from actors.http.app import Options, create_app
 from actors.http.backend import ModelCard
 from afd_ray.metrics import Sample
 from afd_ray.request import FinishReason, Request, TokenOutput
@@ -132,3 +134,9 @@ class FakeBackend:
 
     async def metrics(self) -> list[Sample]:
         return [Sample("afd_requests_running", {"actor": "attention-0"}, float(len(self.live)))]
+
+
+def connected(backend: FakeBackend, options: Options | None = None) -> httpx.AsyncClient:
+    """A client of the HTTP interface in this process."""
+    transport = httpx.ASGITransport(create_app(backend, options), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://ingress")

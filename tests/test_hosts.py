@@ -1,13 +1,15 @@
 """A cluster whose roles are on different hosts: equal to the reference, whatever becomes of the links and hosts; no two epochs emit."""
 
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from benchmarks.testbed import CUT, PERFECT, Link
-from tests.bed_cluster import ATTENTION, CPUS, DEADLINE_S, FFN, HEAD, LABELS, BedCluster, Streams, bed_cluster
+from tests.bed_cluster import ATTENTION, CLIENT, CPUS, DEADLINE_S, FFN, HEAD, LABELS, BedCluster, Streams, bed_cluster
 from tests.live_server import until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -70,6 +72,25 @@ def test_controller_and_ingress_are_where_no_other_host_takes_them_along(cluster
     running = cluster.hosts[HEAD].run(["ps", "-eo", "args"])
     assert "ray::Controller" in running
     assert "ray::ServeReplica:afd:ingress" in running
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 16], ids=["nothing", "http", "bytes"])
+def test_a_stranger_at_any_port_changes_nothing(
+    cluster: BedCluster, streams: Streams, expected: list[list[int]], rubbish: bytes
+) -> None:
+    def knock(address: str, port: int) -> None:
+        with suppress(OSError), socket.create_connection((address, port), 1.0) as connection:
+            connection.sendall(rubbish)
+            connection.settimeout(0.2)
+            connection.recv(1 << 16)
+
+    listeners = cluster.listeners()
+    # The kernel keeps 15 characters of a name, and Ray adds what an actor is doing.
+    assert {program[:13] for _, _, program in listeners} >= {"gcs_server", "raylet", "ray::Attentio", "ray::FFNActor"}
+    for address, port, _ in listeners:
+        cluster.hosts[CLIENT].call(knock, address, port)
+    assert streams.ended() == expected
+    assert cluster.status()["state"] == "ready"
 
 
 @pytest.mark.parametrize("link", [Link(delay_ms=5), Link(loss=0.02), Link(rate_mbit=20)], ids=["slow", "lossy", "narrow"])

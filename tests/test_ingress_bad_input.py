@@ -8,11 +8,11 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from actors.http.app import Options, create_app
+from actors.http.app import Options
 from actors.http.auth import Keys
 from actors.http.backend import Overloaded, Unavailable
 from afd_ray.text import Tokenizer
-from tests.ingress_fake import MAX_CONTEXT, VOCAB_SIZE, FakeBackend, byte_ids, write_tokenizer
+from tests.ingress_fake import MAX_CONTEXT, VOCAB_SIZE, FakeBackend, byte_ids, connected, write_tokenizer
 
 
 @pytest.fixture
@@ -24,13 +24,8 @@ def backend(tmp_path: Path) -> FakeBackend:
 
 @pytest_asyncio.fixture
 async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
-    async with connect(backend) as client:
+    async with connected(backend) as client:
         yield client
-
-
-def connect(backend: FakeBackend, options: Options | None = None) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(backend, options), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://ingress")
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -186,7 +181,7 @@ async def test_a_large_body_is_refused_before_it_is_read(client: httpx.AsyncClie
 
 async def test_a_model_without_tokenizer_serves_token_ids_only() -> None:
     backend = FakeBackend(None, [5, 6])
-    async with connect(backend) as client:
+    async with connected(backend) as client:
         text = await client.post("/v1/completions", json={"prompt": "hi"})
         chat = await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
         ids = await client.post("/v1/completions", json={"prompt": [1, 2], "return_token_ids": True, "logprobs": 1})
@@ -277,7 +272,7 @@ async def test_keys(backend: FakeBackend, tmp_path: Path) -> None:
     (tmp_path / "api").write_text("# team\nkey-one\n\n  key-two  \n")
     (tmp_path / "admin").write_text("boss\n")
     options = Options(api_keys=Keys.from_file(tmp_path / "api"), admin_keys=Keys.from_file(tmp_path / "admin"))
-    async with connect(backend, options) as client:
+    async with connected(backend, options) as client:
 
         async def status(path: str, authorization: str | None) -> int:
             headers = {} if authorization is None else {"authorization": authorization}

@@ -64,3 +64,34 @@ def test_strict_strategies() -> None:
     packed = A._replace(strategy="STRICT_PACK")
     with pytest.raises(Infeasible):
         nodes_of([packed, packed], [Node("a", 1), Node("b", 1)], separate=False)
+
+
+def racked(name: str, rack: str | None, cpus: float = 8) -> Node:
+    return Node(name, cpus, labels=frozenset({("rack", rack)} if rack else ()))
+
+
+def near(nodes: list[Node], beside: tuple[str, ...] = ()) -> list[str]:
+    return [placed.node_id for placed in plan([A, A, F2], nodes, "auto", "rack", beside)]
+
+
+def test_all_actors_go_into_one_rack_where_they_fit() -> None:
+    nodes = [racked("a", "1"), racked("b", "2"), racked("c", "2"), racked("d", "1", 2)]
+    assert set(near(nodes)) == {"b", "c"}
+
+
+def test_a_rack_that_is_too_small_is_left_for_several() -> None:
+    nodes = [racked("a", "1", 2), racked("b", "2", 2), racked("c", None, 1)]
+    assert {"a", "b"} <= set(near(nodes))
+
+
+def test_newcomers_go_to_the_rack_of_their_peers() -> None:
+    nodes = [racked("a", "1"), racked("b", "1"), racked("c", "2"), racked("d", "2"), racked("e", "2")]
+    assert set(near(nodes, beside=("a",))) == {"a", "b"}
+
+
+def test_roles_on_nodes_of_their_own_go_before_one_rack() -> None:
+    assert len(set(near([racked("a", "1"), racked("b", "2")]))) == 2
+
+
+def test_of_nodes_without_the_label_any_will_do() -> None:
+    assert len(near([racked("a", None), racked("b", None)])) == 3

@@ -17,6 +17,7 @@ from actors.http.auth import Keys
 from actors.http.backend import Backend
 from actors.http.errors import ApiError, as_refusal, bad_request, install_error_handlers
 from actors.http.generation import Generation
+from actors.http.limits import HeaderLimit, RequestRate
 from actors.http.metrics import CONTENT_TYPE, IngressMetrics, Snapshot, render
 from actors.http.protocol import ChatBody, CompletionBody, GenerationBody, parse_body, parse_json
 from actors.http.shapes import ChatShape, CompletionShape, Shape
@@ -39,8 +40,11 @@ async def _no_peers() -> dict[str, Snapshot]:
 class Options:
     """How one ingress replica serves. `peer_snapshots` brings the metrics of the other replicas, by replica."""
 
-    api_keys: Keys = field(default_factory=lambda: Keys(None))
-    admin_keys: Keys = field(default_factory=lambda: Keys(None))
+    api_keys: Keys = field(default_factory=Keys)
+    admin_keys: Keys = field(default_factory=Keys)
+    rate: RequestRate = field(default_factory=lambda: RequestRate(None))
+    """Of the callers of `/v1`: by key, or by address where no key is asked for."""
+    max_header_bytes: int = 65_536
     max_body_bytes: int = 1_048_576
     request_timeout_s: float | None = None
     """For requests that give no `timeout_s`; None: as long as it takes."""
@@ -58,13 +62,14 @@ def create_app(backend: Backend, options: Options | None = None, metrics: Ingres
     _add_watch_routes(app, backend, metrics, options)
     _add_admin_routes(app, backend, options)
     routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(HeaderLimit, max_bytes=options.max_header_bytes)
     app.add_middleware(Counted, metrics=metrics, routes=routes)
     return app
 
 
 def _add_openai_routes(app: FastAPI, backend: Backend, generation: Generation, options: Options) -> None:
     async def generate(request: Request, kind: type[GenerationBody], shape: Shape) -> Response:
-        options.api_keys.check(request)
+        _admit(request, options)
         body = parse_body(await _body(request, options), kind)
         job = await generation.prepare(body, shape)
         try:
@@ -79,11 +84,11 @@ def _add_openai_routes(app: FastAPI, backend: Backend, generation: Generation, o
         return await generate(request, ChatBody, ChatShape())
 
     async def models(request: Request) -> Response:
-        options.api_keys.check(request)
+        _admit(request, options)
         return json_response({"object": "list", "data": [_model(backend)]})
 
     async def model(request: Request) -> Response:
-        options.api_keys.check(request)
+        _admit(request, options)
         name = request.path_params["name"]
         if name != backend.model.name:
             raise ApiError(
@@ -166,6 +171,12 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     app.add_route("/admin/measured", measured, methods=["GET"])
     app.add_route("/admin/rebalance", rebalance, methods=["POST"])
     app.add_route("/admin/trace", trace, methods=["POST"])
+
+
+def _admit(request: Request, options: Options) -> None:
+    """Raises ApiError 401 without a key, 429 for a caller that asks too often."""
+    caller = options.api_keys.check(request)
+    options.rate.take(caller or (request.client.host if request.client else ""))
 
 
 async def _body(request: Request, options: Options) -> bytes:

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: each a network, PID, mount and UTS namespace with an address, a hostname, /tmp and /dev/shm of its own.
+"""Several hosts on one machine: each a network, PID, mount and UTS namespace with an address, a hostname, /tmp, /dev/shm and home of its own.
 
 Nothing is left behind however the process that made them ends: a host lives as long as the pipe to its first process.
 """
@@ -181,7 +181,7 @@ class Bed:
 
 
 def _hidden(paths: Sequence[Path]) -> list[str]:
-    """Those that a host would not see, each once: where this project itself lies in /tmp, its code has to be shared."""
+    """Those that a host would not see, each once: where this project or its interpreter lies in /tmp or at home, it has to be shared."""
     within = [Path(path) for path in dict.fromkeys(paths) if any(Path(path).is_relative_to(place) for place in OWN)]
     return [str(path) for path in within if not any(path != other and path.is_relative_to(other) for other in within)]
 
@@ -196,7 +196,7 @@ def bed(names: Sequence[str] = NAMES, *, shared: Sequence[Path] = (), seed: int 
     if reason:
         raise RuntimeError(reason)
     addresses = {name: f"{SUBNET}.{i}" for i, name in enumerate(names, 1)}
-    seen = _hidden((Path.cwd(), Path(sys.prefix), *shared))
+    seen = _hidden((Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), *shared))
     known = "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **addresses}.items())
     with switch(seed) as wire:
         made = Bed([Host(name, address, known, seen) for name, address in addresses.items()], wire)

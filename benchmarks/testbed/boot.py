@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-OWN = ("/tmp", "/dev/shm", "/run")
+OWN = ("/tmp", "/dev/shm", "/run", os.path.expanduser("~"))
 
 
 def mount(*arguments: str) -> None:

@@ -39,16 +39,17 @@ class RayHosts:
         for name, labels in workers.items():
             self.join(name, labels, cpus)
 
-    def join(self, name: str, labels: Mapping[str, str], cpus: int) -> None:
-        """Have this host join the cluster. Raises RuntimeError."""
+    def join(self, name: str, labels: Mapping[str, str], cpus: int, environment: Mapping[str, str] | None = None) -> None:
+        """Have this host join the cluster, with `environment` beside what the others have. Raises RuntimeError."""
         listed = ",".join(f"{key}={value}" for key, value in labels.items())
-        self._start(name, f"--address={self.address}", f"--num-cpus={cpus}", *([f"--labels={listed}"] if listed else []))
+        words = [f"--address={self.address}", f"--num-cpus={cpus}", *([f"--labels={listed}"] if listed else [])]
+        self._start(name, *words, environment=environment)
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         host = self.hosts[name]
         own: Sequence[str] = [
             f"--node-ip-address={host.address}",
             f"--object-store-memory={STORE_BYTES}",
             "--disable-usage-stats",
         ]
-        host.run(["ray", "start", *arguments, *own], env=self.environment, timeout=START_TIMEOUT_S)
+        host.run(["ray", "start", *arguments, *own], env={**self.environment, **(environment or {})}, timeout=START_TIMEOUT_S)

@@ -204,6 +204,7 @@ def _device(address: str) -> int:
     for command in (
         f"ip address add {address}/{PREFIX_BITS} dev {DEVICE}",
         f"ip link set {DEVICE} mtu {MTU} up",
+        f"ip route add default dev {DEVICE}",
         "ip link set lo up",
     ):
         subprocess.run(command.split(), check=True)
