@@ -275,12 +275,16 @@ def check_supported(config: Config) -> None:
 
 
 def model_directory(model: Model) -> Path:
-    """Where the checkpoint lies; raises ConfigError when there is no such directory."""
+    """Where the checkpoint lies; raises ConfigError when there is no such directory, or no checkpoint in it."""
     if model.path == BUNDLED_MODEL:
         return Path(str(resources.files("afd_ray.demo") / "model"))
     path = Path(model.path).expanduser()
     if not path.is_dir():
         raise ConfigError(f"model.path: {model.path} is no directory, give {BUNDLED_MODEL} or a directory in Hugging Face layout")
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: {model.path} holds no config.json, give {BUNDLED_MODEL} or a directory in Hugging Face layout"
+        )
     return path
 
 
@@ -294,7 +298,7 @@ def _check_bounds(autoscaling: Autoscaling) -> None:
 def _check_colocated(config: Config) -> None:
     ffn = config.ffn
     if ffn.colocated and config.attention.shared_expert:
-        raise ConfigError("attention.shared_expert: true must be false with ffn.colocated: every attention actor holds every FFN")
+        raise ConfigError("attention.shared_expert: must not be true with ffn.colocated: every attention actor holds every FFN")
     for key in ("tensor_parallel", "expert_parallel", "redundant_experts", "dispatch"):
         alone = FFN.model_fields[key].default
         if ffn.colocated and getattr(ffn, key) != alone:

@@ -175,7 +175,7 @@ def test_a_colocated_cluster_has_no_ffn_ranks_to_cut(key: str) -> None:
 
 
 def test_a_colocated_cluster_has_no_shared_experts_to_move() -> None:
-    with pytest.raises(ConfigError, match=r"attention\.shared_expert: true must be false with ffn\.colocated"):
+    with pytest.raises(ConfigError, match=r"attention\.shared_expert: must not be true with ffn\.colocated"):
         load_config(None, ["ffn.colocated=true", "attention.shared_expert=true"])
 
 
@@ -184,8 +184,11 @@ def test_pace_is_linear() -> None:
     assert pace.duration_us(rows=3, context_tokens=4) == 18
 
 
-def test_the_model_directory_is_bundled_or_must_exist(tmp_path: Path) -> None:
+def test_the_model_directory_is_bundled_or_must_hold_a_checkpoint(tmp_path: Path) -> None:
     assert model_directory(Model()).name == "model"
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        model_directory(Model(path=str(tmp_path)))
+    (tmp_path / "config.json").touch()
     assert model_directory(Model(path=str(tmp_path))) == tmp_path
     with pytest.raises(ConfigError, match=r"model\.path: /nowhere is no directory"):
         model_directory(Model(path="/nowhere"))

@@ -93,7 +93,8 @@ def _show(described: dict[str, Any] | None, findings: "list[Finding]") -> None:
     console = Console(soft_wrap=True)
     if described is not None:
         hosts = [host["name"] for host in described["hosts"]] + described["silent"]
-        console.print(Text(f"looked at {', '.join(hosts)}, and tried {len(described['links'])} links"))
+        tried = len(described["links"])
+        console.print(Text(f"looked at {', '.join(hosts)}, and tried {tried} link{'' if tried == 1 else 's'}"))
     for finding in findings:
         style = "bold red" if finding.severity == "error" else "yellow"
         console.print(Text(f"{finding.severity}: {finding.check}, {finding.where}", style))

@@ -35,6 +35,8 @@ def add_parser(commands: Any) -> None:
 def run_add(args: argparse.Namespace) -> int:
     from afd_ray import api_keys
 
+    if not args.file.absolute().parent.is_dir():
+        raise ValueError(f"FILE: {args.file.parent} is no directory")
     text = _text(args.file) if args.file.exists() else ""
     name = args.name or f"key-{secrets.token_hex(4)}"
     api_keys.check_name(name)

@@ -4,23 +4,15 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from actors.commands.console import table_console
 from afd_ray.planning.reproduce import Comparison
-
-WIDTH = 132
-"""Where the output is no terminal."""
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def print_plans(model: str, found: Sequence[dict[str, Any]], peaks: dict[str, float]) -> None:
     """The first of `found`, as `report.describe` tells it, and a line for each of them if there are more."""
-    console = _console()
+    console = table_console()
     facts = Table(title=f"{model}: the cheapest plan", title_justify="left", show_header=False)
     for name, value in _facts(found[0], peaks):
         facts.add_row(name, value)
@@ -87,7 +79,7 @@ def _alternative(row: dict[str, Any]) -> tuple[str, ...]:
 
 def print_comparisons(found: Sequence[Comparison]) -> None:
     """A table for each of the paper's, then how many figures are within tolerance and which are not."""
-    console = _console()
+    console = table_console()
     for title, group in groupby(found, key=lambda c: c.table):
         console.print(_table(title, list(group)))
     outside = [c for c in found if not c.holds]

@@ -33,10 +33,12 @@ def run(args: argparse.Namespace) -> int:
     status = ask(args, "/admin/status")
     if args.as_json:
         return _print_json(args, status)
-    from rich.console import Console, Group
+    from rich.console import Group
+
+    from actors.commands.console import table_console
 
     if not args.watch:
-        Console().print(Group(*render(status)))
+        table_console().print(Group(*render(status)))
         return 0
     return _watch(args, status)
 
