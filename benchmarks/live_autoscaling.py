@@ -66,9 +66,9 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("as at first", 40, 0.7, 60),
-    Phase("context doubled", 90, 0.7, 160),
-    Phase("rate doubled", 90, 1.4, 160),
+    Phase("as at first", 40, 0.6, 60),
+    Phase("context doubled", 90, 0.6, 160),
+    Phase("rate doubled", 90, 1.2, 160),
     Phase("no load", 100, 0.0, 0),
 )
 
