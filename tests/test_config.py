@@ -186,7 +186,7 @@ def test_pace_is_linear() -> None:
 
 def test_the_model_directory_is_bundled_or_must_hold_a_checkpoint(tmp_path: Path) -> None:
     assert model_directory(Model()).name == "model"
-    with pytest.raises(ConfigError, match="holds no config.json"):
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
         model_directory(Model(path=str(tmp_path)))
     (tmp_path / "config.json").touch()
     assert model_directory(Model(path=str(tmp_path))) == tmp_path
