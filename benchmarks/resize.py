@@ -52,8 +52,9 @@ WAY = [
 """Attention alone, FFN in expert parallel, in tensor parallel, both, and both roles at once; ends where it began."""
 BEFORE_S, SETTLE_S = 3.0, 0.3
 """Of undisturbed load before each; and from a look that takes as long as a step, with the clients of this process standing still, to the next spell."""
-PHASE_S, LOOK_S = 0.03, 0.5
-"""How often the phase is asked for, and the processes are looked at: what is measured must not be the measuring."""
+PHASE_S, LOOK_S = 0.1, 0.5
+"""How often the phase is asked for (while weights are loaded that asks every actor), and the processes are looked at: what is measured must not be
+the measuring."""
 PREPARING = tuple(NAMES[phase] for phase in ("provide", "load", "prepare", "connect"))
 PAUSE_MS, SLOWER = 100.0, 0.20
 
