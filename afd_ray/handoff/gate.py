@@ -16,7 +16,7 @@ from afd_ray.handoff.tcp import tune
 
 _MAX_UNPROVEN = 64
 _FIRST_TRY_S = 0.25
-"""For a peer's kernel to answer; each further try gets twice as long. A lost packet costs less so than the second that this side's kernel waits."""
+"""For a peer's kernel to answer; each further try gets twice as long. This side's kernel would wait a second before it sends a lost packet again."""
 
 _log = logging.getLogger(__name__)
 
