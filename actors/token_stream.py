@@ -23,6 +23,7 @@ from actors.token_frames import (
     encode_hello,
     encode_order,
 )
+from afd_ray.refusals import RefusalLog
 from afd_ray.request import KVTicket, Request, TokenOutput
 
 T = TypeVar("T")
@@ -109,6 +110,7 @@ class TokenStreamServer:
         self._streams: set[_Subscriber] = set()
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._refusals = RefusalLog(logger)
 
     @property
     def requests(self) -> int:
@@ -181,6 +183,7 @@ class TokenStreamServer:
     async def _attach(self, frames: AsyncIterator[bytes], context: Any) -> None:
         metadata = dict(context.invocation_metadata() or ())
         if not hmac.compare_digest(_as_bytes(metadata.get(SECRET_KEY, b"")), self._secret):
+            self._refusals.add(context.peer(), "it does not know the cluster secret")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token stream secret")
         subscriber = _Subscriber(str(metadata.get(INGRESS_KEY, "?")))
         self._streams.add(subscriber)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ray
 
 CHANGING = ("/admin/scale", "/admin/rebalance", "/admin/trace")
 """Not of a server that others use meanwhile: they change it, or take their time."""
-SHORT, LONG = 10, 300
+SHORT, LONG = 10, 100
 QUESTION = {"prompt": "Q: What is 12 plus 7?\nA:", "temperature": 0}
 few = pytest.mark.parametrize(
     "operation", [one for one in OPERATIONS if one.path not in CHANGING], ids=lambda one: f"{one.method} {one.path}"
@@ -51,13 +51,13 @@ def test_the_server_answers_as_it_describes(api: BaseSchema, serves_on: None, op
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_thousands_of_requests_to_every_operation() -> None:
+def test_hundreds_of_requests_to_every_operation() -> None:
     with live_server("placement.timeout_s=2", "handoff.start_timeout_s=10") as server:
         api = described(server)
         before = answer(server)
         for operation in OPERATIONS:
-            fuzz(api, operation, good=True, examples=5 if operation.path in CHANGING else LONG)
+            fuzz(api, operation, good=True, examples=3 if operation.path in CHANGING else LONG)
             if operation in TAKING:
-                fuzz(api, operation, good=False, examples=LONG)
+                fuzz(api, operation, good=False, examples=SHORT if operation.path in CHANGING else LONG)
         until(lambda: server.status()["state"] == "ready" and server.idle())
         assert answer(server) == before
