@@ -21,6 +21,7 @@ from actors.http.limits import HeaderLimit, RequestRate
 from actors.http.metrics import CONTENT_TYPE, IngressMetrics, Snapshot, render
 from actors.http.openapi import document
 from actors.http.protocol import ChatBody, CompletionBody, GenerationBody, parse_body, parse_json
+from actors.http.request_id import RequestId
 from actors.http.schemas import MAX_RANKS, MAX_TIMEOUT_S, MAX_TRACE_STEPS
 from actors.http.shapes import ChatShape, CompletionShape, Shape
 from actors.http.wire import BodyTooLarge, ClientGone, json_response, read_body
@@ -64,6 +65,7 @@ def create_app(backend: Backend, options: Options | None = None, metrics: Ingres
     routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(HeaderLimit, max_bytes=options.max_header_bytes)
     app.add_middleware(Counted, metrics=metrics, routes=routes)
+    app.add_middleware(RequestId)
     return app
 
 
@@ -71,7 +73,7 @@ def _add_openai_routes(app: FastAPI, backend: Backend, generation: Generation, o
     async def generate(request: Request, kind: type[GenerationBody], shape: Shape) -> Response:
         _admit(request, options)
         body = parse_body(await _body(request, options), kind)
-        job = await generation.prepare(body, shape)
+        job = await generation.prepare(body, shape, request.state.id)
         try:
             return await generation.answer(job, request.receive)
         except ClientGone:
