@@ -14,6 +14,7 @@ import ray
 from actors.aside import aside
 from actors.departure import Departure
 from actors.member import Member
+from actors.request_log import log_requests
 from actors.token_stream import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
@@ -47,6 +48,7 @@ class AttentionActor(Member):
 
     def __init__(self, name: str, config: Config, secret: bytes, controller: str = "") -> None:
         super().__init__(name, config, secret, controller)
+        log_requests()
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
         self._port = 0

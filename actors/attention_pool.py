@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from actors.attention_link import AttentionLink, Connect
@@ -114,9 +114,7 @@ class AttentionPool:
         """
         stream = self._admit()
         course = Course(request)
-        self._courses.add(course)
-        self._queued += 1
-        try:
+        with self._under_way(course):
             while True:
                 async with aclosing(course.attempt(stream)) as outputs:
                     async for output in outputs:
@@ -133,6 +131,14 @@ class AttentionPool:
                 course.avoided[stream] = self._views
                 stream = await self._elsewhere(course)
             yield TokenOutput(request.id, None, finish_reason=course.ended_by)
+
+    @contextmanager
+    def _under_way(self, course: Course) -> Iterator[None]:
+        self._courses.add(course)
+        self._queued += 1
+        try:
+            with course.logged():
+                yield
         finally:
             self._leave_queue(course)
             self._courses.discard(course)

@@ -1,9 +1,11 @@
 """One request's course over the attention actors: what its client has of it, and where it cannot go on."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from actors.http.backend import Unavailable
+from actors.request_log import requests
 from actors.token_frames import Answer, Moved, Refused
 from actors.token_stream import Answers, Lost, TokenStreamClient
 from afd_ray.membership.attempts import Journal
@@ -52,6 +54,7 @@ class Course:
         # An id of its own: nothing that is still said or done about an earlier attempt concerns this one.
         request = self.request if number == 1 else replace(self.request, id=f"{self.request.id}~{number}")
         ticket, self._ticket = self._ticket, None
+        requests.info("%s goes to %s after %d tokens", request.id, stream.address, position)
         answers = self._answers = stream.submit(request, self._journal.tokens, ticket)
         try:
             while isinstance(answer := await answers.get(), TokenOutput):
@@ -68,6 +71,20 @@ class Course:
         finally:
             self._answers = None
             stream.abort(request.id)
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """How it ended, once this is left."""
+        ending = "is given up by its client"
+        try:
+            yield
+        except Exception as error:
+            ending = f"fails ({error})"
+            raise
+        finally:
+            if self.over or self.ended_by:
+                ending = "is over"
+            requests.info("%s %s after %d tokens", self.request.id, ending, len(self._journal.tokens))
 
     def stop(self, reason: str) -> None:
         """End it, Unavailable, wherever it is."""
@@ -88,3 +105,4 @@ class Course:
             self._engine_failures += bool(last.failure)
             if self._engine_failures >= MAX_ENGINE_FAILURES:
                 raise Unavailable(last.failure)
+        requests.info("%s is back after %d tokens: %s", self.request.id, len(self._journal.tokens), self.given_back)

@@ -22,6 +22,7 @@ from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
 from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
+from actors.request_log import log_requests
 from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
@@ -147,6 +148,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, controller_name: str, server: dict[str, Any], failure: dict[str, Any]
     ) -> None:
+        log_requests()
         self._server, self._failure = server, failure
         self._id = f"ingress-{uuid.uuid4().hex[:8]}"
         self._metrics = IngressMetrics()

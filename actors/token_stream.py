@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import grpc
 import grpc.aio
 
+from actors.request_log import requests
 from actors.token_frames import (
     PROTOCOL_VERSION,
     Abort,
@@ -23,6 +24,7 @@ from actors.token_frames import (
     encode_hello,
     encode_order,
 )
+from afd_ray.refusals import RefusalLog
 from afd_ray.request import KVTicket, Request, TokenOutput
 
 T = TypeVar("T")
@@ -109,6 +111,7 @@ class TokenStreamServer:
         self._streams: set[_Subscriber] = set()
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._refusals = RefusalLog(logger)
 
     @property
     def requests(self) -> int:
@@ -169,6 +172,7 @@ class TokenStreamServer:
                 continue
             batches.setdefault(subscriber, []).append(output)
             if is_last(output):
+                requests.info("%s %s", output.request_id, _ending(output))
                 self._forget(output.request_id)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
@@ -181,6 +185,7 @@ class TokenStreamServer:
     async def _attach(self, frames: AsyncIterator[bytes], context: Any) -> None:
         metadata = dict(context.invocation_metadata() or ())
         if not hmac.compare_digest(_as_bytes(metadata.get(SECRET_KEY, b"")), self._secret):
+            self._refusals.add(context.peer(), "it does not know the cluster secret")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token stream secret")
         subscriber = _Subscriber(str(metadata.get(INGRESS_KEY, "?")))
         self._streams.add(subscriber)
@@ -202,6 +207,7 @@ class TokenStreamServer:
             elif isinstance(order, Refused):
                 subscriber.outbox.put([order])
             elif order.request_id in subscriber.requests:
+                requests.info("%s is aborted by its ingress", order.request_id)
                 self._forget(order.request_id)
                 self._abort(order.request_id)
 
@@ -209,6 +215,8 @@ class TokenStreamServer:
         request_id = order.request.id
         self._routes[request_id] = subscriber
         subscriber.requests.add(request_id)
+        given = len(order.request.prompt_token_ids), len(order.generated)
+        requests.info("%s comes from %s with a prompt of %d tokens, after %d", request_id, subscriber.ingress_id, *given)
         try:
             self._submit(order.request, order.generated, order.ticket)
         except ValueError as error:
@@ -223,6 +231,7 @@ class TokenStreamServer:
     def _detach(self, subscriber: _Subscriber) -> None:
         self._streams.discard(subscriber)
         for request_id in list(subscriber.requests):
+            requests.info("%s is aborted: the stream of %s is over", request_id, subscriber.ingress_id)
             self._forget(request_id)
             self._abort(request_id)
 
@@ -365,6 +374,15 @@ class TokenStreamClient:
 def is_last(answer: Answer | Lost) -> bool:
     """Whether nothing more is said of the request after this."""
     return not isinstance(answer, TokenOutput) or answer.finish_reason is not None
+
+
+def _ending(answer: Answer) -> str:
+    match answer:
+        case TokenOutput():
+            return f"ends here ({answer.finish_reason})"
+        case Refused():
+            return f"is refused: {answer.reason}"
+    return f"is given back: {answer.failure or 'this actor leaves'}"
 
 
 def _as_bytes(value: str | bytes) -> bytes:

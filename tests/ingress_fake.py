@@ -115,10 +115,12 @@ class FakeBackend:
             await self.changed.wait()
 
     async def status(self) -> dict[str, Any]:
-        return {"state": "ready", "epoch": 1}
+        nothing = dict.fromkeys(("tpot_ms", "ttft_ms", "last_resize"))
+        actors: dict[str, Any] = {"attention": [], "ffn": [], "placement_groups": [], "stages_us": {}}
+        return {"state": "ready", "epoch": 1, "model": self.model.name} | actors | nothing
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {"outcome": "committed", "to": wanted}
+        return {"outcome": "committed", "reason": None, "pause_ms": 1.0, "total_s": 2.0, "to": wanted}
 
     async def decisions(self, after: int) -> dict[str, Any]:
         return {"policy": "balance", "decisions": [{"number": after + 1}]}

@@ -48,10 +48,12 @@ class LiveServer:
 
 
 @contextmanager
-def live_server() -> Iterator[LiveServer]:
-    """Checks at the end what the command line promises: one line on stdout, exit code 0, nothing left."""
-    patient = ["--set", "failure.detect_timeout_s=10"]  # a machine that runs tests is busy
-    started = Server(patient, {**os.environ, "OMP_NUM_THREADS": "1"})
+def live_server(*settings: str) -> Iterator[LiveServer]:
+    """Checks at the end what the command line promises: one line on stdout, exit code 0, nothing left. `settings`: for `--set`."""
+    patient = "failure.detect_timeout_s=10"  # a machine that runs tests is busy
+    started = Server(
+        [word for setting in (patient, *settings) for word in ("--set", setting)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     started.await_ready()
     server = LiveServer(started)
     try:

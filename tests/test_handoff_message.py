@@ -1,5 +1,7 @@
 """Frames carry what was packed, and refuse what is not of this contract."""
 
+import random
+
 import pytest
 import torch
 
@@ -12,9 +14,11 @@ from afd_ray.handoff.message import (
     layout_for,
     layout_from,
     layout_of,
+    length_of,
     pack_into,
     unpack_from,
 )
+from tests.strangers import damaged
 
 DIGEST = 0x0123456789ABCDEF
 HEADER = Header(Kind.DISPATCH, epoch=7, source=3, slot=2, layer=60, step=1 << 40, rows=17, first_row=5)
@@ -72,11 +76,30 @@ def test_a_damaged_frame_is_refused_in_one_line(offset: int, byte: int, reason: 
     assert "\n" not in str(caught.value)
 
 
+def test_ten_thousand_damaged_frames_are_refused_or_whole() -> None:
+    rng = random.Random(0)
+    right = bytes(pack(HEADER, layout_of(((torch.uint8, (64,)), (torch.float32, (2, 3)))), DIGEST))
+    refusals: list[str] = []
+    for _ in range(10_000):
+        wire = bytearray(damaged(rng, right))
+        try:
+            length_bytes = length_of(memoryview(wire), 0, 1 << 20)
+            _, layout = read(wire)
+        except ValueError as error:
+            refusals.append(str(error))
+        else:
+            assert layout.length_bytes == length_bytes <= 1 << 20
+    assert 0 < len(refusals) < 10_000
+    assert not any("\n" in refusal for refusal in refusals)
+
+
 def test_what_no_frame_can_carry_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"torch\.float64 cannot travel"):
         layout_for([torch.zeros(1, dtype=torch.float64)])
     with pytest.raises(ValueError, match="5 in one message, at most 4"):
         layout_for([torch.zeros(1)] * 5)
+    with pytest.raises(ValueError, match="in one message, at most 281474976710656 are allowed"):
+        layout_of(((torch.uint8, (1 << 31, 1 << 31)),))
     with pytest.raises(ValueError, match="at most 4 dimensions"):
         layout_for([torch.zeros(1, 1, 1, 1, 1)])
     with pytest.raises(ValueError, match="cannot travel"):

@@ -259,7 +259,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
 
 
 async def test_admin(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/admin/status")).json() == {"state": "ready", "epoch": 1}
+    assert (await client.get("/admin/status")).json()["state"] == "ready"
     assert (await client.post("/admin/scale", json={"ffn": 2, "timeout_s": 9})).json()["to"] == {"ffn": 2, "timeout_s": 9}
     assert (await client.get("/admin/decisions?after=7")).json() == {"policy": "balance", "decisions": [{"number": 8}]}
     assert (await client.post("/admin/rebalance")).json() == {"epoch": 2, "experts": [[0, 1], [1, 2]]}

@@ -246,7 +246,11 @@ async def test_bad_admin_bodies(client: httpx.AsyncClient, path: str, body: byte
 
 @pytest.mark.parametrize(
     ("query", "said"),
-    [("after=-1", 'after must be the number of a decision, got "-1"'), ("afer=1", "afer: unknown key, did you mean after?")],
+    [
+        ("after=-1", 'after must be the number of a decision, got "-1"'),
+        (f"after={'9' * 5000}", "after must be the number of a decision"),
+        ("afer=1", "afer: unknown key, did you mean after?"),
+    ],
 )
 async def test_bad_questions_about_decisions(client: httpx.AsyncClient, query: str, said: str) -> None:
     response = await client.get(f"/admin/decisions?{query}")

@@ -19,15 +19,15 @@ from actors.http.errors import ApiError, as_refusal, bad_request, install_error_
 from actors.http.generation import Generation
 from actors.http.limits import HeaderLimit, RequestRate
 from actors.http.metrics import CONTENT_TYPE, IngressMetrics, Snapshot, render
+from actors.http.openapi import document
 from actors.http.protocol import ChatBody, CompletionBody, GenerationBody, parse_body, parse_json
+from actors.http.request_id import RequestId
+from actors.http.schemas import MAX_RANKS, MAX_TIMEOUT_S, MAX_TRACE_STEPS
 from actors.http.shapes import ChatShape, CompletionShape, Shape
 from actors.http.wire import BodyTooLarge, ClientGone, json_response, read_body
 
-MAX_TRACE_STEPS = 10_000
-MAX_RANKS = 4096
-"""Of a role, as in the configuration."""
-MAX_TIMEOUT_S = 86_400
-
+MAX_DECISION_DIGITS = 18
+"""More than any decision's number has, and few enough for Python to read."""
 
 SCALED = ("attention", "ffn", "ffn_tensor_parallel")
 
@@ -61,9 +61,11 @@ def create_app(backend: Backend, options: Options | None = None, metrics: Ingres
     _add_openai_routes(app, backend, Generation(backend, metrics, timeout_s=options.request_timeout_s), options)
     _add_watch_routes(app, backend, metrics, options)
     _add_admin_routes(app, backend, options)
+    _add_description(app, options)
     routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(HeaderLimit, max_bytes=options.max_header_bytes)
     app.add_middleware(Counted, metrics=metrics, routes=routes)
+    app.add_middleware(RequestId)
     return app
 
 
@@ -71,7 +73,7 @@ def _add_openai_routes(app: FastAPI, backend: Backend, generation: Generation, o
     async def generate(request: Request, kind: type[GenerationBody], shape: Shape) -> Response:
         _admit(request, options)
         body = parse_body(await _body(request, options), kind)
-        job = await generation.prepare(body, shape)
+        job = await generation.prepare(body, shape, request.state.id)
         try:
             return await generation.answer(job, request.receive)
         except ClientGone:
@@ -145,7 +147,7 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
         query = dict(request.query_params)
         _refuse_unknown_keys(query, ("after",))
         after = query.get("after", "0")
-        if not after.isdecimal():
+        if not after.isdecimal() or len(after) > MAX_DECISION_DIGITS:
             raise bad_request(f"after must be the number of a decision, got {json.dumps(after)[:30]}", param="after")
         return json_response(await _asked(backend.decisions(int(after))))
 
@@ -171,6 +173,15 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     app.add_route("/admin/measured", measured, methods=["GET"])
     app.add_route("/admin/rebalance", rebalance, methods=["POST"])
     app.add_route("/admin/trace", trace, methods=["POST"])
+
+
+def _add_description(app: FastAPI, options: Options) -> None:
+    described = document(asks_for={"client": options.api_keys.asked, "operator": options.admin_keys.asked})
+
+    async def openapi(request: Request) -> Response:
+        return json_response(described)
+
+    app.add_route("/openapi.json", openapi, methods=["GET"])
 
 
 def _admit(request: Request, options: Options) -> None:

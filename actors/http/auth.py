@@ -40,6 +40,11 @@ class Keys:
         """As the constructor; None: everybody."""
         return cls(None if path is None else Path(path).expanduser())
 
+    @property
+    def asked(self) -> bool:
+        """Whether a key is asked for at all."""
+        return self._path is not None
+
     def check(self, request: Request) -> str | None:
         """Whose key the request carries; None where none is asked for. Raises ApiError 401."""
         if self._path is None:

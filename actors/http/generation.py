@@ -62,8 +62,8 @@ class Generation:
         self._wall_clock = wall_clock
         self._draw_seed = draw_seed
 
-    async def prepare(self, body: GenerationBody, shape: Shape) -> Job:
-        """Raises ApiError 400 or 404 for a body that cannot be served."""
+    async def prepare(self, body: GenerationBody, shape: Shape, request_id: str) -> Job:
+        """`request_id` is what its client calls it, and need not be unique. Raises ApiError 400 or 404 for a body that cannot be served."""
         started_s = self._clock()
         model = self._backend.model
         if body.model is not None and body.model != model.name:
@@ -76,7 +76,7 @@ class Generation:
         except ValueError as error:
             raise as_refusal(error) from None
         _known_ids(params.stop_token_ids, model.vocab_size, "stop_token_ids")
-        job_id = shape.id_prefix + uuid.uuid4().hex
+        job_id = f"{shape.id_prefix}{request_id}-{uuid.uuid4().hex[:8]}"
         requests = self._requests(job_id, body, prompts, params, model)
         return Job(job_id, shape, body, prompts, requests, int(self._wall_clock()), started_s)
 

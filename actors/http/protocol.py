@@ -2,17 +2,45 @@
 
 import json
 import math
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from actors.http.errors import bad_request
-from afd_ray.request import MAX_LOGPROBS, SamplingParams
+from afd_ray.request import MAX_LOGPROBS, MAX_STOP_SEQUENCES, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _QUOTED_CHARACTERS = 60
+
+
+def _described(**bounds: Any) -> Any:
+    """For the OpenAPI document alone: SamplingParams, or the code here, refuses what is out of range, in a line of its own."""
+    return Field(json_schema_extra=bounds)
+
+
+PositiveInt = Annotated[int, _described(minimum=1)]
+Penalty = Annotated[float, _described(minimum=-2, maximum=2)]
+Share = Annotated[float, _described(minimum=0, maximum=1)]
+LogprobCount = Annotated[int, _described(minimum=0, maximum=MAX_LOGPROBS)]
+StopText = Annotated[str, _described(minLength=1)]
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1},
+                _TOKEN_IDS,
+                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+"""Text, list of texts, token ids, or lists of token ids: `parse_prompts` reads it."""
 
 
 class StreamOptions(BaseModel):
@@ -25,23 +53,23 @@ class GenerationBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     model: str | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    n: Annotated[int, _described(minimum=1, maximum=MAX_CHOICES)] | None = None
+    max_tokens: PositiveInt | None = None
+    temperature: Annotated[float, _described(minimum=0, maximum=100)] | None = None
+    top_p: Annotated[float, _described(exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[int, _described(minimum=-1)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, _described(exclusiveMinimum=0, maximum=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, _described(minimum=-(2**63), maximum=2**64 - 1)] | None = None
+    stop: StopText | Annotated[list[StopText], _described(maxItems=MAX_STOP_SEQUENCES)] | None = None
+    stop_token_ids: list[Annotated[int, _described(minimum=0)]] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    timeout_s: float | None = None
+    timeout_s: Annotated[float, _described(exclusiveMinimum=0)] | None = None
     """From request to last token; what is not over then is given up."""
 
     @property
@@ -95,9 +123,10 @@ _TEMPLATE_FIELDS = ("messages", "tools", "add_generation_prompt")
 
 
 class CompletionBody(GenerationBody):
-    prompt: Any = None
-    logprobs: int | None = None
-    echo: bool | None = None
+    model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})
+    prompt: Prompt = None
+    logprobs: LogprobCount | None = None
+    echo: Annotated[bool, _described(const=False)] | None = None
 
     def token_limit(self) -> int | None:
         explicit_null = self.max_tokens is None and "max_tokens" in self.model_fields_set
@@ -109,13 +138,13 @@ class CompletionBody(GenerationBody):
 
 class ContentPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
-    type: str
+    type: Annotated[str, _described(const="text")]
     text: str | None = None
 
 
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
-    role: str
+    role: Annotated[str, _described(enum=list(ROLES))]
     content: str | list[ContentPart] | None = None
 
     def for_template(self, index: int) -> dict[str, Any]:
@@ -139,10 +168,10 @@ class Message(BaseModel):
 
 
 class ChatBody(GenerationBody):
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], _described(minItems=1)]
+    max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: LogprobCount | None = None
     add_generation_prompt: bool | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

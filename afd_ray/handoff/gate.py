@@ -13,6 +13,7 @@ from afd_ray.handoff.handshake import Claim, Verdict
 from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.poller import READ, Poller
 from afd_ray.handoff.tcp import tune
+from afd_ray.refusals import RefusalLog
 
 _MAX_UNPROVEN = 64
 _FIRST_TRY_S = 0.25
@@ -51,6 +52,7 @@ class Gate:
         self._judge = judge
         self._admit = admit
         self._visitors: list[_Visitor] = []
+        self._refusals = RefusalLog(_log)
 
     def open(self) -> None:
         self._poller.watch(self._listener, READ, self._on_visit)
@@ -106,7 +108,7 @@ class Gate:
 
     def _turn_away(self, visitor: _Visitor, reason: str | None) -> None:
         if reason is not None:
-            _log.warning("refused a connection from %s: %s", visitor.address, reason)
+            self._refusals.add(visitor.address, reason)
         self._visitors.remove(visitor)
         self._poller.forget(visitor.connection)
         visitor.connection.close()

@@ -16,6 +16,8 @@ ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
+MAX_FRAME_BYTES = 1 << 48
+"""More than any memory, and what a frame's length can say."""
 
 _FRAME = struct.Struct("<88sQB3xQIIIQIIQQQ")  # prefix, contract digest, then the fields of Header
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
@@ -193,6 +195,8 @@ def layout_of(specs: Sequence[Spec]) -> Layout:
         codes[2 * index : 2 * index + 2] = _CODES[dtype], len(shape)
         dims[4 * index : 4 * index + len(shape)] = shape
     fields, length_bytes = _place(specs)
+    if length_bytes > MAX_FRAME_BYTES:
+        raise ValueError(f"tensors of {length_bytes} bytes cannot travel in one message, at most {MAX_FRAME_BYTES} are allowed")
     descriptors = _DESCRIPTORS.pack(*codes, *dims)
     return Layout(_PREFIX.pack(MAGIC, VERSION, len(specs), length_bytes, descriptors), fields, length_bytes)
 
