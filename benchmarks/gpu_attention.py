@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_ray.kernels.gpu.decode_attention import attend, splits_for
+from afd_ray.kernels.gpu.paged_softmax import Rows
 from benchmarks._gpu import ABSENT, Limits, error, heading, measure_limits, median_us
 
 HEADS, DIM, PAGE = 64, 256, 64
@@ -26,14 +27,6 @@ class Case(NamedTuple):
     rows: int
     context: int
     cached: torch.dtype
-
-
-class Inputs(NamedTuple):
-    q: Tensor  # [N, A, D] bfloat16
-    blocks: Tensor  # [P, PAGE, 1, 2, D]
-    tables: Tensor
-    starts: Tensor
-    contexts: Tensor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +60,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     yield Case(rows, context, cached)
 
 
-def inputs_of(case: Case) -> Inputs:
+def inputs_of(case: Case) -> Rows:
     """Pages in random order."""
     pages = -(-case.context // PAGE)
     blocks = torch.empty(case.rows * pages, PAGE, 1, 2, DIM, dtype=case.cached, device="cuda")
@@ -76,22 +69,22 @@ def inputs_of(case: Case) -> Inputs:
     tables = torch.randperm(len(blocks), device="cuda").int()
     starts = torch.arange(0, len(blocks), pages, dtype=torch.int32, device="cuda")
     contexts = torch.full((case.rows,), case.context, dtype=torch.int32, device="cuda")
-    return Inputs(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
+    return Rows(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
 
 
-def row(case: Case, inputs: Inputs, splits: int, limits: Limits) -> tuple[str, float]:
+def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> tuple[str, float]:
     """A line of the table, and the relative error."""
     nbytes = case.rows * (case.context * 2 * DIM * case.cached.itemsize + 2 * HEADS * DIM * 2)
     bound = limits.bound_us(nbytes, 4 * case.rows * HEADS * case.context * DIM, torch.bfloat16)
-    found = error(attend(*inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
-    ours = median_us(lambda: attend(*inputs, splits=splits))
+    found = error(attend(inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
+    ours = median_us(lambda: attend(inputs, splits=splits))
     peer = peer_us(inputs, case)
     name = str(case.cached).removeprefix("torch.")
     figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {peer:.0f} | {peer / ours:.2f} | {found:.1e}"
     return f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |", found
 
 
-def gathered(inputs: Inputs, context: int, rows: int) -> Tensor:
+def gathered(inputs: Rows, context: int, rows: int) -> Tensor:
     """Keys and values of the first rows: [rows, context, 2, D]."""
     pages = -(-context // PAGE)
     picked = inputs.blocks.view(torch.uint8)[inputs.tables[: rows * pages].long()].view(
@@ -100,13 +93,13 @@ def gathered(inputs: Inputs, context: int, rows: int) -> Tensor:
     return picked.view(rows, pages * PAGE, 2, DIM)[:, :context]
 
 
-def expected(inputs: Inputs, context: int, rows: int) -> Tensor:
+def expected(inputs: Rows, context: int, rows: int) -> Tensor:
     keys, values = gathered(inputs, context, rows).float().unbind(2)
     scores = inputs.q[:rows].float() @ keys.transpose(1, 2) * DIM**-0.5
     return scores.softmax(-1) @ values
 
 
-def peer_us(inputs: Inputs, case: Case) -> float:
+def peer_us(inputs: Rows, case: Case) -> float:
     """torch's attention in bfloat16: the heads stand where a sequence's rows would, keys and values are contiguous."""
     keys, values = (part.bfloat16().contiguous()[:, None] for part in gathered(inputs, case.context, case.rows).unbind(2))
     q = inputs.q[:, None]
