@@ -7,7 +7,7 @@ bytes of keys and values over the bandwidth of a large sum, or arithmetic over t
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from afd_ray.kernels.gpu.decode_attention import attend, splits_for
 from afd_ray.kernels.gpu.paged_softmax import Rows
-from benchmarks._gpu import ABSENT, Limits, error, heading, measure_limits, median_us
+from afd_ray.planning.measured import AttentionTime
+from benchmarks._gpu import Limits, Line, answer, error, median_us
 
 HEADS, DIM, PAGE = 64, 256, 64
 BATCHES, CONTEXTS = (1, 16, 64, 128), (1024, 8192, 32768)
@@ -33,21 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the paper's batch and contexts alone")
     parser.add_argument("--splits", type=int, nargs="*", help="try these instead of what splits_for says")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print(ABSENT, file=sys.stderr)
-        return 2
-    limits = measure_limits()
-    print(heading(limits, COLUMNS))
-    wrong = 0
+    return answer(parser, argv, COLUMNS, lines)
+
+
+def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     multiprocessors = torch.cuda.get_device_properties().multi_processor_count
     for case in cases(args.quick):
         inputs = inputs_of(case)
         for splits in args.splits or [splits_for(case.rows, multiprocessors)]:
-            line, found = row(case, inputs, splits, limits)
-            print(line, flush=True)
-            wrong += not found < LARGEST_ERROR
-    return 1 if wrong else 0
+            yield row(case, inputs, splits, limits)
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -72,8 +67,7 @@ def inputs_of(case: Case) -> Rows:
     return Rows(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
 
 
-def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> tuple[str, float]:
-    """A line of the table, and the relative error."""
+def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> Line:
     nbytes = case.rows * (case.context * 2 * DIM * case.cached.itemsize + 2 * HEADS * DIM * 2)
     bound = limits.bound_us(nbytes, 4 * case.rows * HEADS * case.context * DIM, torch.bfloat16)
     found = error(attend(inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
@@ -81,7 +75,10 @@ def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> tuple[str, flo
     peer = peer_us(inputs, case)
     name = str(case.cached).removeprefix("torch.")
     figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {peer:.0f} | {peer / ours:.2f} | {found:.1e}"
-    return f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |", found
+    text = f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |"
+    cache_bytes: Literal[1, 2] = 1 if case.cached.itemsize == 1 else 2
+    time = AttentionTime(rows=case.rows, context=case.context, cache_bytes=cache_bytes, part="core", us=ours)
+    return Line(text, found < LARGEST_ERROR, time)
 
 
 def gathered(inputs: Rows, context: int, rows: int) -> Tensor:
