@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from afd_ray.planning.measured import AttentionTime, FfnTime
-from benchmarks import gpu_attention, gpu_experts
+from benchmarks import gpu_attention, gpu_experts, gpu_step
 from benchmarks._gpu import Line, times_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
-@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts])
+@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts, gpu_step])
 def test_say_that_there_is_none(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([]) == 2
     assert capsys.readouterr() == ("", "no CUDA GPU here\n")
