@@ -6,7 +6,7 @@ import os
 import pytest
 
 from benchmarks.chaos.schedule import Shape
-from benchmarks.resize import START, WAY, Row, Spell
+from benchmarks.resize import START, WAY, Row, Spell, slower
 
 CORES = float(os.cpu_count() or 1)
 
@@ -16,18 +16,23 @@ def row(calm: Spell, preparing: Spell) -> Row:
 
 
 @pytest.mark.parametrize(
-    ("step_ms", "starting", "expected"),
-    [(20.0, 0.0, 0.0), (40.0, 0.5, 0.0), (50.0, 0.5, 0.2), (40.0, 0.0, 0.5)],
-    ids=["as before", "all explained", "more than explained", "nothing explained"],
+    ("tokens", "starting", "expected"),
+    [(50, 0.0, 0.0), (25, 0.5, 0.0), (20, 0.5, 0.2), (25, 0.0, 0.5), (0, 0.5, 1.0)],
+    ids=["as before", "all explained", "more than explained", "nothing explained", "none at all"],
 )
-def test_cores_of_starting_processes_explain_their_share(step_ms: float, starting: float, expected: float) -> None:
-    calm = Spell(3.0, 20.0, CORES, 0.0)
-    assert row(calm, Spell(1.0, step_ms, CORES, starting * CORES)).slower == pytest.approx(expected)
+def test_cores_of_starting_processes_explain_their_share(tokens: int, starting: float, expected: float) -> None:
+    calm = Spell(3.0, 150, CORES, 0.0)
+    assert slower([row(calm, Spell(1.0, tokens, CORES, starting * CORES))]) == pytest.approx(expected)
 
 
 def test_free_cores_are_taken_first() -> None:
-    calm = Spell(3.0, 20.0, CORES / 2, 0.0)
-    assert row(calm, Spell(1.0, 20.0, CORES, CORES / 2)).slower == pytest.approx(0.0)
+    calm = Spell(3.0, 150, CORES / 2, 0.0)
+    assert slower([row(calm, Spell(1.0, 50, CORES, CORES / 2))]) == pytest.approx(0.0)
+
+
+def test_short_spells_count_as_much_as_they_last() -> None:
+    calm = Spell(3.0, 150, CORES, 0.0)
+    assert slower([row(calm, Spell(0.2, 0, CORES, 0.0)), row(calm, Spell(0.8, 40, CORES, 0.0))]) == pytest.approx(0.2)
 
 
 def test_the_way_is_twenty_resizes_and_ends_where_it_began() -> None:
