@@ -57,6 +57,7 @@ class Member(Observed):
         self._thread: threading.Thread | None = None
         self._overdue, self._patience = Alarm(), Alarm()
         self._checkpoint: Checkpoint | None = None
+        self._versions = versions(DECISIVE)  # once: it reads files, and every epoch asks while the step loop serves
         self._model_digest = 0
         self._loaded = 0.0
 
@@ -216,7 +217,7 @@ class Member(Observed):
             "pid": os.getpid(),
             "offset_ns": clock_offset_ns(),
             "model_digest": self._model_digest,
-            "versions": versions(DECISIVE),
+            "versions": self._versions,
         }
 
     def _standing(self) -> dict[str, Any]:

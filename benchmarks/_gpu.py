@@ -1,12 +1,17 @@
 """What the GPU benchmarks share: is there one, what can it do, how long does a call take. Nothing here needs Ray."""
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from afd_ray.planning.measured import AttentionTime, FfnTime, Measured
 
 Run = Callable[[], object]
 
@@ -25,6 +30,48 @@ class Limits(NamedTuple):
 
     def bound_us(self, nbytes: float, flops: float, dtype: torch.dtype) -> float:
         return max(nbytes / self.bytes_per_s, flops / self.flops_per_s[dtype]) * 1e6
+
+
+class Line(NamedTuple):
+    """One size, checked and timed."""
+
+    text: str
+    """Of the table."""
+    is_right: bool
+    time: AttentionTime | FfnTime | None
+    """For the planner; None for what no plan is made of."""
+
+
+def answer(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    columns: str,
+    lines: Callable[[argparse.Namespace, Limits], Iterable[Line]],
+) -> int:
+    """Print a table of what `lines` finds, and write its times where --json says; 1 if a result is wrong, 2 without a GPU."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times there, for `afd-ray plan --measured`")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(ABSENT, file=sys.stderr)
+        return 2
+    limits = measure_limits()
+    print(heading(limits, columns))
+    found = []
+    for line in lines(args, limits):
+        print(line.text, flush=True)
+        found.append(line)
+    if args.json:
+        source = f"{Path(sys.argv[0]).stem}, {date.today().isoformat()}"
+        measured = times_of(found, torch.cuda.get_device_name(), source)
+        args.json.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return 0 if all(line.is_right for line in found) else 1
+
+
+def times_of(lines: Iterable[Line], device: str, source: str) -> Measured:
+    """The times of those that computed what they should."""
+    times = [line.time for line in lines if line.is_right]
+    attention = tuple(time for time in times if isinstance(time, AttentionTime))
+    return Measured(device=device, source=source, attention=attention, ffn=tuple(t for t in times if isinstance(t, FfnTime)))
 
 
 def measure_limits() -> Limits:

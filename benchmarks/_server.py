@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 READY_TIMEOUT_S = 240.0
+HAPROXY = MappingProxyType({"RAY_SERVE_ENABLE_HA_PROXY": "1"})
+"""Environment for Serve's HAProxy in place of its proxy in Python (docs/deploy.md)."""
 STOP_TIMEOUT_S = 60.0
 
 
@@ -78,9 +81,9 @@ class Server:
 
 
 @contextmanager
-def served(*arguments: str) -> Iterator[Server]:
-    """`afd-ray serve ARGUMENTS` on a free port, ready; stopped again at the end."""
-    server = Server(list(arguments), {**os.environ, "OMP_NUM_THREADS": "1"})
+def served(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[Server]:
+    """`afd-ray serve ARGUMENTS` on a free port, ready; stopped again at the end. `environment` adds to this process' own."""
+    server = Server(list(arguments), {**os.environ, "OMP_NUM_THREADS": "1", **environment})
     try:
         server.await_ready()
         yield server

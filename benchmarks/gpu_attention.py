@@ -7,14 +7,16 @@ bytes of keys and values over the bandwidth of a large sum, or arithmetic over t
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from afd_ray.kernels.gpu.decode_attention import attend, splits_for
-from benchmarks._gpu import ABSENT, Limits, error, heading, measure_limits, median_us
+from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.planning.measured import AttentionTime
+from benchmarks._gpu import Limits, Line, answer, error, median_us
 
 HEADS, DIM, PAGE = 64, 256, 64
 BATCHES, CONTEXTS = (1, 16, 64, 128), (1024, 8192, 32768)
@@ -28,33 +30,19 @@ class Case(NamedTuple):
     cached: torch.dtype
 
 
-class Inputs(NamedTuple):
-    q: Tensor  # [N, A, D] bfloat16
-    blocks: Tensor  # [P, PAGE, 1, 2, D]
-    tables: Tensor
-    starts: Tensor
-    contexts: Tensor
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the paper's batch and contexts alone")
     parser.add_argument("--splits", type=int, nargs="*", help="try these instead of what splits_for says")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print(ABSENT, file=sys.stderr)
-        return 2
-    limits = measure_limits()
-    print(heading(limits, COLUMNS))
-    wrong = 0
+    return answer(parser, argv, COLUMNS, lines)
+
+
+def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     multiprocessors = torch.cuda.get_device_properties().multi_processor_count
     for case in cases(args.quick):
         inputs = inputs_of(case)
         for splits in args.splits or [splits_for(case.rows, multiprocessors)]:
-            line, found = row(case, inputs, splits, limits)
-            print(line, flush=True)
-            wrong += not found < LARGEST_ERROR
-    return 1 if wrong else 0
+            yield row(case, inputs, splits, limits)
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -67,7 +55,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     yield Case(rows, context, cached)
 
 
-def inputs_of(case: Case) -> Inputs:
+def inputs_of(case: Case) -> Rows:
     """Pages in random order."""
     pages = -(-case.context // PAGE)
     blocks = torch.empty(case.rows * pages, PAGE, 1, 2, DIM, dtype=case.cached, device="cuda")
@@ -76,22 +64,24 @@ def inputs_of(case: Case) -> Inputs:
     tables = torch.randperm(len(blocks), device="cuda").int()
     starts = torch.arange(0, len(blocks), pages, dtype=torch.int32, device="cuda")
     contexts = torch.full((case.rows,), case.context, dtype=torch.int32, device="cuda")
-    return Inputs(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
+    return Rows(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
 
 
-def row(case: Case, inputs: Inputs, splits: int, limits: Limits) -> tuple[str, float]:
-    """A line of the table, and the relative error."""
+def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> Line:
     nbytes = case.rows * (case.context * 2 * DIM * case.cached.itemsize + 2 * HEADS * DIM * 2)
     bound = limits.bound_us(nbytes, 4 * case.rows * HEADS * case.context * DIM, torch.bfloat16)
-    found = error(attend(*inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
-    ours = median_us(lambda: attend(*inputs, splits=splits))
+    found = error(attend(inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
+    ours = median_us(lambda: attend(inputs, splits=splits))
     peer = peer_us(inputs, case)
     name = str(case.cached).removeprefix("torch.")
     figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {peer:.0f} | {peer / ours:.2f} | {found:.1e}"
-    return f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |", found
+    text = f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |"
+    cache_bytes: Literal[1, 2] = 1 if case.cached.itemsize == 1 else 2
+    time = AttentionTime(rows=case.rows, context=case.context, cache_bytes=cache_bytes, part="core", us=ours)
+    return Line(text, found < LARGEST_ERROR, time)
 
 
-def gathered(inputs: Inputs, context: int, rows: int) -> Tensor:
+def gathered(inputs: Rows, context: int, rows: int) -> Tensor:
     """Keys and values of the first rows: [rows, context, 2, D]."""
     pages = -(-context // PAGE)
     picked = inputs.blocks.view(torch.uint8)[inputs.tables[: rows * pages].long()].view(
@@ -100,13 +90,13 @@ def gathered(inputs: Inputs, context: int, rows: int) -> Tensor:
     return picked.view(rows, pages * PAGE, 2, DIM)[:, :context]
 
 
-def expected(inputs: Inputs, context: int, rows: int) -> Tensor:
+def expected(inputs: Rows, context: int, rows: int) -> Tensor:
     keys, values = gathered(inputs, context, rows).float().unbind(2)
     scores = inputs.q[:rows].float() @ keys.transpose(1, 2) * DIM**-0.5
     return scores.softmax(-1) @ values
 
 
-def peer_us(inputs: Inputs, case: Case) -> float:
+def peer_us(inputs: Rows, case: Case) -> float:
     """torch's attention in bfloat16: the heads stand where a sequence's rows would, keys and values are contiguous."""
     keys, values = (part.bfloat16().contiguous()[:, None] for part in gathered(inputs, case.context, case.rows).unbind(2))
     q = inputs.q[:, None]

@@ -6,7 +6,7 @@ are chosen, rows in and out once) over the bandwidth of a large sum, or arithmet
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from afd_ray.handoff.quantise import BLOCK
 from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
-from benchmarks._gpu import ABSENT, Limits, error, heading, measure_limits, median_us
+from afd_ray.planning.measured import FfnTime
+from benchmarks._gpu import Limits, Line, answer, error, median_us
 
 EXPERTS, HELD, TOP_K, HIDDEN, INNER = 48, 24, 3, 7168, 640
+RANKS = 16
 SCALE = 2.0**-6
 ROWS = (64, 256, 1024, 2048, 4096, 8192)
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float8_e4m3fn: 5e-2}
@@ -36,21 +38,15 @@ class Inputs(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the paper's batch alone")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print(ABSENT, file=sys.stderr)
-        return 2
-    limits = measure_limits()
-    print(heading(limits, COLUMNS))
+    return answer(parser, argv, COLUMNS, lines)
+
+
+def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     wide = weights_of()
-    wrong = 0
     for dtype in (torch.float8_e4m3fn, torch.bfloat16):
         experts = narrowed(wide) if dtype == torch.float8_e4m3fn else wide
         for rows in ROWS[3:4] if args.quick else ROWS:
-            line, found = row(inputs_of(experts, rows), wide, limits)
-            print(line, flush=True)
-            wrong += not found < LARGEST_ERROR[dtype]
-    return 1 if wrong else 0
+            yield row(inputs_of(experts, rows), wide, limits)
 
 
 def weights_of() -> Experts:
@@ -79,8 +75,7 @@ def inputs_of(experts: Experts, rows: int) -> Inputs:
     return Inputs(experts, x.to(experts.gate.dtype), exponents, ids.contiguous(), weights)
 
 
-def row(inputs: Inputs, wide: Experts, limits: Limits) -> tuple[str, float]:
-    """A line of the table, and the relative error."""
+def row(inputs: Inputs, wide: Experts, limits: Limits) -> Line:
     dtype, rows = inputs.x.dtype, len(inputs.x)
     held = inputs.ids[inputs.ids < HELD]
     nbytes = len(held.unique()) * 3 * HIDDEN * INNER * dtype.itemsize + rows * HIDDEN * (dtype.itemsize + 2)
@@ -92,7 +87,9 @@ def row(inputs: Inputs, wide: Experts, limits: Limits) -> tuple[str, float]:
     found = error(ours(), expected(inputs, wide))
     ours_us, peer_us = median_us(ours), median_us(peer(inputs, wide))
     figures = f"{bound:.0f} | {ours_us:.0f} | {bound / ours_us:.2f} | {peer_us:.0f} | {peer_us / ours_us:.2f} | {found:.1e}"
-    return f"| {str(dtype).removeprefix('torch.')} | {rows} | {figures} |", found
+    # Plans are made of 8-bit weights.
+    time = FfnTime(rows=rows, ranks=RANKS, part="routed", us=ours_us) if dtype == torch.float8_e4m3fn else None
+    return Line(f"| {str(dtype).removeprefix('torch.')} | {rows} | {figures} |", found < LARGEST_ERROR[dtype], time)
 
 
 def expected(inputs: Inputs, wide: Experts) -> Tensor:

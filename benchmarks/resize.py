@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,7 @@ from afd_ray.models.presets import PRESETS, random_tensors  # noqa: E402
 from benchmarks._machine import hardware  # noqa: E402
 from benchmarks._server import served  # noqa: E402
 from benchmarks.chaos.clients import Clients, asks, undisturbed  # noqa: E402
-from benchmarks.chaos.processes import cpu_seconds, workers  # noqa: E402
+from benchmarks.chaos.processes import cpu_seconds, raylets, workers  # noqa: E402
 from benchmarks.chaos.schedule import Shape  # noqa: E402
 from benchmarks.chaos.watch import asked  # noqa: E402
 
@@ -50,10 +50,11 @@ WAY = [
     Shape(1, 1, 1),
 ]
 """Attention alone, FFN in expert parallel, in tensor parallel, both, and both roles at once; ends where it began."""
-BEFORE_S = 3.0
-"""Of undisturbed load before each."""
-PHASE_S, LOOK_S = 0.03, 0.5
-"""How often the phase is asked for, and the processes are looked at: what is measured must not be the measuring."""
+BEFORE_S, SETTLE_S = 3.0, 0.3
+"""Of undisturbed load before each; and from a look that takes as long as a step, with the clients of this process standing still, to the next spell."""
+PHASE_S, LOOK_S = 0.1, 0.5
+"""How often the phase is asked for (while weights are loaded that asks every actor), and the processes are looked at: what is measured must not be
+the measuring."""
 PREPARING = tuple(NAMES[phase] for phase in ("provide", "load", "prepare", "connect"))
 PAUSE_MS, SLOWER = 100.0, 0.20
 
@@ -91,12 +92,11 @@ class Row(NamedTuple):
 
 
 class Meter:
-    """Of a spell that begins with its making."""
+    """Of a spell that begins with its making; `ray` are the raylets of the cluster, `serving` the workers that there are before it."""
 
-    def __init__(self, clients: Clients) -> None:
-        self._clients = clients
-        self._serving = {process.pid for processes in workers().values() for process in processes}
-        self._cpu = cpu_seconds()
+    def __init__(self, clients: Clients, ray: Collection[int], serving: Collection[int]) -> None:
+        self._clients, self._raylets, self._serving = clients, ray, serving
+        self._cpu = cpu_seconds(ray)
         self._others: dict[int, float] = {}
         self.began_s = self._looked_s = time.monotonic()
         self._busy_s = busy_seconds()
@@ -116,7 +116,8 @@ class Meter:
 
     def _look(self) -> None:
         self._looked_s = time.monotonic()
-        self._others |= {pid: s - self._cpu.get(pid, 0.0) for pid, s in cpu_seconds().items() if pid not in self._serving}
+        seconds = cpu_seconds(self._raylets)
+        self._others |= {pid: s - self._cpu.get(pid, 0.0) for pid, s in seconds.items() if pid not in self._serving}
 
 
 def gaps(clients: Clients, since_s: float) -> list[tuple[float, float]]:
@@ -132,10 +133,13 @@ def busy_seconds() -> float:
 
 
 async def resize(clients: Clients, before: Shape, to: Shape) -> Row:
-    meter = Meter(clients)
+    known = raylets(), {process.pid for processes in workers().values() for process in processes}
+    await asyncio.sleep(SETTLE_S)
+    meter = Meter(clients, *known)
     await asyncio.sleep(BEFORE_S)
     calm = meter.read()
-    meter = Meter(clients)
+    await asyncio.sleep(SETTLE_S)
+    meter = Meter(clients, *known)
     scaling = asyncio.create_task(asked("scale", *to, None, timeout_s=None))
     await asyncio.sleep(PHASE_S)
     while not scaling.done() and ((doing := await asked("progress")).startswith(PREPARING) or doing == "ready"):

@@ -13,13 +13,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from actors.serve import free_port
 from benchmarks._machine import hardware
-from benchmarks._server import served
+from benchmarks._server import HAPROXY, served
 from benchmarks._streams import stream_all
 from benchmarks.overlap import preset_in
 from benchmarks.peers import environments
@@ -28,17 +28,17 @@ from benchmarks.serving import Load, Row, report, result, row
 
 HOST = "127.0.0.1"
 MODEL = "step3-92m"
-SERVERS = ("afd", "vllm-compiled", "vllm-eager")
+SERVERS = ("afd", "afd-haproxy", "vllm-compiled", "vllm-eager")
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.5
 
 
 @contextmanager
-def ours(checkpoint: Path) -> Iterator[str]:
+def ours(checkpoint: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """The URL of `afd-ray serve` with one attention and one FFN actor."""
     settings = (f"model.path={checkpoint}", f"model.name={MODEL}", "attention.replicas=1")
-    with served(*(argument for setting in settings for argument in ("--set", setting))) as server:
+    with served(*(argument for setting in settings for argument in ("--set", setting)), environment=environment) as server:
         yield server.url
 
 
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         checkpoint = args.model or preset_in(Path(made) / MODEL)
         ways = {
-            "afd": lambda: ours(checkpoint),
+            "afd": lambda: ours(checkpoint, {}),
+            "afd-haproxy": lambda: ours(checkpoint, HAPROXY),
             "vllm-compiled": lambda: vllm(checkpoint, args.threads, eager=False),
             "vllm-eager": lambda: vllm(checkpoint, args.threads, eager=True),
         }

@@ -30,7 +30,7 @@ from afd_ray.config import parse_config
 from afd_ray.membership.attempts import Journal
 from afd_ray.request import SamplingParams
 from benchmarks._machine import hardware
-from benchmarks.chaos.processes import cpu_seconds, workers
+from benchmarks.chaos.processes import cpu_seconds, raylets, workers
 from benchmarks.overlap import preset_in
 
 VOCABULARY = 4096
@@ -98,7 +98,7 @@ def measure(started: Cluster, prompts: Sequence[Sequence[int]], tokens: int) -> 
 
 
 def busy_s() -> float:
-    return time.process_time() + sum(cpu_seconds().values())
+    return time.process_time() + sum(cpu_seconds(raylets()).values())
 
 
 def pairs(model: Path, args: argparse.Namespace) -> Iterator[Pair]:

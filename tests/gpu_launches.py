@@ -6,7 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afd_ray.kernels.gpu import decode_attention, expert_gemm, norm_quantise, prefill_attention, rope_kv_write, router
+from afd_ray.kernels.gpu import (
+    decode_attention,
+    expert_gemm,
+    latent_attention,
+    norm_quantise,
+    prefill_attention,
+    rope_kv_write,
+    router,
+)
+from afd_ray.kernels.gpu.paged_softmax import Rows
 
 ROWS, HIDDEN, HEADS, DIM, EXPERTS = 128, 7168, 64, 256, 48
 
@@ -18,6 +27,7 @@ class Bounds(NamedTuple):
     shared_bytes: int
     wgmma: bool = False
     asynchronous_copies: bool = False
+    spills: int = 0
 
 
 class Launch(NamedTuple):
@@ -38,16 +48,29 @@ def ints(count: int) -> Tensor:
 
 def decode(cached: torch.dtype, splits: int, page: int = 64, heads: int = HEADS, key_heads: int = 1, dim: int = DIM) -> Tensor:
     blocks = meta(1024, page, key_heads, 2, dim, dtype=cached)
-    return decode_attention.attend(meta(64, heads, dim), blocks, ints(8192), ints(64), ints(64), splits=splits)
+    return decode_attention.attend(Rows(meta(64, heads, dim), blocks, ints(8192), ints(64), ints(64)), splits=splits)
+
+
+def latents(cached: torch.dtype, splits: int) -> Tensor:
+    """DeepSeek-V3's 128 heads."""
+    q = meta(64, 128, 576, dtype=torch.float16 if cached == torch.float8_e4m3fn else cached)
+    rows = Rows(q, meta(1024, 64, 576, dtype=cached), ints(8192), ints(64), ints(64))
+    return latent_attention.attend_latents(rows, 64, scale=192**-0.5, splits=splits)
 
 
 def prefill(cached: torch.dtype) -> Tensor:
-    blocks, tiles = meta(1024, 64, 1, 2, DIM, dtype=cached), ints(256)
-    return prefill_attention.attend_chunks(meta(512, HEADS, DIM), blocks, ints(8192), ints(512), ints(512), tiles, tiles)
+    rows = Rows(meta(512, HEADS, DIM), meta(1024, 64, 1, 2, DIM, dtype=cached), ints(8192), ints(512), ints(512))
+    return prefill_attention.attend_chunks(rows, ints(256), ints(256))
 
 
 def norm(scales: str | None) -> object:
     return norm_quantise.add_norm_quantise(meta(ROWS, HIDDEN), meta(2, ROWS, HIDDEN), meta(HIDDEN), 1e-5, scales=scales)
+
+
+def combined_rows() -> object:
+    """Partial rows of two instances, as routed dispatch returns them."""
+    residual, places = meta(ROWS, HIDDEN), meta(2, ROWS, dtype=torch.int32)
+    return norm_quantise.add_norm_quantise(residual, meta(2 * ROWS, HIDDEN), meta(HIDDEN), 1e-5, places=places)
 
 
 def rotation(cached: torch.dtype) -> None:
@@ -75,9 +98,12 @@ def experts(dtype: torch.dtype, held: int = EXPERTS // 2, inner: int = 640) -> T
 
 STREAMED = Bounds(registers=184, shared_bytes=229376, wgmma=True, asynchronous_copies=True)
 DEQUANTISED = Bounds(registers=232, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
+LATENT = Bounds(registers=240, shared_bytes=221184, wgmma=True, asynchronous_copies=True)
+LATENT_DEQUANTISED = Bounds(registers=255, shared_bytes=221184, wgmma=True, asynchronous_copies=True, spills=90)
+"""Sums of 64 x 512 take half of all registers: places in shared memory, where what was converted goes, are what spills."""
 COMBINED = Bounds(registers=64, shared_bytes=4096)
 TILED = Bounds(registers=232, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
-PRODUCT = Bounds(registers=192, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
+PRODUCT = Bounds(registers=208, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
 LIGHT = Bounds(registers=80, shared_bytes=8192)
 
 EXPERT_BOUNDS = {"order_kernel": LIGHT, "gate_up_kernel": PRODUCT, "down_kernel": PRODUCT}
@@ -90,12 +116,17 @@ LAUNCHES = {
     "decode, fp8, blocks of 16": Launch(
         lambda: decode(torch.float8_e4m3fn, 1, page=16), {"attend_kernel": DEQUANTISED}, full=True
     ),
+    "latents, bf16": Launch(lambda: latents(torch.bfloat16, 2), {"attend_kernel": LATENT, "combine_kernel": COMBINED}, full=True),
+    "latents, fp8": Launch(
+        lambda: latents(torch.float8_e4m3fn, 2), {"attend_kernel": LATENT_DEQUANTISED, "combine_kernel": COMBINED}, full=True
+    ),
     "prefill, bf16": Launch(lambda: prefill(torch.bfloat16), {"prefill_kernel": TILED}, full=True),
     "prefill, fp8": Launch(lambda: prefill(torch.float8_e4m3fn), {"prefill_kernel": DEQUANTISED}, full=True),
     "experts, fp8": Launch(lambda: experts(torch.float8_e4m3fn), EXPERT_BOUNDS),
     "experts, bf16": Launch(lambda: experts(torch.bfloat16), EXPERT_BOUNDS, full=True),
     "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),
+    "norm of partial rows": Launch(combined_rows, {"add_norm_quantise_kernel": LIGHT}, full=True),
     "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}, full=True),
     "rotate and write, fp8": Launch(lambda: rotation(torch.float8_e4m3fn), {"rotate_and_write_kernel": LIGHT}, full=True),
     "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}, full=True),

@@ -16,6 +16,7 @@ from benchmarks.chaos.run import unexcused
 from benchmarks.chaos.schedule import WEIGHTS, Fault, Shape, Victim, faults
 from benchmarks.chaos.stalls import spread, stall_s
 from benchmarks.chaos.storm import Struck
+from benchmarks.chaos.watch import Seen, repaired_s
 
 TOKENS = [5, 6, 7]
 DONE = b"data: [DONE]\n\n"
@@ -129,6 +130,27 @@ def test_half_the_clients_sample_with_a_seed_and_some_prompts_are_long() -> None
 
 
 # --- its figures --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("5 ready", "5 recovering, 6 recovering, 7 ready", 1.0),
+        ("5 resizing", "6 resizing, 6 ready, 6 recovering, 8 recovering", 3.0),  # a death just after a switch
+        ("5 resizing", "5 recovering, 5 ready, 5 resizing, 7 resizing", 1.0),  # a new controller rolls back
+        ("5 recovering", "7 recovering, 8 ready", 0.0),
+        ("6 resizing", "6 ready, 6 resizing, 7 resizing", None),  # who had no part any more has died; then another resize
+        ("6 ready", "6 resizing, 7 resizing", None),
+        ("6 ready", "", None),
+    ],
+)
+def test_a_fault_is_recovered_from_in_a_later_epoch_than_it_broke(before: str, after: str, expected: float | None) -> None:
+    def seen(at_s: float, text: str) -> Seen:
+        epoch, state = text.split()
+        return Seen(at_s, int(epoch), state)
+
+    heard = [seen(float(i), text) for i, text in enumerate(after.split(", ")) if text]
+    assert repaired_s(seen(-1.0, before), heard) == expected
 
 
 @pytest.mark.parametrize(

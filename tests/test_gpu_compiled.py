@@ -30,7 +30,7 @@ def test_a_launch_keeps_its_bounds(name: str) -> None:
     kernels = compiled(launch.full)[name]
     assert [kernel.kernel for kernel in kernels] == list(launch.bounds)
     for kernel, bounds in zip(kernels, launch.bounds.values(), strict=True):
-        assert kernel.spills == 0
+        assert kernel.spills <= bounds.spills
         assert kernel.registers <= bounds.registers
         assert kernel.shared_bytes <= bounds.shared_bytes <= SHARED_BYTES
         assert (kernel.wgmma > 0) == bounds.wgmma

@@ -1,7 +1,7 @@
 """The decode attention kernel equals the model's attention over whole keys and values."""
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from afd_ray.engine.kv_cache import PagedCache, slot_indices
 from afd_ray.kernels.gpu.decode_attention import SHORTEST_SPLIT, TILES, attend, splits_for
+from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.models import step3
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 
@@ -22,12 +23,11 @@ class Shape(NamedTuple):
 
 
 class Paged(NamedTuple):
-    q: Tensor  # [N, A, D]
-    blocks: Tensor  # [P, page, G, 2, D]
-    tables: Tensor
-    starts: Tensor
-    contexts: Tensor
+    rows: Rows
     expected: Tensor  # [N, A, D] float32
+
+    def scaled(self, factor: float) -> Rows:
+        return self.rows._replace(q=self.rows.q * factor)
 
 
 def paged(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Paged:
@@ -49,7 +49,8 @@ def paged(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Paged:
     on_device = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (tables, starts, shape.contexts))
     query_dtype = torch.float16 if dtype == torch.float8_e4m3fn else dtype
     empty = torch.empty(0, shape.heads, shape.dim)
-    return Paged(q.to(DEVICE, query_dtype), blocks.to(dtype).to(DEVICE), *on_device, torch.stack(expected) if expected else empty)
+    rows = Rows(q.to(DEVICE, query_dtype), blocks.to(dtype).to(DEVICE), *on_device)
+    return Paged(rows, torch.stack(expected) if expected else empty)
 
 
 def whole(q: Tensor, tokens: Tensor) -> Tensor:
@@ -60,10 +61,6 @@ def whole(q: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(
         [step3.attend(group[None], *tokens[:, head].unbind(1), len(tokens) - 1)[0] for head, group in enumerate(groups)]
     )
-
-
-def found(case: Paged, splits: int, key_scale: float = 1.0, value_scale: float = 1.0) -> Tensor:
-    return attend(*case[:5], splits=splits, key_scale=key_scale, value_scale=value_scale)
 
 
 AROUND_A_SPLIT = (SHORTEST_SPLIT - 1, SHORTEST_SPLIT, SHORTEST_SPLIT + 1)
@@ -77,64 +74,64 @@ AROUND_A_TILE = (0, 1, 63, 64, 65)
 )
 def test_rows_of_any_context_equal_the_reference(dtype: torch.dtype, splits: int) -> None:
     case = paged(Shape((*AROUND_A_TILE, *AROUND_A_SPLIT, 600)), dtype)
-    assert error(found(case, splits), case.expected) < CLOSE[dtype]
+    assert error(attend(case.rows, splits=splits), case.expected) < CLOSE[dtype]
 
 
 def test_the_heads_of_step_3() -> None:
     case = paged(Shape((300,), heads=64, dim=256, page=64), torch.float16)
-    assert error(found(case, 2), case.expected) < CLOSE[torch.float16]
+    assert error(attend(case.rows, splits=2), case.expected) < CLOSE[torch.float16]
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (12, 4), (40, 1), (130, 2)])
 def test_heads_that_do_not_fill_a_tile_or_need_two(heads: int, key_heads: int) -> None:
     case = paged(Shape((1, 100), heads, key_heads, dim=16), torch.float16)
-    assert error(found(case, 1), case.expected) < CLOSE[torch.float16]
+    assert error(attend(case.rows, splits=1), case.expected) < CLOSE[torch.float16]
 
 
 @pytest.mark.parametrize("page", [1, 8, 256])
 def test_blocks_smaller_and_larger_than_a_tile(page: int) -> None:
     case = paged(Shape((1, 64, 257), page=page), torch.float16)
-    assert error(found(case, 2), case.expected) < CLOSE[torch.float16]
+    assert error(attend(case.rows, splits=2), case.expected) < CLOSE[torch.float16]
 
 
 def test_splits_without_a_token_count_for_nothing() -> None:
     case = paged(Shape((0, 1, SHORTEST_SPLIT, 2 * SHORTEST_SPLIT), heads=1), torch.float16)
-    assert error(found(case, 8), case.expected) < CLOSE[torch.float16]
+    assert error(attend(case.rows, splits=8), case.expected) < CLOSE[torch.float16]
 
 
 def test_a_row_of_no_tokens_is_zeros() -> None:
     for splits in (1, 4):
-        assert not found(paged(Shape((0, 0)), torch.float32), splits).any()
+        assert not attend(paged(Shape((0, 0)), torch.float32).rows, splits=splits).any()
 
 
 def test_no_rows_are_no_rows() -> None:
-    assert found(paged(Shape(()), torch.float32), 2).shape == (0, 4, 32)
+    assert attend(paged(Shape(()), torch.float32).rows, splits=2).shape == (0, 4, 32)
 
 
 def test_scales_of_keys_and_values() -> None:
     case = paged(Shape((100, 300)), torch.float8_e4m3fn)
-    small = case._replace(q=case.q / 4)
-    assert error(found(small, 2, key_scale=4.0, value_scale=0.5), case.expected / 2) < CLOSE[torch.float8_e4m3fn]
+    found = attend(case.scaled(0.25), splits=2, key_scale=4.0, value_scale=0.5)
+    assert error(found, case.expected / 2) < CLOSE[torch.float8_e4m3fn]
 
 
 def test_scores_far_apart_stay_finite() -> None:
     case = paged(Shape((5, 300)), torch.float32)
-    assert found(case._replace(q=case.q * 1e4), 2).isfinite().all()
+    assert attend(case.scaled(1e4), splits=2).isfinite().all()
 
 
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     case = paged(Shape((300, 5, 70)), torch.float32)
-    alone = attend(case.q[1:2], case.blocks, case.tables, case.starts[1:2], case.contexts[1:2], splits=2)
-    assert torch.equal(found(case, 2)[1:2], alone)
+    q, blocks, tables, starts, contexts = case.rows
+    alone = attend(Rows(q[1:2], blocks, tables, starts[1:2], contexts[1:2]), splits=2)
+    assert torch.equal(attend(case.rows, splits=2)[1:2], alone)
 
 
 def test_rows_may_share_a_table() -> None:
     """As the rows of a prompt do."""
     case = paged(Shape((40,)), torch.float32)
-    rows = torch.tensor([38, 39, 40], dtype=torch.int32, device=DEVICE)
-    out = attend(
-        case.q.expand(3, -1, -1).contiguous(), case.blocks, case.tables, case.starts.expand(3).contiguous(), rows, splits=1
-    )
+    q, starts = case.rows.q.expand(3, -1, -1).contiguous(), case.rows.starts.expand(3).contiguous()
+    contexts = torch.tensor([38, 39, 40], dtype=torch.int32, device=DEVICE)
+    out = attend(case.rows._replace(q=q, starts=starts, contexts=contexts), splits=1)
     assert error(out[2:], case.expected) < CLOSE[torch.float32]
     assert not torch.equal(out[1], out[2])
 
@@ -144,10 +141,9 @@ def test_reads_the_engine_s_cache_as_it_lies() -> None:
     table, (k, v), q = [5, 2, 7], torch.randn(2, 20, 16, generator=noise(1)), torch.randn(1, 4, 16, generator=noise(2))
     cache.write(1, torch.tensor(slot_indices(table, 0, 20, 8)), k, v)
     blocks = cache.blocks[1].view(9, 8, 1, 2, 16).to(DEVICE)
-    tables, starts, contexts = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (table, [0], [20]))
-    assert (
-        error(attend(q.to(DEVICE), blocks, tables, starts, contexts, splits=1), step3.attend(q, k, v, 19)) < CLOSE[torch.float32]
-    )
+    where = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (table, [0], [20]))
+    found = attend(Rows(q.to(DEVICE), blocks, *where), splits=1)
+    assert error(found, step3.attend(q, k, v, 19)) < CLOSE[torch.float32]
 
 
 @pytest.mark.full
@@ -159,7 +155,7 @@ def test_random_shapes(seed: int) -> None:
     shape = Shape(contexts, key_heads * rng.randrange(1, 70), key_heads, rng.choice([16, 64, 128]), rng.choice([1, 16, 64, 128]))
     dtype = rng.choice([*DTYPES, torch.float8_e4m3fn])
     case = paged(shape, dtype, seed)
-    assert error(found(case, rng.randrange(1, 9)), case.expected) < CLOSE[dtype], shape
+    assert error(attend(case.rows, splits=rng.randrange(1, 9)), case.expected) < CLOSE[dtype], shape
 
 
 @pytest.mark.parametrize(("programs", "expected"), [(0, 1), (1, 29), (16, 8), (64, 2), (128, 1), (132, 1), (256, 1), (4096, 1)])
@@ -185,8 +181,9 @@ def test_every_dtype_has_a_tile_whose_span_is_whole_tiles() -> None:
         ({"splits": 33}, "from 1 to 32"),
     ],
 )
-def test_what_it_cannot_do_is_refused(changed: dict[str, Tensor], message: str) -> None:
-    ints = {name: torch.zeros(2, dtype=torch.int32) for name in ("tables", "starts", "contexts")}
-    good = {"q": torch.zeros(2, 8, 32), "blocks": torch.zeros(4, 16, 2, 2, 32), **ints, "splits": 1}
+def test_what_it_cannot_do_is_refused(changed: dict[str, Any], message: str) -> None:
+    splits = changed.pop("splits", 1)
+    ints = (torch.zeros(2, dtype=torch.int32) for _ in range(3))
+    good = Rows(torch.zeros(2, 8, 32), torch.zeros(4, 16, 2, 2, 32), *ints)
     with pytest.raises(ValueError, match=message):
-        attend(**good | changed)
+        attend(good._replace(**changed), splits=splits)

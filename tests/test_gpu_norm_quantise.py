@@ -95,6 +95,36 @@ def test_without_updates_the_residual_is_given_back() -> None:
     assert add_norm_quantise(residual, None, inputs.weight.to(DEVICE), EPSILON).residual is residual
 
 
+def test_partial_rows_are_added_in_the_order_of_their_places() -> None:
+    """As ranks return them: some rows from each, in the order in which they came."""
+    inputs = Inputs(4, 300, None, torch.bfloat16)
+    partials = torch.randn(5, 300, generator=noise(1)).to(torch.bfloat16)
+    places = torch.tensor([[4, -1, 0, -1], [2, 1, -1, -1], [0, 3, -1, -1]], dtype=torch.int32)
+    expected = inputs.residual.clone()
+    for of_rows in places:
+        for row, place in enumerate(of_rows.tolist()):
+            if place >= 0:
+                expected[row] += partials[place]
+    found = add_norm_quantise(
+        inputs.residual.to(DEVICE), partials.to(DEVICE), inputs.weight.to(DEVICE), EPSILON, places=places.to(DEVICE)
+    )
+    assert torch.equal(found.residual.cpu(), expected)
+    assert error(found.hidden, rms_norm(expected, inputs.weight, EPSILON)) < CLOSE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("updates", "places", "message"),
+    [
+        (None, torch.zeros(1, 2, dtype=torch.int32), "without updates"),
+        (torch.zeros(3, 4), torch.zeros(1, 3, dtype=torch.int32), r"places \[U, 2\]"),
+        (torch.zeros(3, 4), torch.zeros(1, 2, dtype=torch.int64), "int32"),
+    ],
+)
+def test_places_that_fit_no_rows_are_refused(updates: Tensor | None, places: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_norm_quantise(torch.zeros(2, 4), updates, torch.zeros(4), EPSILON, places=places)
+
+
 def test_without_e4m3() -> None:
     found = Inputs(2, 40, 1, torch.float32).found(None)
     assert (found.values, found.exponents) == (None, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.engine.kv_cache import slot_indices
+from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.kernels.gpu.prefill_attention import TILES, attend_chunks, row_tiles
 from afd_ray.models import step3
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
@@ -46,9 +47,12 @@ def run(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor
         expected.append(torch.cat(heads, dim=1))
         tables += table
     tiles = row_tiles([rows for _, rows in shape.chunks], shape.heads, shape.key_heads, dtype)
-    indices = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (tables, starts, contexts, *tiles))
+    first_rows, row_counts, *where = (
+        torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (*tiles, tables, starts, contexts)
+    )
     queries = q.to(DEVICE, torch.float16 if dtype == torch.float8_e4m3fn else dtype)
-    return attend_chunks(queries, blocks.to(dtype).to(DEVICE), *indices), torch.cat(expected) if expected else q
+    found = attend_chunks(Rows(queries, blocks.to(dtype).to(DEVICE), *where), first_rows, row_counts)
+    return found, torch.cat(expected) if expected else q
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
@@ -100,17 +104,19 @@ def test_more_heads_than_a_tile_holds_leave_a_row_each() -> None:
     assert row_tiles([3], heads=TILES[torch.float32].queries + 1, key_heads=1, cached=torch.float32).row_counts == (1, 1, 1)
 
 
+def ints(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("starts", "first_rows", "row_counts", "message"),
     [
-        ({"first_rows": torch.zeros(2)}, "int32"),
-        ({"row_counts": torch.zeros(3, dtype=torch.int32)}, r"must be \[2\]"),
-        ({"starts": torch.zeros(5, dtype=torch.int32)}, r"must be \[4\]"),
+        (ints(4), ints(2).float(), ints(2), "int32"),
+        (ints(4), ints(2), ints(3), r"must be \[2\]"),
+        (ints(5), ints(2), ints(2), r"must be \[4\]"),
     ],
 )
-def test_what_it_cannot_do_is_refused(changed: dict[str, Tensor], message: str) -> None:
-    rows = {name: torch.zeros(4, dtype=torch.int32) for name in ("tables", "starts", "contexts")}
-    tiles = {name: torch.zeros(2, dtype=torch.int32) for name in ("first_rows", "row_counts")}
-    good = {"q": torch.zeros(4, 8, 32), "blocks": torch.zeros(4, 16, 2, 2, 32), **rows, **tiles}
+def test_what_it_cannot_do_is_refused(starts: Tensor, first_rows: Tensor, row_counts: Tensor, message: str) -> None:
+    rows = Rows(torch.zeros(4, 8, 32), torch.zeros(4, 16, 2, 2, 32), ints(4), starts, ints(4))
     with pytest.raises(ValueError, match=message):
-        attend_chunks(**good | changed)
+        attend_chunks(rows, first_rows, row_counts)

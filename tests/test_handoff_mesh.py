@@ -44,6 +44,7 @@ def opened() -> Iterator[Open]:
         secret: bytes = SECRET,
         ring_bytes: int = RING_BYTES,
         send_timeout_s: float = 0.2,
+        silence_s: float | None = None,
     ) -> RingMesh:
         peers = {peer: ring_bytes for peer in range(world_size) if peer != rank}
         member = open_mesh(
@@ -56,6 +57,7 @@ def opened() -> Iterator[Open]:
             kind=kind,
             digest=digest,
             send_timeout_s=send_timeout_s,
+            silence_s=silence_s,
         )
         members.append(member)
         return member
@@ -381,6 +383,17 @@ def test_an_edge_that_cannot_be_had_is_named_by_its_ends_and_holds_nobody_else_u
             ends = [pool.submit(member.connect, view, 1.0) for member, view in zip(members, seen, strict=True)]
     errors = [end.exception() for end in ends]
     assert [error.peer if isinstance(error, LinkError) else None for error in errors] == [1, 0, None]
+
+
+def test_a_peer_whose_kernel_answers_nothing_is_out_of_reach_long_before_the_time_to_connect_is_over(opened: Open) -> None:
+    member, peer = opened(0, silence_s=0.5), opened(1)
+    with socket.socket() as deaf, socket.socket() as first:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        first.connect(deaf.getsockname())  # nobody takes it: the queue is full, and who dials now is not answered
+        nowhere = replace(peer.endpoint, port=deaf.getsockname()[1])
+        with pytest.raises(LinkError, match="edge to rank 1: no answer from"):
+            member.connect({1: nowhere}, timeout_s=3600)
 
 
 def test_an_error_names_the_peer_in_another_process_too() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors import attention as attention_module
 from actors import departure, observed, place
 from actors import member as member_module
 from actors.attention import AttentionActor
@@ -219,6 +220,21 @@ async def test_an_attention_actor_that_nobody_tells_more_goes_on_by_itself(confi
         assert await attention.tokens("r") == expected
         await asyncio.gather(drained, return_exceptions=True)  # the boundary may have come first, or the deadline
         await made.enter(Epoch(2, 1, 1, 1, 2))  # late, but decided
+        attention.submit("s")
+        assert await attention.tokens("s") == expected
+
+
+async def test_who_stands_at_a_boundary_and_is_told_nothing_goes_on_long_before_the_deadline(
+    config: Config, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "HELD_S", 0.01)
+    async with roster(config, Epoch(1, 1, 1, 1, 2)) as made:
+        (attention,) = made.attention
+        attention.submit("r")
+        await made.stand_by(Epoch(2, 1, 1, 1, 2))
+        await attention.drain(2, 1000 * TIMEOUT_S)
+        assert await attention.tokens("r") == expected
+        await made.enter(Epoch(2, 1, 1, 1, 2))
         attention.submit("s")
         assert await attention.tokens("s") == expected
 

@@ -13,6 +13,7 @@ from afd_ray.membership.attempts import Journal
 from afd_ray.membership.events import Adopted, Answered, Change, Effect, Event, Gone, Late, Release, Store
 from afd_ray.membership.protocol import Coordinator
 from afd_ray.membership.seat import Seat
+from afd_ray.membership.staffing import Living
 from afd_ray.simulation.protocol import Parts, run_seed, trace_seed
 
 FIND_WITHIN = 10_000
@@ -126,6 +127,16 @@ class CommitsWhileTheOldFFNMayServe(Coordinator):
         return False
 
 
+class WaitsForTheEndedInEveryRecovery(Coordinator):
+    def _may_serve(self, ffn: tuple[str, ...]) -> bool:
+        return bool(ffn)
+
+
+class WaitsForSparesToLoadInARecovery(Coordinator):
+    def _living(self) -> Living:
+        return super()._living()._replace(blank=())
+
+
 class WaitsForeverForASwitch(Coordinator):
     def _on_late(self, event: Late) -> None:
         if event.phase != "switch":
@@ -184,6 +195,8 @@ def find(parts: Parts) -> str:
         (UsesNumbersAgainAfterARestart, "was used twice"),
         (RollsACommittedChangeBackAfterARestart, "was committed"),
         (ActsBeforeTheRecordIsKept, ""),
+        (WaitsForTheEndedInEveryRecovery, "would wait for members that have ended"),
+        (WaitsForSparesToLoadInARecovery, "a recovery waits for"),
         (WaitsForeverForASwitch, "nothing has disturbed it"),
         (GivesRequestsToTheDead, "requests are given to released members"),
         pytest.param(TakesLateAnswersForNewOnes, "", marks=pytest.mark.full),

@@ -105,6 +105,28 @@ def test_another_loss_in_a_recovery_starts_it_over() -> None:
     assert world.members == ("attention-1", "attention-2", "ffn-4")
 
 
+@pytest.mark.parametrize("lost", ["attention-0", "ffn-2"])
+def test_a_new_member_that_still_loads_is_not_waited_for_in_a_recovery(lost: str) -> None:
+    world = cluster(2, 1, 2)
+    world.held = {("load", "attention-4"), ("load", "ffn-5")}
+    world.tell(Asked("grow", shape(3, 1, 3)))
+    world.tell(Lost(lost, "killed"))
+    assert set(world.members) == {"attention-0", "attention-1", "ffn-2", "ffn-3"} - {lost}
+    change = world.coordinator.change
+    assert change is not None
+    assert (change.kind, change.fresh) == ("resize", ()), "it takes the place of the lost one, in the resize that follows"
+    assert len(set(change.roster.members) & {"attention-4", "ffn-5"}) == 1
+
+
+def test_a_new_member_that_has_loaded_serves_in_a_recovery_at_once() -> None:
+    world = cluster(2, 1, 1)
+    world.held = {("connect", "*")}
+    world.tell(Asked("grow", shape(3, 1, 1)))
+    world.held = {("provide", "*")}
+    world.tell(Lost("attention-0", "killed"))
+    assert world.members == ("attention-1", "attention-3", "ffn-2")
+
+
 def test_a_resize_asked_for_in_a_recovery_is_kept_and_only_one() -> None:
     world = cluster(2, 1, 1)
     world.held = {("load", "*")}
@@ -208,6 +230,23 @@ def test_a_member_that_cannot_be_ended_holds_nobody_up_for_long() -> None:
     world.tell(Lost("ffn-2", "silent"))
     world.late("fence")
     assert world.coordinator.state == "ready"
+
+
+def test_an_epoch_whose_ffn_member_has_ended_holds_no_later_recovery_up() -> None:
+    world = cluster(2, 1, 1)
+    world.tell(Lost("ffn-2", "killed"))
+    world.tell(Lost("attention-0", "killed"))
+    world.serves("attention-1", "attention-4", "ffn-3")
+
+
+def test_a_member_that_cannot_be_ended_holds_one_recovery_up_and_no_later_one() -> None:
+    world = cluster(2, 1, 1)
+    world.keeps_released = True
+    world.tell(Lost("ffn-2", "silent"))
+    world.late("fence")
+    world.tell(Lost("attention-0", "killed"))
+    assert world.coordinator.state == "ready"
+    assert world.members == ("attention-1", "attention-4", "ffn-3")
 
 
 def test_where_one_of_the_old_ffn_members_takes_part_there_is_nothing_to_wait_for() -> None:

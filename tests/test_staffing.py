@@ -67,6 +67,21 @@ def test_what_lives_serves_without_waiting(base: Shape, living: str, expected: S
     assert " ".join(place or "-" for place in (*found.attention, *found.ffn)) == places
 
 
+@pytest.mark.parametrize(
+    ("living", "places"),
+    [
+        (Living({"a0", "f0"}, ["a5", "a6"], ["f7"], {"a5", "f7"}), "a0 a6 f0"),  # a6 has loaded, nobody beside f0 has
+        (Living({"f0", "f1"}, ["a5", "a6"], [], {"a5"}), "a6 f0 f1"),
+        (Living({"a0"}, ["a5"], ["f7", "f8"], {"a5", "f7", "f8"}), "a0 f7 f8"),  # without them nobody serves
+        (Living({"f0", "f1"}, ["a5"], [], {"a5"}), "a5 f0 f1"),
+    ],
+)
+def test_a_recovery_waits_for_no_spare_to_load_where_others_serve(living: Living, places: str) -> None:
+    base = roster(shape(2, 2, 1))
+    found = recovery(base, base.shape, living)
+    assert " ".join(place or "-" for place in (*found.attention, *found.ffn)) == places
+
+
 def test_spares_serve_in_a_recovery_as_far_as_they_are_wanted() -> None:
     base = roster(shape(2, 2, 1))
     found = recovery(base, shape(2, 2, 1), Living({"a0", "f0"}, ["a5", "a6"], ["f7"]))

@@ -45,6 +45,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--reproduce", action="store_true", help="compute the paper's tables; exit 1 if one figure is out of tolerance"
     )
+    parser.add_argument(
+        "--measured",
+        metavar="FILE_OR_DIR",
+        help="the paper's deployments with stage times that benchmarks/gpu_*.py measured (JSON), beside the paper's figures",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -71,6 +76,8 @@ def price(text: str) -> tuple[str, float]:
 def run(args: argparse.Namespace) -> int:
     if args.reproduce:
         return run_reproduce(args.as_json)
+    if args.measured is not None:
+        return run_measured(Path(args.measured), args.as_json)
     from afd_ray.config import parse_config
     from afd_ray.planning import catalogue
     from afd_ray.planning.configuration import configuration, configuration_text
@@ -108,6 +115,23 @@ def run_reproduce(as_json: bool) -> int:
 
         print_comparisons(found)
     return 0 if all(c.holds for c in found) else 1
+
+
+def run_measured(path: Path, as_json: bool) -> int:
+    """Raises ValueError in one line where the times cannot be read."""
+    from afd_ray.planning.measured import read_measured
+    from afd_ray.planning.projection import ALWAYS_ASSUMED, describe, projections
+
+    measured = read_measured(path)
+    found = [describe(projection) for projection in projections(measured)]
+    if as_json:
+        told = {"measured": measured.model_dump(mode="json"), "assumed": ALWAYS_ASSUMED, "deployments": found}
+        print(json.dumps(told, indent=2))
+        return 0
+    from actors.commands.plan_tables import print_projections
+
+    print_projections(f"{measured.device}: {measured.source}", found, ALWAYS_ASSUMED)
+    return 0
 
 
 def target_of(args: argparse.Namespace) -> "Target":

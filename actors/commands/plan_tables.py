@@ -77,6 +77,34 @@ def _alternative(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def print_projections(measured: str, found: Sequence[dict[str, Any]], assumed: Iterable[str]) -> None:
+    """Each of `found`, as `projection.describe` tells it: what it reaches, then what of its stages was measured and what was not."""
+    console = table_console()
+    columns = ("", "GPUs", "batch", "TPOT ms", "tokens/s/GPU", "the paper's", "deviation", "binding")
+    reached = Table(*columns, title=f"Projected from {measured}", title_justify="left")
+    for row in found:
+        figures = f"{row['batch']:,}", f"{row['tpot_ms']:.1f}", f"{row['tokens_per_gpu_s']:,.0f}"
+        paper = f"{row['paper_tokens_per_gpu_s']:,}", f"{row['deviation']:+.1%}"
+        reached.add_row(row["name"], str(row["gpus"]), *figures, *paper, row["binding"])
+    console.print(reached)
+    for title, bases in (("Measured, us a layer", ("measured", "extended")), ("Assumed, us a layer", ("assumed",))):
+        parts = Table("", *(row["name"] for row in found), title=title, title_justify="left")
+        for what in _in_order(part["what"] for row in found for part in row["parts"] if part["basis"] in bases):
+            parts.add_row(what, *(_part(row["parts"], what, bases) for row in found))
+        if parts.rows:
+            console.print(parts)
+    console.print("extended: beyond the points that were measured, or from a cache of another precision")
+    for line in assumed:
+        console.print(f"assumed: {line}")
+
+
+def _part(parts: Sequence[dict[str, Any]], what: str, bases: Sequence[str]) -> str:
+    part = next((part for part in parts if part["what"] == what and part["basis"] in bases), None)
+    if part is None:
+        return ""
+    return f"{part['us']:.0f}" + (" extended" if part["basis"] == "extended" else "")
+
+
 def print_comparisons(found: Sequence[Comparison]) -> None:
     """A table for each of the paper's, then how many figures are within tolerance and which are not."""
     console = table_console()

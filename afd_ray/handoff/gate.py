@@ -16,6 +16,8 @@ from afd_ray.handoff.tcp import tune
 from afd_ray.refusals import RefusalLog
 
 _MAX_UNPROVEN = 64
+_FIRST_TRY_S = 0.25
+"""For a peer's kernel to answer; each further try gets twice as long. This side's kernel would wait a second before it sends a lost packet again."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,14 +114,23 @@ class Gate:
         visitor.connection.close()
 
 
-def dial(host: str, port: int, *, source_host: str, secret: bytes, claim: Claim, deadline_s: float) -> socket.socket:
+def dial(
+    host: str,
+    port: int,
+    *,
+    source_host: str,
+    secret: bytes,
+    claim: Claim,
+    deadline_s: float,
+    reached_by_s: float | None = None,
+) -> socket.socket:
     """A connection to the gate of rank `claim.target`, both sides proven; LinkError, naming the rank.
 
-    `deadline_s` is on the monotonic clock.
+    `deadline_s` is on the monotonic clock, and so is `reached_by_s`: when the peer's kernel, which answers whatever the peer is doing, must have.
     """
     peer = claim.target
     try:
-        connection = socket.create_connection((host, port), timeout=_left_s(deadline_s), source_address=(source_host, 0))
+        connection = _reach((host, port), source_host, deadline_s if reached_by_s is None else min(deadline_s, reached_by_s))
     except TimeoutError:
         raise LinkError(peer, f"no answer from {host}:{port} in time") from None
     except OSError as error:
@@ -134,6 +145,18 @@ def dial(host: str, port: int, *, source_host: str, secret: bytes, claim: Claim,
         connection.close()
         raise LinkError(peer, f"handshake with {host}:{port} failed: {error}") from None
     return connection
+
+
+def _reach(address: tuple[str, int], source_host: str, until_s: float) -> socket.socket:
+    """Raises TimeoutError when nothing has answered by then."""
+    try_s = _FIRST_TRY_S
+    while True:
+        try:
+            return socket.create_connection(address, timeout=min(try_s, _left_s(until_s)), source_address=(source_host, 0))
+        except TimeoutError:
+            if monotonic() >= until_s:
+                raise
+        try_s *= 2
 
 
 def _introduce(connection: socket.socket, secret: bytes, claim: Claim, deadline_s: float) -> None:

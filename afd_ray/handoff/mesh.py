@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.message import LinkError, Mesh
 from afd_ray.handoff.ring_mesh import EdgeCount, RingMesh
-from afd_ray.handoff.wiring import LINK_KINDS, LinkKind, Terms
+from afd_ray.handoff.terms import LINK_KINDS, LinkKind, Terms
 
 __all__ = ["EdgeCount", "Endpoint", "LinkError", "LinkKind", "Mesh", "RingMesh", "open_mesh"]
 

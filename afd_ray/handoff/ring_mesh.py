@@ -12,7 +12,8 @@ from afd_ray.handoff.inbound import Inbound
 from afd_ray.handoff.intake import Intake
 from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, LinkError, Message
 from afd_ray.handoff.spin import Spin
-from afd_ray.handoff.wiring import OWN_CLOSE, Terms, Wiring
+from afd_ray.handoff.terms import Terms
+from afd_ray.handoff.wiring import OWN_CLOSE, Wiring
 
 _WARM_UP_POLL_S = 0.5e-3
 

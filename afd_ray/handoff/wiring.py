@@ -7,9 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from afd_ray.handoff import shm
 from afd_ray.handoff.breaks import Breaks, Life
@@ -22,29 +20,13 @@ from afd_ray.handoff.intake import Intake
 from afd_ray.handoff.message import LinkError
 from afd_ray.handoff.poller import GONE, READ, Poller
 from afd_ray.handoff.tcp import PEER_CLOSED, TcpEdge, TcpInlet, notice_silence
+from afd_ray.handoff.terms import LinkKind, Terms
 
-LinkKind = Literal["auto", "shm", "tcp", "gloo"]
-LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 OWN_CLOSE = "this mesh is closed"
 
 _CONNECT_POLL_S = 0.5e-3
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a member brings to its group."""
-
-    rank: int
-    epoch: int
-    digest: int
-    secret: bytes
-    host: str
-    kind: LinkKind
-    send_timeout_s: float
-    silence_s: float | None
-    """After which a peer on another host is taken to be out of reach; None: never."""
 
 
 Outbound = shm.ShmEdge | TcpEdge | GlooEdge
@@ -170,7 +152,13 @@ class Wiring:
         carrier = Carrier.GLOO if terms.kind == "gloo" else Carrier.SHM if segment else Carrier.TCP
         claim = Claim(carrier, terms.rank, peer, terms.epoch, terms.digest, secrets.token_bytes(NONCE_BYTES))
         connection = dial(
-            endpoint.host, endpoint.port, source_host=terms.host, secret=terms.secret, claim=claim, deadline_s=deadline_s
+            endpoint.host,
+            endpoint.port,
+            source_host=terms.host,
+            secret=terms.secret,
+            claim=claim,
+            deadline_s=deadline_s,
+            reached_by_s=terms.reached_by_s,
         )
         if self._closed:
             connection.close()

@@ -121,7 +121,7 @@ class Changes:
     def _commit(self, change: Change) -> None:
         """From here on members may switch, so that the old epoch cannot be gone back to."""
         change.committed = True
-        if self._roster is not None and self._roster.ffn and self._roster != change.roster:
+        if self._roster is not None and self._roster != change.roster and self._may_serve(self._roster.ffn):
             self._unfenced.append(self._roster.ffn)
         self._roster, self._broken = change.roster, ""
         if change.ask_id is not None:
@@ -239,8 +239,12 @@ class Changes:
     def _must_fence(self, change: Change) -> bool:
         """Whether some earlier epoch could still emit while the coming one does: all of its FFN members may be serving in it."""
         base = change.base.ffn if change.base else ()
-        olds = [*self._unfenced, *([base] if base and all(member in self._pool.members for member in base) else [])]
+        olds = [*self._unfenced, *([base] if self._may_serve(base) else [])]
         return any(set(old).isdisjoint(change.roster.ffn) for old in olds)
+
+    def _may_serve(self, ffn: tuple[str, ...]) -> bool:
+        """Whether an epoch with these FFN members, which none is known to have left, could still emit: none of them is known to have ended."""
+        return bool(ffn) and all(member in self._pool.members for member in ffn)
 
     def _has_left(self, member: str) -> None:
         """It serves in no earlier epoch any more, and without it none of those can emit."""
@@ -252,7 +256,8 @@ class Changes:
     def _living(self) -> staffing.Living:
         taken = self._roster.members if self._roster else ()
         base = {member for member in taken if self._pool.lives(member)}
-        return staffing.Living(base, self._pool.spares("attention", taken), self._pool.spares("ffn", taken))
+        spares = self._pool.spares("attention", taken), self._pool.spares("ffn", taken)
+        return staffing.Living(base, *spares, self._pool.blank)
 
     def _release_spares(self) -> None:
         taken = self._roster.members if self._roster else ()

@@ -18,12 +18,15 @@ class Pool:
     """Of them, those that were released: they have no work any more, and are not known to have ended."""
     coming: set[str] = field(default_factory=set)
     """Of them, those that are being provided."""
+    blank: set[str] = field(default_factory=set)
+    """Of them, those that have not loaded anything yet."""
 
     def new(self, role: Role) -> str:
         member = f"{role}-{self.started}"
         self.started += 1
         self.members.append(member)
         self.coming.add(member)
+        self.blank.add(member)
         return member
 
     def lives(self, member: str) -> bool:
@@ -37,11 +40,16 @@ class Pool:
     def spares(self, role: Role, taken: Collection[str]) -> list[str]:
         return [member for member in self.living() if member not in taken and member.startswith(role)]
 
+    def loaded(self, member: str) -> None:
+        """It holds weights."""
+        self.blank.discard(member)
+
     def release(self, members: Iterable[str]) -> tuple[str, ...]:
         """Give these up; gives those that were not given up before."""
         released = tuple(member for member in members if self.lives(member))
         self.dying.update(released)
         self.coming.difference_update(released)
+        self.blank.difference_update(released)
         return released
 
     def gone(self, member: str) -> None:

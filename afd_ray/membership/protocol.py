@@ -119,6 +119,11 @@ class Coordinator(Changes):
         return self._broken
 
     @property
+    def cramped(self) -> bool:
+        """Whether those who live cannot hold all that is served, so that a recovery waits for others."""
+        return self._cramped
+
+    @property
     def takers(self) -> tuple[str, ...]:
         """Attention members that requests may be given to. Whoever is not here any more has lost its requests, or gives them back."""
         if self._roster is None or self._stopping:
@@ -208,6 +213,8 @@ class Coordinator(Changes):
     def _on_answered(self, event: Answered) -> None:
         if event.op == "switch" and event.error is None:
             self._has_left(event.member)
+        if event.op == "load" and event.error is None:
+            self._pool.loaded(event.member)
         change = self._change
         if change is None or (event.number, event.op) != (change.number, change.phase) or event.member not in change.awaited:
             return
@@ -249,8 +256,11 @@ class Coordinator(Changes):
             return
         if (event.number, event.phase) != (change.number, change.phase):
             return
-        if event.phase in ("settle", "fence"):
+        if event.phase == "settle":
             self._advance(change)
+        elif event.phase == "fence":
+            self._advance(change)
+            self._unfenced.clear()  # the next recovery need not wait for them in vain once more
         elif event.phase == "provide":
             self._unprovided(change, f"no room for it in {change.deadline_s:g} s")
         else:

@@ -25,6 +25,13 @@ class Living(NamedTuple):
     base: Collection[str]
     spare_attention: Sequence[str] = ()
     spare_ffn: Sequence[str] = ()
+    blank: Collection[str] = ()
+    """Of the spares, those that have not loaded anything yet."""
+
+    def ready(self, base: Sequence[str], spares: Sequence[str]) -> list[str]:
+        """Of a role's spares those that a recovery need not wait for; all of them where no other, of the `base` or spare, could serve."""
+        loaded = [member for member in spares if member not in self.blank]
+        return loaded if loaded or any(member in self.base for member in base) else list(spares)
 
 
 def staff(shape: Shape, base: Roster | None, living: Living) -> Staff:
@@ -60,11 +67,11 @@ def recovery(base: Roster, wanted: Shape, living: Living) -> Staff:
     """What serves soonest with those who live; only where no attention or no FFN member does are the wanted ones to be provided.
 
     FFN instances that are whole stay as they are, and the others' living ranks make whole ones as far as they go. Where no whole instance
-    is left, all living ranks make one, of fewer ranks.
+    is left, all living ranks make one, of fewer ranks. A spare that has yet to read its weights comes in with the resize that follows.
     """
     attention = [member for member in base.attention if member in living.base]
     missing = max(0, wanted.attention - len(attention))
-    attention += living.spare_attention[:missing]
+    attention += living.ready(base.attention, living.spare_attention)[:missing]
     count = len(attention) or wanted.attention
     shape, ffn = _surviving_ffn(base, wanted, living)
     return Staff(replace(shape, attention=count), seat_attention(count, attention), ffn)
@@ -75,7 +82,8 @@ def _surviving_ffn(base: Roster, wanted: Shape, living: Living) -> tuple[Shape, 
     ranks = base.shape.tensor_parallel
     whole = [instance for instance in base.instances if all(member in living.base for member in instance)]
     stay = {member for instance in whole for member in instance}
-    rest = [member for member in base.ffn if member in living.base and member not in stay] + list(living.spare_ffn)
+    rest = [member for member in base.ffn if member in living.base and member not in stay]
+    rest += living.ready(base.ffn, living.spare_ffn)
     room = max(len(base.instances), wanted.expert_parallel) - len(whole)
     whole += [tuple(rest[i : i + ranks]) for i in range(0, len(rest) - ranks + 1, ranks)][:room] if ranks else []
     if whole:

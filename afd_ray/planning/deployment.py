@@ -1,6 +1,6 @@
 """A deployment and what it would do: step time, throughput, memory and price, from its stages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from afd_ray.engine.pipeline import predicted_period
@@ -119,8 +119,13 @@ def slowest_stage(times: StageTimes, micro_batches: int) -> Bound:
 
 
 def performance(deployment: Deployment, achieved: Achieved) -> Performance:
+    """With the stages that the hardware's peaks and what is achieved of them give."""
+    return performance_of(deployment, list(layer_kinds(deployment, achieved)))
+
+
+def performance_of(deployment: Deployment, kinds: Sequence[LayerKind]) -> Performance:
+    """With stages that are known for each kind of layer."""
     d = deployment
-    kinds = list(layer_kinds(d, achieved))
     tpot_us = d.shape.layers * sum(kind.share * period_us(kind.times_us, d.micro_batches) for kind in kinds)
     tokens_per_s = d.batch / tpot_us * 1e6
     times_us = max(kinds, key=lambda kind: kind.share).times_us

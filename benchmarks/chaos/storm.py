@@ -20,7 +20,7 @@ from benchmarks.chaos.clients import Clients, Mishap
 from benchmarks.chaos.processes import Workers, workers
 from benchmarks.chaos.schedule import Fault, Moment, Shape, Victim
 from benchmarks.chaos.stalls import stall_s
-from benchmarks.chaos.watch import Watch, asked
+from benchmarks.chaos.watch import Watch, asked, repaired_s
 
 LOOK_S, SHORT_S = 0.1, 0.001
 INGRESS: tuple[Victim, ...] = ("ingress", "proxy", "serve_controller")
@@ -93,8 +93,8 @@ class Storm:
                 await self._whole(at_s)
         except TimeoutError:
             raise NotWhole(f"after {fault}: {await self._complaint()}") from None
-        renewed_s = self._watch.renewed(at_s, before.epoch) or at_s + LOOK_S
-        stalls = [stall_s(answer.times_s, at_s, renewed_s) for answer in in_progress]
+        repaired = repaired_s(before, self._watch.since(at_s)) or at_s + LOOK_S
+        stalls = [stall_s(answer.times_s, at_s, repaired) for answer in in_progress]
         return Struck(
             fault,
             in_time,

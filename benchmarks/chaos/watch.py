@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +35,25 @@ class Seen(NamedTuple):
     state: str
 
 
+def repaired_s(before: Seen, after: Iterable[Seen]) -> float | None:
+    """When a fault was recovered from: in an epoch later than the one that was broken, or back in that one.
+
+    `after`: what was heard since the fault, `before`: what before it. None: it called for no recovery, whatever change was in progress.
+    """
+    broken = before.epoch if before.state == "recovering" else None
+    rested = before.state == "ready"
+    for seen in after:
+        if broken is not None:
+            if seen.epoch > broken or seen.state == "ready":
+                return seen.at_s
+        elif seen.state == "recovering":
+            broken = seen.epoch
+        elif seen.state == "resizing" and rested:
+            return None  # asked for since
+        rested = rested or seen.state == "ready"
+    return None
+
+
 @dataclass
 class Watch:
     """Writes down every change of epoch or state until closed."""
@@ -57,11 +77,10 @@ class Watch:
 
     def noticed(self, since_s: float) -> float | None:
         """Seconds from then to the first change."""
-        return next((seen.at_s - since_s for seen in self.seen if seen.at_s > since_s), None)
+        return next((seen.at_s - since_s for seen in self.since(since_s)), None)
 
-    def renewed(self, since_s: float, epoch: int) -> float | None:
-        """When an epoch after this one was first heard of."""
-        return next((seen.at_s for seen in self.seen if seen.at_s > since_s and seen.epoch > epoch), None)
+    def since(self, at_s: float) -> list[Seen]:
+        return [seen for seen in self.seen if seen.at_s > at_s]
 
     async def _follow(self) -> None:
         while True:

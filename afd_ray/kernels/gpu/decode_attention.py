@@ -6,17 +6,15 @@ tensor cores' tile, so keys and values are read once for all of them. The spans 
 Legend of shapes: N rows, A query heads, G key heads, D head_dim, P blocks of the cache, S splits of a row's tokens.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_ray.kernels.gpu.paged_softmax import LOG2_E, attend_tokens, check, operand
+from afd_ray.kernels.gpu.paged_softmax import LOG2_E, Rows, Tile, attend_tokens, check, sizes
 
-HEADS_OF_A_TILE = 64
-"""M of one wgmma; more heads to a key head take several programs."""
 FEWEST_HEADS = 16
 """M of the smallest tensor-core tile; fewer heads leave it partly empty."""
 MOST_SPLITS = 32
@@ -24,28 +22,22 @@ SHORTEST_SPLIT = 256
 """Tokens of a span, unless the row has fewer: shorter ones cost more to combine than they gain."""
 
 
-class Tile(NamedTuple):
-    """How a program goes through its tokens."""
-
-    tokens: int
-    stages: int
-    """Tiles of keys and values on their way at a time."""
-    warps: int
-
-
 TILES = {
-    torch.bfloat16: Tile(tokens=64, stages=3, warps=8),
-    torch.float16: Tile(tokens=64, stages=3, warps=8),
-    torch.float8_e4m3fn: Tile(tokens=64, stages=4, warps=8),
-    torch.float32: Tile(tokens=16, stages=2, warps=4),
+    torch.bfloat16: Tile(queries=64, tokens=64, stages=3, warps=8),
+    torch.float16: Tile(queries=64, tokens=64, stages=3, warps=8),
+    torch.float8_e4m3fn: Tile(queries=64, tokens=64, stages=4, warps=8),
+    torch.float32: Tile(queries=64, tokens=16, stages=2, warps=4),
 }
-"""By the cache's dtype; found by compiling for heads of 256: deeper or larger ones spill or do not fit (docs/gpu.md)."""
+"""By the cache's dtype; found by compiling for heads of 256: deeper or larger ones spill or do not fit (docs/gpu.md).
+
+64 queries are M of one wgmma; more heads to a key head take several programs.
+"""
 
 
 @triton.jit
 def attend_kernel(
-    q,  # [N, A, D]
-    blocks,  # [P, PAGE, G, 2, D]
+    q,  # [N, A, D + ROTARY]
+    blocks,  # [P, PAGE, G, 2, D]; with a rotary part [P, PAGE, D + ROTARY]
     tables,
     starts,  # [N]
     contexts,  # [N]
@@ -56,6 +48,7 @@ def attend_kernel(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr,
@@ -65,13 +58,19 @@ def attend_kernel(
 ):
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
-    row, key_head, split = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
+    TOKEN_STRIDE: tl.constexpr = DIM + ROTARY if ROTARY > 0 else KEY_HEADS * 2 * DIM
+    row, key_head, split = tl.program_id(1), tl.program_id(0) // HEAD_TILES, tl.program_id(2)
 
-    in_group = tl.program_id(1) % HEAD_TILES * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    in_group = tl.program_id(0) % HEAD_TILES * TILE_HEADS + tl.arange(0, TILE_HEADS)
     is_head = in_group < GROUP
     head = key_head * GROUP + in_group
     dim = tl.arange(0, DIM)[None, :]
-    queries = tl.load(q + (row * HEADS + head)[:, None] * DIM + dim, mask=is_head[:, None], other=0.0).to(OPERAND)
+    query = q + (row * HEADS + head)[:, None] * (DIM + ROTARY)
+    queries = tl.load(query + dim, mask=is_head[:, None], other=0.0).to(OPERAND)
+    rotary_queries = None
+    if ROTARY > 0:
+        rotary = query + DIM + tl.arange(0, ROTARY)[None, :]
+        rotary_queries = tl.load(rotary, mask=is_head[:, None], other=0.0).to(OPERAND)
 
     context = tl.load(contexts + row)
     span = _span(context, SPLITS, SHORTEST, TILE_TOKENS)
@@ -83,12 +82,12 @@ def attend_kernel(
     limits = tl.full([TILE_HEADS], 0, tl.int32) + end
     table, keys = tables + tl.load(starts + row), blocks + key_head * 2 * DIM
     sums, total, highest = attend_tokens(
-        queries, limits, first, end, table, keys, score_scale, KEY_HEADS * 2 * DIM, PAGE, TILE_TOKENS, OPERAND
+        queries, rotary_queries, limits, first, end, table, keys, score_scale, ROTARY, TOKEN_STRIDE, PAGE, TILE_TOKENS, OPERAND
     )
 
     # A row of no tokens, which pads a batch, gives zeros.
     attended = sums * (value_scale / tl.where(total > 0.0, total, 1.0))[:, None]
-    place = ((split * tl.num_programs(0) + row) * HEADS + head).to(tl.int64)
+    place = ((split * tl.num_programs(1) + row) * HEADS + head).to(tl.int64)
     tl.store(out + place[:, None] * DIM + dim, attended.to(out.dtype.element_ty), mask=is_head[:, None])
     if SPLITS > 1:
         tl.store(weights + place, highest + tl.log2(total), mask=is_head)
@@ -127,7 +126,7 @@ def _span(context, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, TILE_TOKENS: tl
 
 
 def splits_for(programs: int, multiprocessors: int) -> int:
-    """Into how many splits a row's tokens go, where `programs` (rows x key heads) would run without, one to a multiprocessor.
+    """Into how many splits a row's tokens go, where `programs` (rows x tiles of heads) would run without, one to a multiprocessor.
 
     The fewest that keep the multiprocessors at least nine tenths as busy as the best number would.
     It does not depend on the contexts, so that a captured graph serves any.
@@ -144,58 +143,37 @@ def _busy(programs: int, multiprocessors: int) -> float:
     return programs / (rounds * multiprocessors)
 
 
-def attend(
-    q: Tensor,
-    blocks: Tensor,
-    tables: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    *,
-    splits: int,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
-) -> Tensor:
-    """q [N, A, D] over the first contexts[row] tokens of the blocks tables[starts[row]:]: [N, A, D] in the dtype of q.
+def attend(rows: Rows, *, splits: int, key_scale: float = 1.0, value_scale: float = 1.0) -> Tensor:
+    """Each row's queries over its context: [N, A, D] in the dtype of q.
 
-    blocks [P, block_size, G, 2, D] contiguous: a token's key heads, each beside its value head; `PagedCache.blocks[layer]` with G = 1.
-    D and block_size are powers of two. float32, bfloat16, float16, or e4m3 times `key_scale` and `value_scale`, which is computed in
-    float16: it holds every e4m3 value, and q must be within its range. tables [.], starts [N] and contexts [N] int32; a context may be 0.
-    splits from 1 to 32, see `splits_for`. Raises ValueError for any other shape or dtype.
+    blocks contiguous, `PagedCache.blocks[layer]` with G = 1; D and block_size are powers of two. float32, bfloat16, float16, or e4m3 times
+    `key_scale` and `value_scale`, which is computed in float16: it holds every e4m3 value, and q must be within its range.
+    A context may be 0. splits from 1 to 32, see `splits_for`. Raises ValueError for any other shape or dtype.
     """
-    check(q, blocks, tables, {"starts": starts, "contexts": contexts}, {})
+    check(rows, {})
+    score_scale = rows.q.shape[2] ** -0.5 * key_scale
+    return attend_in_splits(rows, TILES[rows.blocks.dtype], splits, score_scale, value_scale, sizes(rows) | {"ROTARY": 0})
+
+
+def attend_in_splits(
+    rows: Rows, tile: Tile, splits: int, score_scale: float, value_scale: float, constants: dict[str, Any]
+) -> Tensor:
+    """Both kernels over checked rows; `constants` are the sizes that `attend_kernel` is compiled for."""
     if not 1 <= splits <= MOST_SPLITS:
         raise ValueError(f"splits must be from 1 to {MOST_SPLITS}, got {splits}")
-    rows, heads, dim = q.shape
-    key_heads = blocks.shape[2]
-    out = torch.empty_like(q)
-    if not rows:
+    count, heads, key_heads, dim = len(rows.q), constants["HEADS"], constants["KEY_HEADS"], constants["DIM"]
+    out = rows.q.new_empty(count, heads, dim)
+    if not count:
         return out
-    parts = out if splits == 1 else q.new_empty(splits, rows, heads, dim, dtype=torch.float32)
-    weights = q.new_empty(splits, rows, heads, dtype=torch.float32)
-    tile = TILES[blocks.dtype]
-    tile_heads = min(HEADS_OF_A_TILE, max(FEWEST_HEADS, triton.next_power_of_2(heads // key_heads)))
+    parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    weights = out.new_empty(splits, count, heads, dtype=torch.float32)
+    tile_heads = min(tile.queries, max(FEWEST_HEADS, triton.next_power_of_2(heads // key_heads)))
     span = {"SPLITS": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens}
-    attend_kernel[(rows, key_heads * triton.cdiv(heads // key_heads, tile_heads), splits)](
-        q,
-        blocks,
-        tables,
-        starts,
-        contexts,
-        parts,
-        weights,
-        dim**-0.5 * key_scale * LOG2_E,
-        value_scale,
-        HEADS=heads,
-        KEY_HEADS=key_heads,
-        DIM=dim,
-        PAGE=blocks.shape[1],
-        TILE_HEADS=tile_heads,
-        OPERAND=operand(blocks.dtype),
-        **span,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    # The tiles of one row's heads are neighbours: what one reads, the others find in the L2 cache.
+    attend_kernel[(key_heads * triton.cdiv(heads // key_heads, tile_heads), count, splits)](
+        *rows, parts, weights, score_scale * LOG2_E, value_scale, TILE_HEADS=tile_heads, **span, **constants, **tile.options
     )
     if splits > 1:
         padded = triton.next_power_of_2(splits)
-        combine_kernel[(rows, heads)](parts, weights, contexts, out, HEADS=heads, DIM=dim, PADDED_SPLITS=padded, **span)
+        combine_kernel[(count, heads)](parts, weights, rows.contexts, out, HEADS=heads, DIM=dim, PADDED_SPLITS=padded, **span)
     return out

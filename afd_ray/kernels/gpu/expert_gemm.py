@@ -83,40 +83,12 @@ def gate_up_kernel(
     if expert >= EXPERTS:
         return
     place = first + tl.arange(0, TILE_ROWS)
-    is_row = place < end
-    row = tl.load(assignments + place, mask=is_row, other=0) // TOP_K
     column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    is_column = (column < INNER)[:, None]
-    depth = tl.arange(0, TILE_DEPTH)[None, :]
-    rows = x + row.to(tl.int64)[:, None] * HIDDEN + depth
-    weight = (expert.to(tl.int64) * INNER + column)[:, None] * HIDDEN + depth
-    gates = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    ups = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    BLOCKS: tl.constexpr = HIDDEN // TILE_DEPTH
-    if NARROW:
-        row_scale = exponents + row.to(tl.int64) * BLOCKS
-        weight_scale = (expert * tl.num_programs(1) + tl.program_id(1)) * BLOCKS
-        exponent = tl.load(row_scale)
-        gate_scale, up_scale = tl.load(gate_scales + weight_scale), tl.load(up_scales + weight_scale)
-    for block in range(BLOCKS):
-        at = block * TILE_DEPTH
-        left = tl.load(rows + at)
-        gate_tile = tl.load(gate + weight + at, mask=is_column, other=0.0)
-        up_tile = tl.load(up + weight + at, mask=is_column, other=0.0)
-        if NARROW:
-            scale = power_of_two(exponent.to(tl.int32))
-            by_gate, by_up = (scale * gate_scale)[:, None], (scale * up_scale)[:, None]
-            # A block ahead: no product waits for its scales.
-            ahead = tl.minimum(block + 1, BLOCKS - 1)
-            exponent = tl.load(row_scale + ahead)
-            gate_scale, up_scale = tl.load(gate_scales + weight_scale + ahead), tl.load(up_scales + weight_scale + ahead)
-            gates += tl.dot(left, gate_tile.T) * by_gate
-            ups += tl.dot(left, up_tile.T) * by_up
-        else:
-            gates = tl.dot(left, gate_tile.T, gates, input_precision="ieee")
-            ups = tl.dot(left, up_tile.T, ups, input_precision="ieee")
+    row = tl.load(assignments + tl.minimum(place, end - 1)) // TOP_K
+    gates, ups = _products(x, exponents, row, gate, gate_scales, up, up_scales, expert, column, INNER, HIDDEN, TILE_DEPTH, NARROW)
 
     gated = gates * tl.sigmoid(gates) * ups
+    is_row = place < end
     is_place = is_row[:, None] & (column < INNER)[None, :]
     at = inner + place.to(tl.int64)[:, None] * INNER + column[None, :]
     if NARROW:
@@ -151,34 +123,70 @@ def down_kernel(
     if expert >= EXPERTS:
         return
     place = first + tl.arange(0, TILE_ROWS)
-    is_row = place < end
     column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    is_column = (column < HIDDEN)[:, None]
+    held = tl.minimum(place, end - 1)
+    sums, _ = _products(
+        inner, inner_exponents, held, down, down_scales, None, None, expert, column, HIDDEN, INNER, TILE_DEPTH, NARROW
+    )
+
+    assignment = tl.load(assignments + held)
+    share = tl.load(weights + assignment).to(tl.float32)
+    at = total + (assignment // TOP_K).to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.atomic_add(at, sums * share[:, None], mask=(place < end)[:, None] & (column < HIDDEN)[None, :], sem="relaxed")
+
+
+@triton.jit
+def _products(
+    x,  # [., DEPTH]
+    exponents,  # [., DEPTH / TILE_DEPTH] uint8, or None
+    row,  # [M], all of them rows of x
+    one,  # [E, COLUMNS, DEPTH]
+    one_scales,  # [E, column tiles, DEPTH / TILE_DEPTH], or None
+    two,  # as one, or None
+    two_scales,
+    expert,
+    column,  # [C]
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Rows [M, DEPTH] by the expert's columns of `one`, and of `two`: both [M, C]; the second is zeros without `two`."""
+    is_column = (column < COLUMNS)[:, None]
     depth = tl.arange(0, TILE_DEPTH)[None, :]
-    rows = inner + place.to(tl.int64)[:, None] * INNER + depth
-    weight = down + (expert.to(tl.int64) * HIDDEN + column)[:, None] * INNER + depth
-    sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    BLOCKS: tl.constexpr = INNER // TILE_DEPTH
+    rows = x + row.to(tl.int64)[:, None] * DEPTH + depth
+    weight = (expert.to(tl.int64) * COLUMNS + column)[:, None] * DEPTH + depth
+    ones = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    twos = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    BLOCKS: tl.constexpr = DEPTH // TILE_DEPTH
     if NARROW:
-        row_scale = inner_exponents + place * BLOCKS
-        weight_scale = down_scales + (expert * tl.num_programs(1) + tl.program_id(1)) * BLOCKS
-        exponent, scale = tl.load(row_scale, mask=is_row, other=1), tl.load(weight_scale)
+        row_scale = exponents + row.to(tl.int64) * BLOCKS
+        weight_scale = (expert * tl.num_programs(1) + tl.program_id(1)) * BLOCKS
+        exponent, one_scale = tl.load(row_scale), tl.load(one_scales + weight_scale)
+        if two is not None:
+            two_scale = tl.load(two_scales + weight_scale)
     for block in range(BLOCKS):
         at = block * TILE_DEPTH
-        left = tl.load(rows + at, mask=is_row[:, None], other=0.0)
-        right = tl.load(weight + at, mask=is_column, other=0.0)
+        left = tl.load(rows + at)
+        one_tile = tl.load(one + weight + at, mask=is_column, other=0.0)
+        if two is not None:
+            two_tile = tl.load(two + weight + at, mask=is_column, other=0.0)
         if NARROW:
-            by = (power_of_two(exponent.to(tl.int32)) * scale)[:, None]
+            # A block ahead: no product waits for its scales.
             ahead = tl.minimum(block + 1, BLOCKS - 1)
-            exponent, scale = tl.load(row_scale + ahead, mask=is_row, other=1), tl.load(weight_scale + ahead)
-            sums += tl.dot(left, right.T) * by
+            scale = power_of_two(exponent.to(tl.int32))
+            by_one = (scale * one_scale)[:, None]
+            exponent, one_scale = tl.load(row_scale + ahead), tl.load(one_scales + weight_scale + ahead)
+            ones += tl.dot(left, one_tile.T) * by_one
+            if two is not None:
+                by_two = (scale * two_scale)[:, None]
+                two_scale = tl.load(two_scales + weight_scale + ahead)
+                twos += tl.dot(left, two_tile.T) * by_two
         else:
-            sums = tl.dot(left, right.T, sums, input_precision="ieee")
-
-    assignment = tl.load(assignments + place, mask=is_row, other=0)
-    share = tl.load(weights + assignment, mask=is_row, other=0.0).to(tl.float32)
-    at = total + (assignment // TOP_K).to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.atomic_add(at, sums * share[:, None], mask=is_row[:, None] & (column < HIDDEN)[None, :], sem="relaxed")
+            ones = tl.dot(left, one_tile.T, ones, input_precision="ieee")
+            if two is not None:
+                twos = tl.dot(left, two_tile.T, twos, input_precision="ieee")
+    return ones, twos
 
 
 @triton.jit

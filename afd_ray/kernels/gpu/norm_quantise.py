@@ -1,6 +1,7 @@
 """The sum of the residual and what came back from the FFN ranks, its RMSNorm, and that in e4m3 as the wire and FP8 products want it, in one pass.
 
-Legend of shapes: N rows, H hidden, U updates (one an FFN instance, and the shared expert's), B blocks of a row.
+Legend of shapes: N rows, H hidden, U updates (one an FFN instance, and the shared expert's), R partial rows,
+B blocks of a row.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,8 @@ class Normalised(NamedTuple):
 @triton.jit
 def add_norm_quantise_kernel(
     residual,  # [N, H]
-    updates,  # [U, N, H]
+    updates,  # [U, N, H]; with places [R, H]
+    places,  # [U, N] int32, or None
     weight,  # [H]
     new_residual,  # [N, H]
     hidden,  # [N, H]
@@ -53,7 +55,9 @@ def add_norm_quantise_kernel(
 
     x = tl.load(residual + place, mask=is_column, other=0.0)
     for update in tl.static_range(UPDATES):
-        added = tl.load(updates + update * rows.to(tl.int64) * WIDTH + place, mask=is_column, other=0.0)
+        partial = update * rows + row if places is None else tl.load(places + update * rows + row)
+        is_added = is_column & (partial >= 0)
+        added = tl.load(updates + partial.to(tl.int64) * WIDTH + column, mask=is_added, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
     if UPDATES > 0:
         tl.store(new_residual + place, x, mask=is_column)
@@ -81,18 +85,26 @@ def add_norm_quantise_kernel(
 
 
 def add_norm_quantise(
-    residual: Tensor, updates: Tensor | None, weight: Tensor, epsilon: float, *, scales: str | None = "block"
+    residual: Tensor,
+    updates: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    places: Tensor | None = None,
+    scales: str | None = "block",
 ) -> Normalised:
     """residual [N, H] and updates [U, N, H], or None, to their sum, that normalised times weight [H], and the latter in e4m3.
 
+    With `places` [U, N] int32 updates are partial rows [R, H] as they came, of any rank and in any order: update u of row n is
+    updates[places[u, n]], and none where that is -1.
     The sum is rounded after each update, the norm as `step3.rms_norm` does it, and the values as `handoff.quantise` makes them:
     with a scale for each block of 128 columns ("block"), or by the same rule one for the row ("row"); None leaves e4m3 out.
     All of one dtype, float32, bfloat16 or float16, and contiguous; H at most 16384. Raises ValueError for any other shape or dtype.
     Without updates the residual is given back as it is.
     """
-    _check(residual, updates, weight, scales)
+    _check(residual, updates, places, weight, scales)
     rows, width = residual.shape
-    count = 0 if updates is None else len(updates)
+    count = 0 if updates is None else len(updates if places is None else places)
     blocks = blocks_of(width)
     exponents = {None: 0, "row": 1, "block": blocks}[scales]
     result = Normalised(
@@ -104,21 +116,36 @@ def add_norm_quantise(
     if rows:
         padded = triton.next_power_of_2(blocks)
         sizes = {"UPDATES": count, "WIDTH": width, "BLOCK": BLOCK, "PADDED_BLOCKS": padded, "SCALES": exponents}
-        add_norm_quantise_kernel[(rows,)](residual, updates, weight, *result, rows, epsilon, **sizes, num_warps=WARPS)
+        add_norm_quantise_kernel[(rows,)](residual, updates, places, weight, *result, rows, epsilon, **sizes, num_warps=WARPS)
     return result
 
 
-def _check(residual: Tensor, updates: Tensor | None, weight: Tensor, scales: str | None) -> None:
+def _check(residual: Tensor, updates: Tensor | None, places: Tensor | None, weight: Tensor, scales: str | None) -> None:
     if residual.dim() != 2 or weight.shape != residual.shape[1:] or not 1 <= len(weight) <= WIDEST:
         raise ValueError(
             f"residual must be [N, H] and weight [H], H from 1 to {WIDEST}, got {list(residual.shape)} and {list(weight.shape)}"
         )
-    if updates is not None and (updates.dim() != 3 or updates.shape[1:] != residual.shape):
-        raise ValueError(f"updates must be [U, {residual.shape[0]}, {residual.shape[1]}], got {list(updates.shape)}")
+    if updates is not None:
+        _check_updates(residual, updates, places)
+    elif places is not None:
+        raise ValueError("places are given without updates")
     tensors = [residual, weight, *([] if updates is None else [updates])]
     if residual.dtype not in (torch.float32, torch.bfloat16, torch.float16) or len({tensor.dtype for tensor in tensors}) > 1:
         raise ValueError(f"no kernel for {', '.join(str(tensor.dtype) for tensor in tensors)}")
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not all(tensor.is_contiguous() for tensor in tensors) or not (places is None or places.is_contiguous()):
         raise ValueError("every tensor must be contiguous")
     if scales not in ("block", "row", None):
         raise ValueError(f"scales must be block, row or None, got {scales}")
+
+
+def _check_updates(residual: Tensor, updates: Tensor, places: Tensor | None) -> None:
+    rows, width = residual.shape
+    if places is None:
+        if updates.dim() != 3 or updates.shape[1:] != residual.shape:
+            raise ValueError(f"updates must be [U, {rows}, {width}], got {list(updates.shape)}")
+    elif updates.dim() != 2 or updates.shape[1] != width or places.dim() != 2 or places.shape[1] != rows:
+        raise ValueError(
+            f"updates must be [R, {width}] and places [U, {rows}], got {list(updates.shape)} and {list(places.shape)}"
+        )
+    elif places.dtype != torch.int32:
+        raise ValueError(f"places must be int32, got {places.dtype}")

@@ -13,19 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_ray.kernels.gpu.paged_softmax import LOG2_E, attend_tokens, check, operand
-
-
-class Tile(NamedTuple):
-    """How a program goes through its tokens."""
-
-    queries: int
-    """Rows x heads."""
-    tokens: int
-    stages: int
-    """Tiles of keys and values on their way at a time."""
-    warps: int
-
+from afd_ray.kernels.gpu.paged_softmax import LOG2_E, Rows, Tile, attend_tokens, check, sizes
 
 TILES = {
     torch.bfloat16: Tile(queries=128, tokens=32, stages=3, warps=8),
@@ -93,55 +81,49 @@ def prefill_kernel(
     end = tl.load(contexts + first_row + rows - 1)
     table, keys = tables + tl.load(starts + first_row), blocks + key_head * 2 * DIM
     sums, total, _ = attend_tokens(
-        queries, tl.load(contexts + row), 0, end, table, keys, score_scale, KEY_HEADS * 2 * DIM, PAGE, TILE_TOKENS, OPERAND
+        queries,
+        None,
+        tl.load(contexts + row),
+        0,
+        end,
+        table,
+        keys,
+        score_scale,
+        0,
+        KEY_HEADS * 2 * DIM,
+        PAGE,
+        TILE_TOKENS,
+        OPERAND,
     )
     attended = sums * (value_scale / total)[:, None]
     tl.store(out + place, attended.to(out.dtype.element_ty), mask=is_query[:, None])
 
 
 def attend_chunks(
-    q: Tensor,
-    blocks: Tensor,
-    tables: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    first_rows: Tensor,
-    row_counts: Tensor,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    rows: Rows, first_rows: Tensor, row_counts: Tensor, *, key_scale: float = 1.0, value_scale: float = 1.0
 ) -> Tensor:
-    """q [N, A, D], each row over the first contexts[row] tokens of the blocks tables[starts[row]:]: [N, A, D] in the dtype of q.
+    """Each row's queries over its context: [N, A, D] in the dtype of q.
 
     Of one chunk's rows each context is one more than that of the row before; none is 0. first_rows and row_counts [T] as `row_tiles` cuts
-    the chunks for the cache's dtype. blocks, tables, starts, contexts, scales and what raises ValueError: as `decode_attention.attend` has them.
+    the chunks for the cache's dtype. Dtypes, sizes, scales and what raises ValueError: as `decode_attention.attend` has them.
     """
-    check(q, blocks, tables, {"starts": starts, "contexts": contexts}, {"first_rows": first_rows, "row_counts": row_counts})
-    heads, dim = q.shape[1:]
-    key_heads = blocks.shape[2]
-    out = torch.empty_like(q)
+    check(rows, {"first_rows": first_rows, "row_counts": row_counts})
+    heads, dim = rows.q.shape[1:]
+    key_heads = rows.blocks.shape[2]
+    out = torch.empty_like(rows.q)
     if not len(first_rows):
         return out
-    tile = TILES[blocks.dtype]
+    tile = TILES[rows.blocks.dtype]
     prefill_kernel[(len(first_rows), key_heads * triton.cdiv(heads // key_heads, tile.queries))](
-        q,
-        blocks,
-        tables,
-        starts,
-        contexts,
+        *rows,
         first_rows,
         row_counts,
         out,
         dim**-0.5 * key_scale * LOG2_E,
         value_scale,
-        HEADS=heads,
-        KEY_HEADS=key_heads,
-        DIM=dim,
-        PAGE=blocks.shape[1],
         TILE_QUERIES=tile.queries,
         TILE_TOKENS=tile.tokens,
-        OPERAND=operand(blocks.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **sizes(rows),
+        **tile.options,
     )
     return out

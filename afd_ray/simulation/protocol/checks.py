@@ -101,10 +101,26 @@ class Checks:
         """After each event it was told, before any effect is done."""
         if any(member in coordinator.record.dying for member in coordinator.takers):
             _violated(f"requests are given to released members: {coordinator.takers}")
+        change = coordinator.change
+        if change is not None and change.kind == "recover" and change.base is not None and not coordinator.cramped:
+            living = set(coordinator.record.members).difference(coordinator.record.dying)
+            self._check_no_wait(living.intersection(change.base.attention), change.roster.attention)
+            self._check_no_wait(living.intersection(change.base.ffn), change.roster.ffn)
+
+    def _check_no_wait(self, living: set[str], new: tuple[str, ...]) -> None:
+        """Of one role: while any of those who served are left, a recovery takes no process that has yet to start or to read its weights."""
+        members = self.cluster.members
+        awaited = [member for member in new if member not in members or not members[member].loaded]
+        if awaited and living:
+            _violated(
+                f"a recovery waits for {', '.join(awaited)} to start or load, though {', '.join(sorted(living))} could serve"
+            )
 
     def stored(self, record: Record) -> None:
         """From here on the next incarnation knows, and what follows is done."""
         roster, change = record.roster, record.change
+        if any(member not in record.members for ffn in record.unfenced for member in ffn):
+            _violated(f"a recovery would wait for members that have ended: {record.unfenced}, of {record.members}")
         if change is not None:
             self._check_number(change.roster)
         if roster is None or roster.number == self._committed:

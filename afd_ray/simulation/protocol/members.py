@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from afd_ray.membership.events import Op, Roster
 from afd_ray.membership.seat import Seat, Stale
-from afd_ray.simulation.protocol.world import CONNECT_TIMEOUT_S, HOLD_S, Process, World
+from afd_ray.simulation.protocol.world import CONNECT_TIMEOUT_S, HELD_S, HOLD_S, Process, World
 
 if TYPE_CHECKING:
     from afd_ray.simulation.protocol.cluster import Cluster
@@ -259,6 +259,7 @@ class Attention(Member):
         for number, reply in drained:
             if self.seat.draining == number:
                 self.cluster.checks.drained(self.name, number)
+                self.after(HELD_S, self._overdue, number)
                 reply(None, None)
             else:
                 reply("it went on meanwhile", None)

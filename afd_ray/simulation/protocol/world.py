@@ -29,6 +29,8 @@ CONNECT_TIMEOUT_S = 1.0
 """A member's own, so that it can name the edge before the coordinator gives up."""
 HOLD_S = 2.5
 """After so long without an answer a drained member goes on by itself."""
+HELD_S = 0.6
+"""At a step boundary it waits no longer than this for the word to switch."""
 DETECT_S = 0.5
 """A silent process is lost after this long."""
 

@@ -1,0 +1,35 @@
+"""What a member brings to its group."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+LinkKind = Literal["auto", "shm", "tcp", "gloo"]
+LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
+
+_REACH_SHARE = 0.5
+"""Of the silence after which a peer is taken to be out of reach: for its kernel to answer when it is dialled."""
+_LEAST_REACH_S = 1.0
+"""A few packets may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Of one member, for one epoch."""
+
+    rank: int
+    epoch: int
+    digest: int
+    secret: bytes
+    host: str
+    kind: LinkKind
+    send_timeout_s: float
+    silence_s: float | None
+    """After which a peer on another host is taken to be out of reach; None: never."""
+
+    @property
+    def reached_by_s(self) -> float | None:
+        """When a peer that is dialled now must have been reached, monotonic clock."""
+        if self.silence_s is None:
+            return None
+        return time.monotonic() + max(_LEAST_REACH_S, self.silence_s * _REACH_SHARE)
