@@ -13,6 +13,7 @@ from actors.commands import (
     decisions,
     demo,
     doctor,
+    drain,
     generate,
     keys,
     plan,
@@ -24,7 +25,7 @@ from actors.commands import (
     trace,
 )
 
-COMMANDS = (serve, status, scale, decisions, generate, trace, plan, simulate, profile, doctor, checkpoint, keys, demo)
+COMMANDS = (serve, status, scale, drain, decisions, generate, trace, plan, simulate, profile, doctor, checkpoint, keys, demo)
 INTERRUPTED = 130
 
 

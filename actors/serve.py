@@ -17,15 +17,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 from actors.cluster import Cluster, ClusterError, start_ray
 from actors.controller import NAME, NAMESPACE
+from actors.draining import Replicas, drain
 from actors.fit import check_fits
 from actors.http.auth import Keys
 from actors.ingress import build as build_ingress
 from actors.joining import joined
+from actors.reporting import report
 from actors.roster import first_line
 from afd_ray.config import Config, ConfigError, model_directory
 from afd_ray.diagnosis.findings import open_doors
@@ -36,7 +36,6 @@ from afd_ray.text import Tokenizer
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05
 WATCH_PERIOD_S = 0.5
-DRAIN_ANSWER_TIMEOUT_S = 5.0
 FLUSH_S = 0.2
 APPLICATION = "afd"
 SERVE_ENVIRONMENT = {
@@ -78,7 +77,7 @@ def serve(config: Config, address: str | None = None) -> int:
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
                 watch(cluster, stop)
-                drain(replicas, at_once, config.failure.drain_timeout_s)
+                finish(replicas, at_once, config.failure.drain_timeout_s)
             report("stopping")
         return 0
     report("stopped before it was ready")
@@ -169,7 +168,7 @@ def hangup_held() -> Iterator[None]:
 
 
 @contextmanager
-def ingress(config: Config, host: str, port: int, *, keeps_ray: bool) -> Iterator["Replicas"]:
+def ingress(config: Config, host: str, port: int, *, keeps_ray: bool) -> Iterator[Replicas]:
     """The Serve application, in front of the cluster that is up. Serve is shut down where Ray goes on without us (`keeps_ray`).
 
     A Ray that ends takes Serve with it. Serve's own shutdown kills its controller while calls to it are pending, and Ray prints each as a failure.
@@ -255,32 +254,12 @@ class News:
         return lines
 
 
-class Replicas:
-    """The ingress replicas, all of them at once."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    def drain(self, at_once: bool = False) -> int:
-        """As Ingress.drain, summed; 0 when they do not answer."""
-        try:
-            return sum(self._handle.broadcast("drain", at_once).results(timeout_s=DRAIN_ANSWER_TIMEOUT_S))
-        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
-            report(f"the ingress does not answer: {str(error).splitlines()[0]}")
-            return 0
-
-
-def drain(replicas: Replicas, at_once: threading.Event, timeout_s: float) -> None:
-    """Until nothing is in progress: for `timeout_s` at most, then what is left is ended; not at all once `at_once` is set."""
-    end_s = time.monotonic() + timeout_s
-    left = replicas.drain()
-    if left:
-        report(f"waiting for {left} requests in progress, {timeout_s:g} s at most")
-    while left and time.monotonic() < end_s and not at_once.wait(POLL_S):
-        left = replicas.drain()
-    if left and not at_once.is_set():
-        report(f"{left} requests in progress end unfinished")
-        replicas.drain(at_once=True)
+def finish(replicas: Replicas, at_once: threading.Event, timeout_s: float) -> None:
+    """As `drain`; an ingress that does not answer has nothing to wait for."""
+    try:
+        drain(replicas, at_once, timeout_s)
+    except ClusterError as error:
+        report(str(error))
     # What has just been answered must still get from the proxy to the client.
     at_once.wait(FLUSH_S)
 
@@ -326,9 +305,3 @@ def loopback_of(host: str) -> str:
 
 def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def report(doing: str) -> None:
-    """Progress, on stderr, while somebody is there to read it: a terminal that was closed must not keep the server from stopping."""
-    with suppress(OSError):
-        print(f"afd-ray: {doing}", file=sys.stderr, flush=True)

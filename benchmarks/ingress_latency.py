@@ -18,7 +18,8 @@ import httpx
 import ray
 
 from actors.cluster import Cluster
-from actors.serve import Progress, await_ready, free_port, ingress, own_stdout, ray_cluster, report, stop_signals
+from actors.reporting import report
+from actors.serve import Progress, await_ready, free_port, ingress, own_stdout, ray_cluster, stop_signals
 from actors.token_stream import TokenStreamClient, is_last
 from afd_ray.config import load_config
 from afd_ray.demo.questions import fresh_questions

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import cast
 
 import httpx
+import pytest
 
+from actors.cluster import ClusterError
+from actors.draining import Replicas, drain
 from actors.http.app import create_app
 from actors.ingress import ClusterBackend
-from actors.serve import Replicas, drain, stop_signals
+from actors.serve import finish, stop_signals
 from tests.attention_fake import TIMEOUT_S, FakeAttention, eventually
 from tests.controller_fake import FakeController
 from tests.ingress_fake import write_tokenizer
@@ -95,6 +98,17 @@ def test_it_waits_so_long_and_then_ends_the_rest() -> None:
 def test_a_second_signal_ends_the_wait() -> None:
     at_once = threading.Event()
     assert drained(FakeReplicas(3, 3, then=at_once), at_once, TIMEOUT_S) == [False, False]
+
+
+def test_an_ingress_that_does_not_answer_is_an_error_to_a_drain_and_none_to_a_stop() -> None:
+    class Silent:
+        def drain(self, at_once: bool = False) -> int:
+            raise ClusterError("the ingress does not answer: it is gone")
+
+    replicas = cast(Replicas, Silent())
+    with pytest.raises(ClusterError):
+        drain(replicas, threading.Event(), TIMEOUT_S)
+    finish(replicas, threading.Event(), TIMEOUT_S)
 
 
 def test_signals_are_told_apart() -> None:

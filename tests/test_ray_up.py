@@ -14,6 +14,7 @@ from afd_ray.config import Model, model_directory
 from afd_ray.models.checkpoint import Checkpoint, load_model
 from benchmarks.testbed import Bed, bed
 from benchmarks.testbed.ssh import let_in, why_no_ssh
+from tests.bed_cluster import Stream, Streams
 from tests.live_server import until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -23,7 +24,7 @@ OPERATOR, HEAD, ATTENTION, FFN = "operator", "head", "attention", "ffn"
 CLUSTER = "/tmp/cluster.yaml"
 DEADLINE_S = 300.0
 STEP_TIMEOUT_S = 300.0
-TOKENS = 24
+TOKENS, LONG = 24, 400
 NODES = """
 import json, sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
@@ -149,6 +150,12 @@ def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operat
         "scale", "--attention", "1", "--url", url, "--api-key", operator.key
     )
     assert operator.asks("POST", "/v1/completions", asked)[1]["choices"] == answer["choices"]
+
+    streams = Streams([Stream(url, prompt, LONG)], operator.hosts[OPERATOR].call)
+    streams.under_way()
+    assert "nothing is in progress" in operator.runs_on_the_head("afd-ray drain")
+    assert operator.asks("POST", "/v1/completions", asked)[0] == 503
+    assert streams.ended() == [reference.generate_greedy(prompt, LONG)]
 
     operator.types("ray", "down", "--yes", CLUSTER)
     until(lambda: operator.raylets() == 0, DEADLINE_S)
