@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from actors.course import Course
+from actors.http.request_id import ALLOWED
 from actors.token_frames import Moved
 from actors.token_stream import Answers, TokenStreamClient
 from afd_ray.request import Request, SamplingParams, TokenOutput
@@ -56,6 +57,12 @@ async def test_a_refusal_has_a_name_too(client: httpx.AsyncClient) -> None:
         assert (response.status_code >= 400, response.headers["x-request-id"]) == (True, "mine")
 
 
+async def test_a_failure_that_nobody_expected_has_a_name_too(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.failure = RuntimeError("planted")
+    response = await client.post("/v1/completions", json=PROMPT, headers={"X-Request-Id": "mine"})
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+
+
 class Leaving:
     """A stream to an actor that gives the request back after a token."""
 
@@ -84,6 +91,15 @@ async def test_each_actor_that_has_it_is_told(caplog: pytest.LogCaptureFixture) 
         "mine is back after 2 tokens: its attention actor leaves",
         "mine is over after 2 tokens",
     ]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("given", ["asked", "two words", None])
+def test_an_answer_has_one_name_though_serve_gives_it_one_too(live: LiveServer, given: str | None) -> None:
+    headers = {} if given is None else {"X-Request-Id": given}
+    (name,) = live.http.get("/health", headers=headers).headers.get_list("x-request-id")
+    assert ALLOWED.fullmatch(name)
+    assert (name == given) == (given == "asked")
 
 
 @pytest.mark.ray
