@@ -16,7 +16,7 @@ from actors.aside import aside
 from actors.departure import Departure
 from actors.member import Member
 from actors.request_log import log_requests
-from actors.token_stream import TokenStreamServer
+from actors.token_server import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop

@@ -12,8 +12,8 @@ import pytest_asyncio
 
 from actors.course import Course
 from actors.http.request_id import ALLOWED
+from actors.token_client import Answers, TokenStreamClient
 from actors.token_frames import Moved
-from actors.token_stream import Answers, TokenStreamClient
 from afd_ray.request import Request, SamplingParams, TokenOutput
 from tests.ingress_fake import FakeBackend, connected
 from tests.live_server import LiveServer, until
