@@ -122,10 +122,13 @@ class TokenStreamServer:
                 continue
             batches.setdefault(subscriber, []).append(output)
             if is_last(output):
-                requests.info("%s %s", output.request_id, _ending(output))
-                self._forget(output.request_id)
+                self._end(output)
         for subscriber, batch in batches.items():
             subscriber.outbox.put(batch)
+
+    def _end(self, last: Answer) -> None:
+        requests.info("%s %s", last.request_id, _ending(last))
+        self._forget(last.request_id)
 
     def _forget(self, request_id: str) -> None:
         subscriber = self._routes.pop(request_id, None)
@@ -155,7 +158,7 @@ class TokenStreamServer:
             if isinstance(order, Submit):
                 self._admit(subscriber, order)
             elif isinstance(order, Refused):
-                subscriber.outbox.put([order])
+                self._decline(subscriber, order)
             elif order.request_id in subscriber.requests:
                 requests.info("%s is aborted by its ingress", order.request_id)
                 self._forget(order.request_id)
@@ -170,13 +173,15 @@ class TokenStreamServer:
         try:
             self._submit(order.request, order.generated, order.ticket)
         except ValueError as error:
-            self._forget(request_id)
-            subscriber.outbox.put([Refused(request_id, str(error))])
+            self._decline(subscriber, Refused(request_id, str(error)))
         except Exception as error:
             if not isinstance(error, RuntimeError):
                 logger.exception("request %s could not be submitted", request_id)
-            self._forget(request_id)
-            subscriber.outbox.put([Moved(request_id, f"the engine did not take the request: {error}")])
+            self._decline(subscriber, Moved(request_id, f"the engine did not take the request: {error}"))
+
+    def _decline(self, subscriber: _Subscriber, answer: Refused | Moved) -> None:
+        self._end(answer)
+        subscriber.outbox.put([answer])
 
     def _detach(self, subscriber: _Subscriber) -> None:
         self._streams.discard(subscriber)

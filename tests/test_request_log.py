@@ -15,6 +15,7 @@ from actors.http.request_id import ALLOWED
 from actors.request_log import requests
 from actors.token_client import Answers, TokenStreamClient
 from actors.token_frames import Moved
+from actors.token_server import TokenStreamServer
 from afd_ray.request import Request, SamplingParams, TokenOutput
 from tests.ingress_fake import FakeBackend, connected
 from tests.live_server import LiveServer, until
@@ -98,6 +99,21 @@ async def test_each_actor_that_has_it_is_told(log: pytest.LogCaptureFixture) -> 
         "mine~2 goes to 10.0.0.1:5 after 1 tokens",
         "mine is back after 2 tokens: its attention actor leaves",
         "mine is over after 2 tokens",
+    ]
+
+
+async def test_an_actor_that_does_not_take_it_says_so(log: pytest.LogCaptureFixture) -> None:
+    def submit(*order: Any) -> None:
+        raise ValueError("prompt must fit the KV cache")
+
+    server = TokenStreamServer(submit, lambda request_id: None, secret=b"s")
+    client = await TokenStreamClient.connect(f"127.0.0.1:{await server.start()}", secret=b"s", ingress_id="i")
+    await client.submit(Request("mine", (1, 2))).get()
+    await client.close()
+    await server.close()
+    assert log.messages == [
+        "mine comes from i with a prompt of 2 tokens, after 0",
+        "mine is refused: prompt must fit the KV cache",
     ]
 
 
