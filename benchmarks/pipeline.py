@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="tokens behind each (default: what makes the halves equal)")
     parser.add_argument("--rounds", type=int, default=5, help="alternated runs of each case with real compute")
     parser.add_argument("--paced-rounds", type=int, default=3)
-    parser.add_argument("--stages-ms", type=float, nargs="*", default=[2.0, 5.0, 20.0], help="paced stages; none: real compute alone")
+    parser.add_argument(
+        "--stages-ms", type=float, nargs="*", default=[2.0, 5.0, 20.0], help="paced stages; none: real compute alone"
+    )
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 2, 3, 4], help="micro-batches")
     parser.add_argument("--no-hosts", action="store_true", help="without network namespaces, which need root")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for pipeline.md and pipeline.png")
