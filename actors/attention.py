@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,7 +16,7 @@ from actors.aside import aside
 from actors.departure import Departure
 from actors.member import Member
 from actors.request_log import log_requests
-from actors.token_stream import TokenStreamServer
+from actors.token_server import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
@@ -40,7 +41,7 @@ MAX_CACHE_BYTES = 1 << 30
 CACHE_SHARE = 0.1
 """Of the machine's free memory, for one actor's KV cache where `num_blocks` is auto."""
 HELD_S = 1.0
-"""At a step boundary, for the word to switch: a controller that died meanwhile has a successor only after several seconds."""
+"""How long it stands at a step boundary for want of a `switch`: a controller that died meanwhile has a successor only after several seconds."""
 
 
 class AttentionActor(Member):
@@ -105,15 +106,16 @@ class AttentionActor(Member):
     async def drain(self, number: int, deadline_s: float) -> None:
         """Begin no new micro-batch for the sake of this coming epoch; answers at the step boundary, when nothing is in flight any more.
 
-        Unless `switch` or `resume` comes within the deadline, counted from this call, and soon after the boundary, the actor goes on in its
-        old epoch by itself; `switch` may still come. RuntimeError when it does not come to a boundary.
+        Unless `switch` or `resume` comes within the deadline, counted from this call, and within HELD_S of the boundary, the actor goes on in
+        its old epoch by itself; `switch` may still come. RuntimeError when it does not come to a boundary.
         """
         self._require_well()
         self._seat.drain(number)
         self._expect(number, deadline_s)
+        ends_s = time.monotonic() + deadline_s
         await asyncio.wrap_future(self._ready_loop().drain())
         if self._seat.draining == number:
-            self._expect(number, min(HELD_S, deadline_s))
+            self._expect(number, min(HELD_S, ends_s - time.monotonic()))
 
     @ray.method
     async def status(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from actors.token_stream import TokenStreamClient
+from actors.token_client import TokenStreamClient
 
 logger = logging.getLogger(__name__)
 

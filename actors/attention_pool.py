@@ -10,7 +10,7 @@ from actors.attention_link import AttentionLink, Connect
 from actors.course import Course
 from actors.http.backend import Overloaded, Unavailable
 from actors.queue_pace import QueuePace
-from actors.token_stream import TokenStreamClient
+from actors.token_client import TokenStreamClient
 from afd_ray.membership.attempts import Succession
 from afd_ray.request import Request, TokenOutput
 

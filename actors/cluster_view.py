@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.attention_pool import PATIENCE_S, AttentionPool
 from actors.http.backend import Rejected, Unavailable
-from actors.token_stream import TokenStreamClient
+from actors.token_client import TokenStreamClient
 
 logger = logging.getLogger(__name__)
 

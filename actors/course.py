@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from actors.http.backend import Unavailable
 from actors.request_log import requests
+from actors.token_client import Answers, TokenStreamClient
 from actors.token_frames import Answer, Moved, Refused
-from actors.token_stream import Answers, Lost, TokenStreamClient
+from actors.token_stream import Lost
 from afd_ray.membership.attempts import Journal
 from afd_ray.request import FinishReason, KVTicket, Request, TokenOutput
 

@@ -54,7 +54,7 @@ class _Answering(asyncio.Protocol):
 
     def __init__(self, door: _Door, heard: Callable[[], None]) -> None:
         self._door, self._heard = door, heard
-        self._shown = b""
+        self._shown, self._proven = b"", False
         self._transport: Any = None
 
     @property
@@ -67,13 +67,14 @@ class _Answering(asyncio.Protocol):
         self._door.enter(self)
 
     def data_received(self, data: bytes) -> None:
-        missing = PROOF_BYTES - len(self._shown)
-        if missing:
-            self._shown += data[:missing]
-            if len(self._shown) < PROOF_BYTES or not self._door.lets_in(self, self._shown):
+        if not self._proven:
+            missing = PROOF_BYTES - len(self._shown)
+            self._shown, data = self._shown + data[:missing], data[missing:]
+            self._proven = len(self._shown) == PROOF_BYTES and self._door.lets_in(self, self._shown)
+            if not self._proven:
                 return
         self._heard()
-        self._transport.write(data[missing:])
+        self._transport.write(data)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._door.turn_away(self, "it left before it had said who it is")

@@ -20,7 +20,8 @@ import ray
 from actors.cluster import Cluster
 from actors.reporting import report
 from actors.serve import Progress, await_ready, free_port, ingress, own_stdout, ray_cluster, stop_signals
-from actors.token_stream import TokenStreamClient, is_last
+from actors.token_client import TokenStreamClient
+from actors.token_stream import is_last
 from afd_ray.config import load_config
 from afd_ray.demo.questions import fresh_questions
 from afd_ray.request import Request, SamplingParams

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 
 from afd_ray.engine.pipeline import predicted_period
 from afd_ray.engine.stage_costs import StageTimes
@@ -140,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="tokens behind each (default: what makes the halves equal)")
     parser.add_argument("--rounds", type=int, default=5, help="alternated runs of each case with real compute")
     parser.add_argument("--paced-rounds", type=int, default=3)
-    parser.add_argument("--stages-ms", type=float, nargs="*", default=[2.0, 5.0, 20.0], help="paced stages")
+    parser.add_argument(
+        "--stages-ms", type=float, nargs="*", default=[2.0, 5.0, 20.0], help="paced stages; none: real compute alone"
+    )
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 2, 3, 4], help="micro-batches")
     parser.add_argument("--no-hosts", action="store_true", help="without network namespaces, which need root")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for pipeline.md and pipeline.png")
@@ -153,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.rows, args.context, args.rounds, args.paced_rounds, args.stages_ms, args.slots = 12, 64, 1, 1, [5.0], [1, 3]
     with tempfile.TemporaryDirectory() as made:
         real = measure(Path(made), "step3-92m", args, real_rounds)
-        paced = measure(Path(made), "step3-tiny", args, paced_rounds)
+        paced = measure(Path(made), "step3-tiny", args, paced_rounds) if args.stages_ms else []
     text = report(args, real, paced)
     print(text)
     if not args.quick:
@@ -237,7 +240,8 @@ def _row(load: Load, link: Link, slots: int, samples: Sequence[Sample]) -> Row:
 
 
 def report(args: argparse.Namespace, real: list[Row], paced: list[Row]) -> str:
-    command = f"python -m benchmarks.pipeline --rows {args.rows} --rounds {args.rounds} --paced-rounds {args.paced_rounds}"
+    counts = f"--rows {args.rows} --rounds {args.rounds} --paced-rounds {args.paced_rounds}"
+    command = " ".join(["python -m benchmarks.pipeline", counts, "--stages-ms", *(f"{ms:g}" for ms in args.stages_ms)])
     head = [
         "# How much of the stages' time do 1 to 4 micro-batches fill?",
         f"{date.today().isoformat()}, {hardware()}. One attention and one FFN process without Ray, a core each. `{command}`",
@@ -247,9 +251,12 @@ def report(args: argparse.Namespace, real: list[Row], paced: list[Row]) -> str:
         "![Bubble ratio](pipeline.png)",
         f"## Real compute: `step3-92m` in bfloat16, {args.rows} sequences, median of {args.rounds} alternated runs",
         _table(real),
-        f"## Paced stages, equal halves: `step3-tiny`, 12 sequences, median of {args.paced_rounds} alternated runs",
-        _table(paced),
     ]
+    if paced:
+        head += [
+            f"## Paced stages, equal halves: `step3-tiny`, 12 sequences, median of {args.paced_rounds} alternated runs",
+            _table(paced),
+        ]
     return "\n\n".join(head)
 
 
@@ -268,22 +275,27 @@ def _table(rows: list[Row]) -> str:
 
 
 def plot(real: list[Row], paced: list[Row], path: Path) -> None:
-    """Bubble ratio: by micro-batches for each link, and by the transfer's length for each number of them, with the formula as lines."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    """Bubble ratio, with the formula as lines: by micro-batches for each link; where there are paced rows, by the transfer's length for each number of them."""
+    panels = 2 if paced else 1
+    figure, ((left, *others),) = plt.subplots(1, panels, figsize=(5.5 * panels, 4), sharey=True, squeeze=False)
     for name in dict.fromkeys(row.link.name for row in real):
         rows = sorted((row for row in real if row.link.name == name), key=lambda r: r.slots)
-        (line,) = left.plot([r.slots for r in rows], [1 - r.of_ideal for r in rows], "o", label=name)
-        left.plot([r.slots for r in rows], [1 - r.formula_of_ideal for r in rows], "--", color=line.get_color())
+        _plot_bubbles(left, rows, [row.slots for row in rows], name)
     left.set(xlabel="micro-batches", ylabel="bubble ratio", title="Real compute (dashed: formula)", xticks=[1, 2, 3, 4])
     left.legend()
-    for slots in sorted({row.slots for row in paced}):
-        rows = sorted((row for row in paced if row.slots == slots), key=_transfer_in_stages)
-        (line,) = right.plot([_transfer_in_stages(r) for r in rows], [1 - r.of_ideal for r in rows], "o", label=f"M = {slots}")
-        right.plot([_transfer_in_stages(r) for r in rows], [1 - r.formula_of_ideal for r in rows], "--", color=line.get_color())
-    right.set(xlabel="transfer both ways / stage", title="Paced, equal stages (dashed: formula)")
-    right.legend()
+    for right in others:
+        for slots in sorted({row.slots for row in paced}):
+            rows = sorted((row for row in paced if row.slots == slots), key=_transfer_in_stages)
+            _plot_bubbles(right, rows, [_transfer_in_stages(row) for row in rows], f"M = {slots}")
+        right.set(xlabel="transfer both ways / stage", title="Paced, equal stages (dashed: formula)")
+        right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _plot_bubbles(axes: Axes, rows: Sequence[Row], at: Sequence[float], label: str) -> None:
+    (line,) = axes.plot(at, [1 - row.of_ideal for row in rows], "o", label=label)
+    axes.plot(at, [1 - row.formula_of_ideal for row in rows], "--", color=line.get_color())
 
 
 def _transfer_in_stages(row: Row) -> float:

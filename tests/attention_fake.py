@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from actors.token_stream import TokenStreamClient, TokenStreamServer
+from actors.token_client import TokenStreamClient
+from actors.token_server import TokenStreamServer
 from afd_ray.request import FinishReason, KVTicket, Request, TokenOutput
 
 SECRET = b"s" * 32

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from actors.http.guard import middlewares
+from actors.http.guard import Guard, middlewares
+from actors.http.request_id import RequestId
 from actors.http.wire import DONE, event
 
 START: Message = {
@@ -33,9 +34,12 @@ async def heard(*said: Message, kind: str = "http") -> list[Message]:
     async def receive() -> Any:
         raise AssertionError("nobody asks for the body")
 
-    (middleware,) = middlewares()
-    await middleware.cls(app)({"type": kind, "headers": []}, receive, send)
+    await Guard(app)({"type": kind, "headers": []}, receive, send)
     return messages
+
+
+def test_serve_is_given_it_within_what_names_every_answer() -> None:
+    assert [middleware.cls for middleware in middlewares()] == [Guard, RequestId]
 
 
 async def test_without_an_answer_the_client_is_told_to_ask_again() -> None:

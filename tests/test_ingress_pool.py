@@ -12,7 +12,8 @@ import pytest_asyncio
 from actors.attention_pool import AttentionPool
 from actors.http.backend import Overloaded, Unavailable
 from actors.ingress import ClusterBackend
-from actors.token_stream import TokenStreamClient, TokenStreamServer
+from actors.token_client import TokenStreamClient
+from actors.token_server import TokenStreamServer
 from afd_ray.metrics import Sample
 from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 from tests.ingress_fake import write_tokenizer

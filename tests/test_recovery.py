@@ -249,6 +249,26 @@ def test_a_member_that_cannot_be_ended_holds_one_recovery_up_and_no_later_one() 
     assert world.members == ("attention-1", "attention-4", "ffn-3")
 
 
+def test_only_what_was_waited_for_in_vain_is_not_waited_for_again() -> None:
+    world = cluster(1, 1, 2)
+    world.keeps_released = True
+    world.held = {("connect", "*")}
+    world.tell(Asked("grow", shape(1, 1, 4)))
+    world.held = {("switch", member) for member in ("ffn-1", "ffn-2", "ffn-3", "ffn-4")}
+    world.tell(Lost("ffn-1", "silent"))
+    assert world.members == ("attention-0", "ffn-2", "ffn-3")
+    world.tell(Lost("ffn-2", "silent"))  # of the first epoch none is known to have left it, and none serves on
+    world.late("fence")
+    assert world.members == ("attention-0", "ffn-3", "ffn-4")
+    world.tell(Lost("ffn-3", "silent"), Lost("ffn-4", "killed"), Gone("ffn-4"))
+    change = world.coordinator.change
+    assert change is not None
+    assert change.phase == "fence", "ffn-2 and ffn-3 may still serve in the second epoch"
+    world.tell(Gone("ffn-3"))
+    assert world.members[:1] == ("attention-0",)
+    assert set(world.members).isdisjoint({"ffn-1", "ffn-2", "ffn-3", "ffn-4"})
+
+
 def test_where_one_of_the_old_ffn_members_takes_part_there_is_nothing_to_wait_for() -> None:
     world = cluster(2, 1, 2)
     world.keeps_released = True

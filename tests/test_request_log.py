@@ -11,8 +11,11 @@ import pytest
 import pytest_asyncio
 
 from actors.course import Course
+from actors.http.request_id import ALLOWED
+from actors.request_log import requests
+from actors.token_client import Answers, TokenStreamClient
 from actors.token_frames import Moved
-from actors.token_stream import Answers, TokenStreamClient
+from actors.token_server import TokenStreamServer
 from afd_ray.request import Request, SamplingParams, TokenOutput
 from tests.ingress_fake import FakeBackend, connected
 from tests.live_server import LiveServer, until
@@ -56,6 +59,12 @@ async def test_a_refusal_has_a_name_too(client: httpx.AsyncClient) -> None:
         assert (response.status_code >= 400, response.headers["x-request-id"]) == (True, "mine")
 
 
+async def test_a_failure_that_nobody_expected_has_a_name_too(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.failure = RuntimeError("planted")
+    response = await client.post("/v1/completions", json=PROMPT, headers={"X-Request-Id": "mine"})
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+
+
 class Leaving:
     """A stream to an actor that gives the request back after a token."""
 
@@ -71,19 +80,50 @@ class Leaving:
         pass
 
 
-async def test_each_actor_that_has_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Of requests, though an actor in this process may have kept their lines to itself."""
+    monkeypatch.setattr(requests, "propagate", True)
+    caplog.set_level(logging.INFO, requests.name)
+    return caplog
+
+
+async def test_each_actor_that_has_it_is_told(log: pytest.LogCaptureFixture) -> None:
     course, stream = Course(Request("mine", (1, 2), SamplingParams(max_tokens=2))), cast(TokenStreamClient, Leaving())
     with course.logged():
         for _ in range(2):
             assert [output.token_id async for output in course.attempt(stream)] == [7]
-    assert [record.getMessage() for record in caplog.records] == [
+    assert log.messages == [
         "mine goes to 10.0.0.1:5 after 0 tokens",
         "mine is back after 1 tokens: its attention actor leaves",
         "mine~2 goes to 10.0.0.1:5 after 1 tokens",
         "mine is back after 2 tokens: its attention actor leaves",
         "mine is over after 2 tokens",
     ]
+
+
+async def test_an_actor_that_does_not_take_it_says_so(log: pytest.LogCaptureFixture) -> None:
+    def submit(*order: Any) -> None:
+        raise ValueError("prompt must fit the KV cache")
+
+    server = TokenStreamServer(submit, lambda request_id: None, secret=b"s")
+    client = await TokenStreamClient.connect(f"127.0.0.1:{await server.start()}", secret=b"s", ingress_id="i")
+    await client.submit(Request("mine", (1, 2))).get()
+    await client.close()
+    await server.close()
+    assert log.messages == [
+        "mine comes from i with a prompt of 2 tokens, after 0",
+        "mine is refused: prompt must fit the KV cache",
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("given", ["asked", "two words", None])
+def test_an_answer_has_one_name_though_serve_gives_it_one_too(live: LiveServer, given: str | None) -> None:
+    headers = {} if given is None else {"X-Request-Id": given}
+    (name,) = live.http.get("/health", headers=headers).headers.get_list("x-request-id")
+    assert ALLOWED.fullmatch(name)
+    assert (name == given) == (given == "asked")
 
 
 @pytest.mark.ray

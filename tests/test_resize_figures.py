@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from benchmarks.chaos.clients import Clients
 from benchmarks.chaos.schedule import Shape
-from benchmarks.resize import START, WAY, Row, Spell, slower
+from benchmarks.resize import START, WAY, Row, Spell, slower, verdicts
 
 CORES = float(os.cpu_count() or 1)
 
@@ -33,6 +34,12 @@ def test_free_cores_are_taken_first() -> None:
 def test_short_spells_count_as_much_as_they_last() -> None:
     calm = Spell(3.0, 150, CORES, 0.0)
     assert slower([row(calm, Spell(0.2, 0, CORES, 0.0)), row(calm, Spell(0.8, 40, CORES, 0.0))]) == pytest.approx(0.2)
+
+
+def test_what_no_resize_was_about_is_not_judged() -> None:
+    calm = Spell(3.0, 150, CORES, 0.0)
+    judged = verdicts([row(calm, Spell(1.0, 50, CORES, 0.0))], Clients("", "", [], [], hung_after_s=1.0))
+    assert [what for what in judged if "slower" in what] == ["within 20% slower, where processes start"]
 
 
 def test_the_way_is_twenty_resizes_and_ends_where_it_began() -> None:

@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from actors.pulse import PROOF_BYTES, Pulse, PulseServer
+from actors.token_client import TokenStreamClient
 from actors.token_frames import Submit, encode_order
-from actors.token_stream import METHOD, SECRET_KEY, SERVICE, TokenStreamClient, TokenStreamServer
+from actors.token_server import TokenStreamServer
+from actors.token_stream import METHOD, SECRET_KEY, SERVICE
 from afd_ray.handoff import handshake
 from afd_ray.handoff.gate import dial
 from afd_ray.handoff.handshake import Carrier, Claim

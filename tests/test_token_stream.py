@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from actors.token_client import Answers, StreamLost, TokenStreamClient
 from actors.token_frames import Abort, Answer, Moved, Refused, Submit, decode_answers, decode_orders, encode_answers, encode_order
-from actors.token_stream import Answers, Lost, StreamLost, TokenStreamClient, TokenStreamServer, is_last
+from actors.token_server import TokenStreamServer
+from actors.token_stream import Lost, is_last
 from afd_ray.request import KVTicket, Request, SamplingParams, TokenOutput
 
 SECRET = b"s" * 32

@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from actors.http.backend import Overloaded, Rejected, TimedOut, Unavailable
+from actors.http.request_id import HEADER
 from actors.http.wire import json_response
 
 _TYPES = {
@@ -87,7 +88,9 @@ async def _handle(request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException) and error.status_code == 405:
         found = ApiError(405, f"method {request.method} is not allowed for {request.url.path}", code="method_not_allowed")
         found.headers.update(error.headers or {})
-    return found.response()
+    response = found.response()
+    response.headers[HEADER] = request.state.id  # Starlette answers what nobody expected outside of all middleware
+    return response
 
 
 def _from_http(error: HTTPException) -> ApiError:

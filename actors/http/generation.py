@@ -76,7 +76,7 @@ class Generation:
         except ValueError as error:
             raise as_refusal(error) from None
         _known_ids(params.stop_token_ids, model.vocab_size, "stop_token_ids")
-        job_id = f"{shape.id_prefix}{request_id}-{uuid.uuid4().hex[:8]}"
+        job_id = f"{shape.id_prefix}{request_id}-{uuid.uuid4().hex[:16]}"
         requests = self._requests(job_id, body, prompts, params, model)
         return Job(job_id, shape, body, prompts, requests, int(self._wall_clock()), started_s)
 

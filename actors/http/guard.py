@@ -1,9 +1,13 @@
-"""In Serve's proxy: a request whose ingress replica dies ends as any other failure does, instead of with a connection that breaks."""
+"""In Serve's proxy: a request whose ingress replica dies ends as any other failure does, instead of with a connection that breaks.
+
+Every answer has one id there, which Serve would add to that of the ingress.
+"""
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.http.errors import ApiError
+from actors.http.request_id import RequestId
 from actors.http.wire import DONE, event
 
 DIED = ApiError(503, "the ingress ended before the answer was over; ask again", code="unavailable", headers={"Retry-After": "1"})
@@ -44,5 +48,5 @@ class _Sent:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxy is to put around its own application (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
-    return [Middleware(Guard)]
+    """What Serve's proxy is to put around its own application, innermost first (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
+    return [Middleware(Guard), Middleware(RequestId)]

@@ -12,7 +12,7 @@ ALLOWED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 class RequestId:
-    """ASGI middleware: puts the id into `request.state.id` and into the answer. One that is not ALLOWED is replaced."""
+    """ASGI middleware: puts the id into `request.state.id`, and alone into the header of request and answer. One that is not ALLOWED is replaced."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -24,6 +24,7 @@ class RequestId:
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if ALLOWED.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["id"] = request_id
+        MutableHeaders(scope=scope)[HEADER] = request_id
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

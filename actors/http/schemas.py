@@ -63,18 +63,16 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason
 
 
 class Completion(BaseModel):
-    """Also each event of a stream."""
-
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None
+    usage: Usage
 
 
 class TopScore(BaseModel):
@@ -102,7 +100,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):

@@ -17,7 +17,7 @@ from afd_ray.refusals import RefusalLog
 
 _MAX_UNPROVEN = 64
 _FIRST_TRY_S = 0.25
-"""For a peer's kernel to answer; each further try gets twice as long. This side's kernel would wait a second before it sends a lost packet again."""
+"""For a peer's kernel to answer; each further try gets twice as long. This side's kernel would send a lost packet again after a second only."""
 
 _log = logging.getLogger(__name__)
 
@@ -122,15 +122,16 @@ def dial(
     secret: bytes,
     claim: Claim,
     deadline_s: float,
-    reached_by_s: float | None = None,
+    reach_s: float | None = None,
 ) -> socket.socket:
     """A connection to the gate of rank `claim.target`, both sides proven; LinkError, naming the rank.
 
-    `deadline_s` is on the monotonic clock, and so is `reached_by_s`: when the peer's kernel, which answers whatever the peer is doing, must have.
+    `deadline_s` is on the monotonic clock. `reach_s`: how long the peer's kernel, which answers whatever the peer is doing, may take; None: until then.
     """
     peer = claim.target
+    reached_by_s = deadline_s if reach_s is None else min(deadline_s, monotonic() + reach_s)
     try:
-        connection = _reach((host, port), source_host, deadline_s if reached_by_s is None else min(deadline_s, reached_by_s))
+        connection = _reach((host, port), source_host, reached_by_s)
     except TimeoutError:
         raise LinkError(peer, f"no answer from {host}:{port} in time") from None
     except OSError as error:
@@ -148,7 +149,7 @@ def dial(
 
 
 def _reach(address: tuple[str, int], source_host: str, until_s: float) -> socket.socket:
-    """Raises TimeoutError when nothing has answered by then."""
+    """Connected. Raises TimeoutError when nothing has answered by then, OSError at once for an answer that refuses."""
     try_s = _FIRST_TRY_S
     while True:
         try:

@@ -17,7 +17,7 @@ HEADER_BYTES = 192
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 4
 MAX_FRAME_BYTES = 1 << 48
-"""More than any memory, and what a frame's length can say."""
+"""More than any memory has, and less than a frame's length can say."""
 
 _FRAME = struct.Struct("<88sQB3xQIIIQIIQQQ")  # prefix, contract digest, then the fields of Header
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors

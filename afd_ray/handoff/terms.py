@@ -1,6 +1,5 @@
 """What a member brings to its group."""
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +7,7 @@ LinkKind = Literal["auto", "shm", "tcp", "gloo"]
 LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 
 _REACH_SHARE = 0.5
-"""Of the silence after which a peer is taken to be out of reach: for its kernel to answer when it is dialled."""
+"""Of the silence after which a peer is taken to be out of reach."""
 _LEAST_REACH_S = 1.0
 """A few packets may be lost."""
 
@@ -28,8 +27,6 @@ class Terms:
     """After which a peer on another host is taken to be out of reach; None: never."""
 
     @property
-    def reached_by_s(self) -> float | None:
-        """When a peer that is dialled now must have been reached, monotonic clock."""
-        if self.silence_s is None:
-            return None
-        return time.monotonic() + max(_LEAST_REACH_S, self.silence_s * _REACH_SHARE)
+    def reach_s(self) -> float | None:
+        """How long the kernel of a peer that is dialled may take to answer; None: until the deadline."""
+        return None if self.silence_s is None else max(_LEAST_REACH_S, self.silence_s * _REACH_SHARE)

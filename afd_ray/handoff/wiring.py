@@ -28,7 +28,6 @@ _CONNECT_POLL_S = 0.5e-3
 
 _log = logging.getLogger(__name__)
 
-
 Outbound = shm.ShmEdge | TcpEdge | GlooEdge
 
 
@@ -158,7 +157,7 @@ class Wiring:
             secret=terms.secret,
             claim=claim,
             deadline_s=deadline_s,
-            reached_by_s=terms.reached_by_s,
+            reach_s=terms.reach_s,
         )
         if self._closed:
             connection.close()

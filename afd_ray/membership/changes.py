@@ -246,6 +246,10 @@ class Changes:
         """Whether an epoch with these FFN members, which none is known to have left, could still emit: none of them is known to have ended."""
         return bool(ffn) and all(member in self._pool.members for member in ffn)
 
+    def _waited_in_vain(self, roster: Roster) -> None:
+        """The epochs that this roster has no part of could not be waited for any longer: they hold up no later recovery either."""
+        self._unfenced = [ffn for ffn in self._unfenced if not set(ffn).isdisjoint(roster.ffn)]
+
     def _has_left(self, member: str) -> None:
         """It serves in no earlier epoch any more, and without it none of those can emit."""
         if self._unfenced:

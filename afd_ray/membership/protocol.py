@@ -260,7 +260,7 @@ class Coordinator(Changes):
             self._advance(change)
         elif event.phase == "fence":
             self._advance(change)
-            self._unfenced.clear()  # the next recovery need not wait for them in vain once more
+            self._waited_in_vain(change.roster)
         elif event.phase == "provide":
             self._unprovided(change, f"no room for it in {change.deadline_s:g} s")
         else:

@@ -68,7 +68,11 @@ def raylets() -> list[int]:
 
 def _children() -> list[psutil.Process]:
     """Of the cluster's raylets."""
-    return [child for raylet in raylets() for child in psutil.Process(raylet).children()]
+    children = []
+    for raylet in raylets():
+        with suppress(psutil.Error):
+            children += psutil.Process(raylet).children()
+    return children
 
 
 class Held(NamedTuple):
