@@ -107,14 +107,15 @@ class AttentionActor(Member):
         """Begin no new micro-batch for the sake of this coming epoch; answers at the step boundary, when nothing is in flight any more.
 
         Unless `switch` or `resume` comes within the deadline, counted from this call, and within HELD_S of the boundary, the actor goes on in
-        its old epoch by itself; `switch` may still come. RuntimeError when it does not come to a boundary.
+        its old epoch by itself; `switch` may still come. One that moves out has nothing to go on with, and waits for its end until the deadline.
+        RuntimeError when it does not come to a boundary.
         """
         self._require_well()
         self._seat.drain(number)
         self._expect(number, deadline_s)
         ends_s = time.monotonic() + deadline_s
         await asyncio.wrap_future(self._ready_loop().drain())
-        if self._seat.draining == number:
+        if self._seat.draining == number and not self._seat.moving_out:
             self._expect(number, min(HELD_S, ends_s - time.monotonic()))
 
     @ray.method

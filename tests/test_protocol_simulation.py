@@ -45,6 +45,11 @@ def test_storms_are_storms() -> None:
     assert sum(report.commits for report in reports) > 400
 
 
+@pytest.mark.parametrize("seed", [61_205], ids=["colocated, and who moves out goes on in the old epoch"])
+def test_what_a_seed_once_found_stays_mended(seed: int) -> None:
+    check(seed, 1)
+
+
 def test_a_seed_replays_exactly_in_any_process() -> None:
     code = "from afd_ray.simulation.protocol import trace_seed; print('\\n'.join(trace_seed(20)))"
     digests = set()

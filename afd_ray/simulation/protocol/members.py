@@ -259,7 +259,8 @@ class Attention(Member):
         for number, reply in drained:
             if self.seat.draining == number:
                 self.cluster.checks.drained(self.name, number)
-                self.after(HELD_S, self._overdue, number)
+                if not self.seat.moving_out:
+                    self.after(HELD_S, self._overdue, number)
                 reply(None, None)
             else:
                 reply("it went on meanwhile", None)
