@@ -153,7 +153,7 @@ def test_the_walk_from_nothing_to_tokens_to_a_resize_to_nothing(operator: Operat
 
     streams = Streams([Stream(url, prompt, LONG)], operator.hosts[OPERATOR].call)
     streams.under_way()
-    assert "nothing is in progress" in operator.runs_on_the_head("afd-ray drain")
+    assert "nothing is in progress" in operator.runs_on_the_head("python -m actors.cli drain")
     assert operator.asks("POST", "/v1/completions", asked)[0] == 503
     assert streams.ended() == [reference.generate_greedy(prompt, LONG)]
 
