@@ -1,6 +1,7 @@
 """`afd-ray drain`: a deployed server takes no new request, and its requests in progress finish. What comes before `ray down`."""
 
 import argparse
+import os
 from typing import Any
 
 from actors.commands.arguments import host_and_port, integer
@@ -25,6 +26,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     use_token()
+    # Serve reads it at import. A cluster's logins have 0, for its proxies; a handle outside an event loop needs a loop of its own.
+    os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     from actors.draining import drain_application
 
     left = drain_application(args.address, args.application, args.timeout)
