@@ -49,11 +49,17 @@ def drain(replicas: Replicas, at_once: threading.Event, timeout_s: float) -> int
     return left
 
 
-def drain_application(address: str, application: str, timeout_s: float) -> int:
-    """As `drain`, of the Serve application of that name in the Ray cluster at `address`. Raises ClusterError (one line)."""
+def drain_application(address: str, name: str | None, timeout_s: float) -> int:
+    """As `drain`, of a Serve application in the Ray cluster at `address`: of that name, or the only one. Raises ClusterError (one line)."""
     with joined(address):
-        try:
-            replicas = Replicas(serve.get_app_handle(application))
-        except RayServeException:
-            raise ClusterError(f"no Serve application {application} in the Ray cluster at {address}") from None
-        return drain(replicas, threading.Event(), timeout_s)
+        chosen = _chosen(list(serve.status().applications), name, address)
+        return drain(Replicas(serve.get_app_handle(chosen)), threading.Event(), timeout_s)
+
+
+def _chosen(there: list[str], name: str | None, address: str) -> str:
+    if name is None and len(there) == 1:
+        return there[0]
+    if name in there:
+        return str(name)
+    found = f"there are {', '.join(there)}" if there else "there is none"
+    raise ClusterError(f"--application: which Serve application of the Ray cluster at {address}? {found}")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from actors.cluster import ClusterError
-from actors.draining import Replicas, drain
+from actors.draining import Replicas, _chosen, drain
 from actors.http.app import create_app
 from actors.ingress import ClusterBackend
 from actors.serve import finish, stop_signals
@@ -109,6 +109,20 @@ def test_an_ingress_that_does_not_answer_is_an_error_to_a_drain_and_none_to_a_st
     with pytest.raises(ClusterError):
         drain(replicas, threading.Event(), TIMEOUT_S)
     finish(replicas, threading.Event(), TIMEOUT_S)
+
+
+@pytest.mark.parametrize(("there", "name"), [(["default"], None), (["afd", "other"], "afd")])
+def test_the_only_application_need_not_be_named(there: list[str], name: str | None) -> None:
+    assert _chosen(there, name, "auto") == there[0]
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "said"),
+    [([], None, "there is none"), (["afd", "other"], None, "there are afd, other"), (["default"], "afd", "there are default")],
+)
+def test_an_application_that_is_not_there_is_told_with_those_that_are(there: list[str], name: str | None, said: str) -> None:
+    with pytest.raises(ClusterError, match=f"^--application: .*{said}$"):
+        _chosen(there, name, "auto")
 
 
 def test_signals_are_told_apart() -> None:

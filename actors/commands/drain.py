@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--address", type=host_and_port, default="auto", metavar="HOST:PORT", help="its Ray cluster (default: auto)"
     )
-    parser.add_argument("--application", default="afd", metavar="NAME", help="its Serve application (default: afd)")
+    parser.add_argument("--application", metavar="NAME", help="its Serve application (default: the only one)")
     parser.add_argument(
         "--timeout", type=integer(0, 86_400), default=TIMEOUT_S, metavar="S", help=f"end what is not over by then ({TIMEOUT_S})"
     )

@@ -74,6 +74,8 @@ def price(text: str) -> tuple[str, float]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.reproduce and args.measured is not None:
+        raise ValueError("--measured and --reproduce are two questions, ask one")
     if args.reproduce:
         return run_reproduce(args.as_json)
     if args.measured is not None:
