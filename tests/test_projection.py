@@ -62,9 +62,8 @@ def test_what_a_core_or_one_rank_s_experts_leave_out_is_assumed() -> None:
 
 
 def test_a_layer_goes_before_a_core_and_other_ranks_do_not_count() -> None:
-    times = tuple(
-        AttentionTime(rows=128, context=4096, cache_bytes=1, part=part, us=us) for part, us in (("core", 90), ("layer", 150))
-    )  # type: ignore[arg-type]
+    core = AttentionTime(rows=128, context=4096, cache_bytes=1, part="core", us=90)
+    times = (core, core.model_copy(update={"part": "layer", "us": 150}))
     other = FfnTime(rows=2048, ranks=8, part="layer", us=1)
     first = projected(Measured(device="H100", source="", attention=times, ffn=(other,)))[0]
     assert first.performance.times_us.attention == 150
