@@ -115,7 +115,7 @@ class AttentionActor(Member):
         self._expect(number, deadline_s)
         ends_s = time.monotonic() + deadline_s
         await asyncio.wrap_future(self._ready_loop().drain())
-        if self._seat.draining == number and not self._seat.moving_out:
+        if self._seat.held(number):
             self._expect(number, min(HELD_S, ends_s - time.monotonic()))
 
     @ray.method

@@ -59,7 +59,7 @@ def drain_application(address: str, name: str | None, timeout_s: float) -> int:
 def _chosen(there: list[str], name: str | None, address: str) -> str:
     if name is None and len(there) == 1:
         return there[0]
-    if name in there:
-        return str(name)
+    if name is not None and name in there:
+        return name
     found = f"there are {', '.join(there)}" if there else "there is none"
     raise ClusterError(f"--application: which Serve application of the Ray cluster at {address}? {found}")

@@ -8,6 +8,7 @@ H800, with FP8 products for the projections (arXiv:2507.19427 Table 9).
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,26 +20,13 @@ from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
 from afd_ray.kernels.gpu.router import route
 from afd_ray.models.config import ModelConfig
+from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import AttentionLayer, rotary_table
 from afd_ray.models.step3 import attend as attend_whole
 from afd_ray.planning.measured import AttentionTime
 from benchmarks._gpu import Limits, Line, answer, error, median_us
 
-STEP_3 = ModelConfig(
-    num_hidden_layers=1,
-    hidden_size=7168,
-    num_attention_heads=64,
-    head_dim=256,
-    share_q_dim=2048,
-    moe_layers=frozenset({0}),
-    moe_num_experts=48,
-    moe_top_k=3,
-    moe_intermediate_size=5120,
-    share_expert_dim=5120,
-    intermediate_size=18432,
-    vocab_size=128815,
-    max_position_embedding=65536,
-)
+STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
 ROWS, CONTEXTS, PAGE, INSTANCES = (64, 128), (4096, 8192, 32768), 64, 2
 PAPER_US = {(64, 8192): 281, (64, 32768): 791}
 LARGEST_ERROR = 2e-2

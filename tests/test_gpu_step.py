@@ -1,27 +1,14 @@
 """The attention layer of the GPU benchmark equals the model's own, at sizes for the interpreter."""
 
+from dataclasses import replace
+
 import torch
 
-from afd_ray.models.config import ModelConfig
+from afd_ray.models.presets import PRESETS
 from benchmarks.gpu_step import difference, expected, layer_of, run, step_of
 from tests.triton_device import DEVICE
 
-TINY = ModelConfig(
-    num_hidden_layers=1,
-    hidden_size=96,
-    num_attention_heads=4,
-    head_dim=16,
-    share_q_dim=32,
-    moe_layers=frozenset({0}),
-    moe_num_experts=6,
-    moe_top_k=2,
-    moe_intermediate_size=32,
-    share_expert_dim=32,
-    intermediate_size=64,
-    vocab_size=64,
-    max_position_embedding=512,
-    dtype=torch.float32,
-)
+TINY = replace(PRESETS["step3-tiny"], num_hidden_layers=1, moe_layers=frozenset({0}))
 
 
 def test_the_layer_by_the_kernels_equals_the_model_s_layer() -> None:

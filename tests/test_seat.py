@@ -61,6 +61,24 @@ def test_it_goes_on_by_itself_and_may_switch_all_the_same() -> None:
     assert seat.switch(2)
 
 
+def test_who_is_held_at_the_boundary() -> None:
+    seat = seated()
+    assert not seat.held(2)
+    seat.drain(2)
+    assert seat.held(2)
+    assert not seat.held(1)
+    seat.overdue(2)
+    assert not seat.held(2)
+
+
+def test_who_moves_out_is_not_held_but_waits_for_its_end() -> None:
+    seat = seated()
+    seat.move_out(2)
+    seat.drain(2)
+    assert not seat.held(2)
+    assert not seat.may_run
+
+
 def test_the_deadline_of_an_earlier_drain_ends_no_later_one() -> None:
     seat = seated()
     seat.drain(2)

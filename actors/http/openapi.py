@@ -180,6 +180,6 @@ def _schemas() -> dict[str, Any]:
     bodies = {operation.body for operation in OPERATIONS if operation.body is not None}
     answered = {operation.answer for operation in OPERATIONS if operation.answer is not None}
     conflicts = {operation.conflict for operation in OPERATIONS}
-    _, validated = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
-    _, told = models_json_schema([(answer, "validation") for answer in answered | conflicts], ref_template=_REF)
-    return dict(sorted({**validated["$defs"], **told["$defs"]}.items()))
+    models = sorted(bodies | answered | conflicts, key=lambda model: model.__name__)
+    _, told = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
+    return dict(sorted(told["$defs"].items()))

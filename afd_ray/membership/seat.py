@@ -66,6 +66,13 @@ class Seat:
         self._check_coming(number, "drain")
         self.draining = number
 
+    def held(self, number: int) -> bool:
+        """Whether it stands at the boundary for the sake of this epoch with requests of its own, which wait as long as nothing comes.
+
+        One that moves out has none: were it to go on, it could emit in an epoch that others have left.
+        """
+        return self.draining == number and not self.moving_out
+
     def resume(self, number: int) -> None:
         """Go on where it serves: the coming epoch is given up. Harmless when repeated."""
         if number <= self.serving:

@@ -259,7 +259,7 @@ class Attention(Member):
         for number, reply in drained:
             if self.seat.draining == number:
                 self.cluster.checks.drained(self.name, number)
-                if not self.seat.moving_out:
+                if self.seat.held(number):
                     self.after(HELD_S, self._overdue, number)
                 reply(None, None)
             else:
