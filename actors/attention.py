@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -14,12 +13,14 @@ import ray
 
 from actors.aside import aside
 from actors.departure import Departure
+from actors.device import compute_for
 from actors.member import Member
 from actors.request_log import log_requests
 from actors.token_server import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
+from afd_ray.engine.compute import Compute
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.look import look_at_attention
 from afd_ray.engine.loop import Wire
@@ -27,7 +28,6 @@ from afd_ray.engine.moving_in import Moved, MovingIn
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.handoff.kv_wire import kv_digest
-from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
@@ -37,9 +37,6 @@ from afd_ray.models.config import DTYPES, ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 from afd_ray.request import KVTicket, Request
 
-MAX_CACHE_BYTES = 1 << 30
-CACHE_SHARE = 0.1
-"""Of the machine's free memory, for one actor's KV cache where `num_blocks` is auto."""
 HELD_S = 1.0
 """How long it stands at a step boundary for want of a `switch`: a controller that died meanwhile has a successor only after several seconds."""
 
@@ -145,11 +142,15 @@ class AttentionActor(Member):
 
     def _build(self) -> AttentionLoop:
         config = self._config
+        compute = compute_for("attention", config.attention.num_gpus)
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
-        colocated = config.ffn.colocated
+        colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
-        half = packed_attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
-        cache, allocator = build_cache(config, half.config)
+        half = compute.attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
+        ffn = None
+        if colocated:
+            ffn = compute.colocated_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
+        cache, allocator = build_cache(config, half.config, compute)
         scheduler = Scheduler(
             allocator=allocator,
             slots=1,
@@ -158,10 +159,9 @@ class AttentionActor(Member):
             max_context=max_context(config, half.config),
             eos_token_ids=half.config.eos_token_ids,
         )
-        if not colocated:
-            return AttentionLoop(half, cache, scheduler, self._tokens.publish, config.attention.pace)
-        ffn = packed_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
-        return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, config.attention.pace, config.ffn.pace)
+        if ffn is None:
+            return AttentionLoop(half, cache, scheduler, self._tokens.publish, pace, compute.begin)
+        return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, pace, config.ffn.pace, compute.begin)
 
     def _kv_digest(self, cache: PagedCache) -> int:
         return kv_digest(self._model_digest, cache.layers, cache.head_dim, cache.dtype)
@@ -249,22 +249,19 @@ def max_context(config: Config, model: ModelConfig) -> int:
     return config.context_limit(model.max_position_embedding)
 
 
-def build_cache(config: Config, model: ModelConfig) -> tuple[PagedCache, BlockAllocator]:
+def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[PagedCache, BlockAllocator]:
     """The KV cache that the configuration asks for; `num_blocks` auto is what all running requests could need, within memory."""
-    wanted = config.attention.kv_cache
+    wanted, pipeline = config.attention.kv_cache, config.pipeline
     dtype = model.dtype if wanted.dtype == "auto" else DTYPES[wanted.dtype]
     if wanted.num_blocks != "auto":
         num_blocks = wanted.num_blocks
     else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        budget = min(MAX_CACHE_BYTES, int(free_bytes * CACHE_SHARE)) // block_bytes
-        num_blocks = max(1, min(per_request * config.pipeline.max_running_requests, budget))
-    cache = PagedCache(
-        layers=model.num_hidden_layers, num_blocks=num_blocks, block_size=wanted.block_size, head_dim=model.head_dim, dtype=dtype
-    )
-    return cache, BlockAllocator(num_blocks, wanted.block_size)
+        room = compute.cache_bytes(model, pipeline.max_tokens_per_micro_batch) // block_bytes
+        num_blocks = min(per_request * pipeline.max_running_requests, room)
+    cache = compute.cache(model, num_blocks, wanted.block_size, dtype)
+    return cache, BlockAllocator(cache.num_blocks, wanted.block_size)
 
 
 def _findings(scheduler: Scheduler, departures: Sequence[Departure]) -> list[str]:

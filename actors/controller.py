@@ -11,6 +11,7 @@ import ray
 from actors import ledger
 from actors.autoscaler import Autoscaler
 from actors.crew import Crew
+from actors.heap import freeze_heap
 from actors.inquiry import ANSWER_TIMEOUT_S, Inquiry
 from actors.roster import ask
 from actors.status import cluster_metrics, cluster_status
@@ -46,6 +47,7 @@ class Controller(Inquiry):
         if self._left is not None:
             this: Any = ray.get_actor(name, namespace=NAMESPACE)
             this.adopt.remote()
+        freeze_heap()
 
     @ray.method
     async def adopt(self) -> None:

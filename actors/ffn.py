@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import ray
 
 from actors.aside import aside
+from actors.device import compute_for
 from actors.member import Member
 from actors.memory import give_back
 from afd_ray.config import Config
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.look import look_at_ffn
 from afd_ray.engine.loop import Wire
-from afd_ray.kernels.packed import packed_ffn
-from afd_ray.kernels.regather import lack, regather
+from afd_ray.kernels.regather import lack
 from afd_ray.measured import MeasuredFFN
 from afd_ray.membership.epoch import Epoch
 from afd_ray.metrics import Sample, ffn_samples
@@ -78,11 +78,14 @@ class FFNActor(Member):
         return [*([self._loop.half] if self._loop else []), *([self._standby.half] if self._standby else [])]
 
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
+        compute = compute_for("ffn", self._config.ffn.num_gpus)
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         try:
             if held is None:
-                return packed_ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
-            return regather(held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense))
+                return compute.ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+            return compute.regathered_ffn(
+                held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense)
+            )
         finally:
             give_back()
 

@@ -13,17 +13,20 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from actors.cluster_view import ANSWER_TIMEOUT_S, ClusterView
+from actors.heap import freeze_heap
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
 from actors.http.backend import ModelCard, Unavailable
 from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
 from actors.request_log import log_requests
-from afd_ray.config import Config, ConfigError, check_supported, load_config, model_directory
+from afd_ray.config import Config, ConfigError, Server, check_supported, load_config, model_directory
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
@@ -83,7 +86,9 @@ class ClusterBackend:
         return self._view.pool.generate(request)
 
     async def status(self) -> dict[str, Any]:
-        return dict(await self._view.ask("status", timeout_s=STATUS_TIMEOUT_S))
+        """The cluster's; one that takes no request any more is stopping, whatever its actors do."""
+        status = dict(await self._view.ask("status", timeout_s=STATUS_TIMEOUT_S))
+        return status | {"state": "stopping"} if self._draining else status
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return dict(await self._view.ask("scale", named=wanted))
@@ -164,6 +169,7 @@ class Ingress:
         self._tasks = [asyncio.create_task(self._backend.follow())]
         if server["replicas"] > 1:
             self._tasks.append(asyncio.create_task(self._share_metrics()))
+        freeze_heap()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = Options(
@@ -266,6 +272,7 @@ def _application(args: dict[str, str]) -> serve.Application:
     overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
     config = load_config(args.get("config"), overrides)
     check_supported(config)
+    check_port(config.server.port, _serve_port())
     check_fits(config, Checkpoint.open(model_directory(config.model)))
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
@@ -280,6 +287,21 @@ def _application(args: dict[str, str]) -> serve.Application:
         ray.kill(controller)  # nothing is left of what it began, and the next one may have another configuration
         raise ClusterError(first_line(error)) from None
     return build(CONTROLLER_NAME, config)
+
+
+def _serve_port() -> int:
+    """Where Serve listens; where `serve run` will have it listen, if it does not run yet."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return int((client.http_config if client else HTTPOptions()).port)
+
+
+def check_port(wanted: int, serves: int) -> None:
+    """Raises ConfigError (one line) for a `server.port` that was given and is not Serve's: no application moves it."""
+    if wanted not in (serves, Server().port):
+        raise ConfigError(
+            f"server.port: {wanted} is not where Serve listens, {serves}: leave it out, and give http_options.port in the file of "
+            "serve deploy or serve run"
+        )
 
 
 def check_same_cluster(running: Config, wanted: Config) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from actors.alarm import Alarm
 from actors.aside import aside
+from actors.heap import freeze_heap
 from actors.observed import Observed
 from actors.orphan import Orphan
 from actors.place import Place, Terms
@@ -256,6 +257,7 @@ class Member(Observed):
         # Lambdas, not methods: Ray wraps those of an actor, and these run on the step loop's thread.
         loop.on_lost = lambda number, reason: tell(events, self._lose, number, reason)
         on_failed = lambda reason: tell(events, self._fail, reason)  # noqa: E731
+        freeze_heap()
         self._thread = threading.Thread(target=run_loop, args=(loop, self._name, on_failed), name="step-loop", daemon=True)
         self._thread.start()
         self._start_measuring()

@@ -264,14 +264,8 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
-    refused: list[tuple[bool, str, object, str]] = [
-        (config.handoff.kind == "nccl", "handoff.kind", config.handoff.kind, "auto, shm, tcp or gloo"),
-        (config.attention.num_gpus > 0, "attention.num_gpus", config.attention.num_gpus, "0"),
-        (config.ffn.num_gpus > 0, "ffn.num_gpus", config.ffn.num_gpus, "0"),
-    ]
-    for holds, key, value, allowed in refused:
-        if holds:
-            raise ConfigError(f"{key}: {value} is not supported yet, use {allowed}")
+    if config.handoff.kind == "nccl":
+        raise ConfigError("handoff.kind: nccl is not supported yet, use auto, shm, tcp or gloo")
 
 
 def model_directory(model: Model) -> Path:

@@ -1,7 +1,9 @@
 """What the GPU benchmarks share: is there one, what can it do, how long does a call take. Nothing here needs Ray."""
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -96,6 +98,17 @@ def median_us(run: Run) -> float:
         run()
     median: float = triton.testing.do_bench(graph.replay, return_mode="median")
     return median * 1e3
+
+
+def launch_us(run: Run, times: int = 50) -> float:
+    """Median time that the host takes to call it, without waiting for the device."""
+    took_us = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        started_ns = time.perf_counter_ns()
+        run()
+        took_us.append((time.perf_counter_ns() - started_ns) / 1000)
+    return statistics.median(took_us)
 
 
 def heading(limits: Limits, columns: str) -> str:

@@ -10,6 +10,8 @@ from afd_ray.request import SamplingParams
 from afd_ray.simulation.serving import Arrival, Outcome
 
 MOST_STREAMS = 400
+ALLOWED = {"tpot_p50": 0.10, "tpot_p95": 0.20, "tokens_s": 0.05}
+"""How far simulated figures may be from live ones."""
 PROMPT_TOKEN = 7
 
 
@@ -29,6 +31,16 @@ class Figures(NamedTuple):
         summary, seconds = outcome.summary(), outcome.duration_s - first_s
         tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
         return cls(tpot["p50"], tpot["p95"], ttft["p50"], outcome.tally.tokens / seconds)
+
+
+def deviations(simulated: Figures, live: Figures) -> dict[str, float]:
+    """Of each figure that is judged, as a share of the live one."""
+    return {name: getattr(simulated, name) / getattr(live, name) - 1 for name in ALLOWED}
+
+
+def within(simulated: Figures, live: Figures) -> bool:
+    """Whether all of them are as near as is asked."""
+    return all(abs(share) <= ALLOWED[name] for name, share in deviations(simulated, live).items())
 
 
 def replay(cluster: Cluster, arrivals: Sequence[Arrival]) -> Figures:

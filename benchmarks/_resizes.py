@@ -1,44 +1,42 @@
 """The part of `benchmarks.simulator` in which a policy resizes: the same sequence of resizes, each within a control period?
 
-The simulator is told what the actors are paced to, and from the live run how long a transfer, a growth and a reduction took.
+The simulator is told the stage times of a profile of one actor of each role, and from the live run how long a growth and a reduction took.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from actors.cluster import Cluster
+from actors.profiling import Started, profile
 from afd_ray.autoscaling import Counts, Decision, Observation, Policy, State, load_policy
 from afd_ray.config import Config, load_config
-from afd_ray.measured import Measured
 from afd_ray.models.checkpoint import write_checkpoint
 from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.simulation.serving import Arrival, Scene, simulate
-from benchmarks._replay import Figures, replay
+from benchmarks._replay import Figures, replay, within
 
 MODEL = replace(PRESETS["step3-tiny"], moe_layers=frozenset(range(4)), moe_num_experts=16, moe_top_k=1)
 """Each row has one expert, so that routed FFN instances divide the rows among them."""
-POLICY, PERIOD_S = "balance", 3.0
-OUTPUT = 40
-"""Tokens of each answer."""
+PERIOD_S = 3.0
 SETTINGS = (
     "attention.replicas=1",
-    "attention.pace={base_us: 1000, per_context_token_us: 25}",
+    "attention.pace={base_us: 8000, per_context_token_us: 20}",
+    "attention.kv_cache.num_blocks=384",
     "ffn.dispatch=routed",
-    "ffn.pace={base_us: 1000, per_row_us: 300}",
+    "ffn.pace={base_us: 300, per_row_us: 50}",
     "pipeline.micro_batches=2",
     "failure.detect_timeout_s=5",
-    f"autoscaling.policy={POLICY}",
     f"autoscaling.period_s={PERIOD_S}",
-    "autoscaling.tpot_target_ms=100",
+    "autoscaling.tpot_target_ms=96",
     "autoscaling.ttft_target_ms=10000",
     "autoscaling.max={attention: 3, ffn: 3}",
-    "autoscaling.options={shrink_after_s: 9, shrink_cooldown_s: 3, grow_cooldown_s: 3, deviations: 0}",
 )
 
 
@@ -51,11 +49,41 @@ class Step(NamedTuple):
     prompt: int
 
 
-TRACES = {
-    "rate": (Step(15, 2, 16), Step(25, 9, 16), Step(25, 2, 16)),
-    "context": (Step(15, 3, 16), Step(25, 3, 120), Step(25, 3, 16)),
-    "both": (Step(15, 1.5, 16), Step(25, 4, 100), Step(25, 1.5, 16)),
+class Case(NamedTuple):
+    """A policy, and loads that it is to follow."""
+
+    options: str
+    output: int
+    """Tokens of each answer."""
+    traces: dict[str, tuple[Step, ...]]
+
+    def settings(self, policy: str) -> tuple[str, ...]:
+        """As for `--set`."""
+        return (*SETTINGS, f"autoscaling.policy={policy}", f"autoscaling.options={self.options}")
+
+
+CASES = {
+    "queue": Case(
+        "{ongoing_per_attention: 8, grow_after_s: 3, shrink_after_s: 9}",
+        30,
+        {
+            "rate": (Step(15, 1.4, 16), Step(25, 4.2, 16), Step(25, 1.4, 16)),
+            "two steps": (Step(15, 1.4, 16), Step(20, 4.2, 16), Step(20, 7, 16), Step(30, 1.4, 16)),
+            "one leap": (Step(15, 1.4, 16), Step(30, 6.5, 16), Step(30, 1.4, 16)),
+            "context": (Step(15, 1.4, 16), Step(30, 2.2, 200), Step(30, 1.4, 16)),
+        },
+    ),
+    "balance": Case(
+        "{grow_after_s: 3, grow_cooldown_s: 3, shrink_after_s: 9, shrink_cooldown_s: 3, deviations: 0}",
+        40,
+        {
+            "rate": (Step(15, 1, 16), Step(25, 3, 16), Step(25, 1, 16)),
+            "two steps": (Step(15, 1, 16), Step(20, 3, 16), Step(20, 5, 16), Step(30, 1, 16)),
+            "context": (Step(15, 1, 16), Step(25, 1, 150), Step(25, 1, 16)),
+        },
+    ),
 }
+"""Of loads whose steps are well apart: a few percent more or less of any stage would make the same resizes of them."""
 
 
 class Move(NamedTuple):
@@ -71,8 +99,9 @@ class Move(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """One trace under the policy, live and simulated."""
+    """One trace under a policy, live and simulated."""
 
+    policy: str
     trace: str
     live: Figures
     simulated: Figures
@@ -91,8 +120,13 @@ class Scaled(NamedTuple):
         return max((abs(one.at_s - other.at_s) for one, other in pairs), default=0.0)
 
     @property
-    def holds(self) -> bool:
+    def alike(self) -> bool:
+        """Whether each resize was decided within a period of its like."""
         return self.same and self.apart_s <= PERIOD_S
+
+    @property
+    def holds(self) -> bool:
+        return self.alike and within(self.simulated, self.live)
 
 
 class Observed(NamedTuple):
@@ -100,26 +134,30 @@ class Observed(NamedTuple):
 
     growth_s: float
     reduction_s: float
-    transfer_us: float
 
 
-def run_traces(names: Sequence[str]) -> Iterator[Scaled]:
-    """Each on a cluster of its own, so that nothing is remembered from the one before."""
+def run_cases(quick: bool) -> Iterator[Scaled]:
+    """Each trace on a cluster of its own, so that nothing is remembered from the one before."""
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), MODEL, random_tensors(MODEL, seed=0))
-        config = load_config("demo", [f"model.path={directory}", *SETTINGS])
-        for name in names:
-            arrivals = list(drawn(TRACES[name]))
-            live, moves, observed = serve(config, arrivals)
-            there, simulated_moves = simulated(config, arrivals, observed)
-            yield Scaled(name, live, there, tuple(moves), tuple(simulated_moves))
+        model = f"model.path={directory}"
+        stages = Path(directory) / "stages.json"
+        with Cluster.start(load_config("demo", [model, *SETTINGS])) as cluster:
+            stages.write_text(json.dumps(profile(Started(cluster), {"of": "resizes"})))
+        for policy, case in CASES.items():
+            config = load_config("demo", [model, *case.settings(policy)])
+            for trace, steps in islice(case.traces.items(), 1 if quick else None):
+                arrivals = list(drawn(steps, case.output))
+                live, moves, observed = serve(config, arrivals)
+                there, simulated_moves = simulated(config, stages, arrivals, observed)
+                yield Scaled(policy, trace, live, there, tuple(moves), tuple(simulated_moves))
 
 
-def drawn(steps: Sequence[Step]) -> Iterator[Arrival]:
+def drawn(steps: Sequence[Step], output: int) -> Iterator[Arrival]:
     """A request as each step begins, and then in even distances."""
     for start_s, step in zip(accumulate((step.seconds for step in steps), initial=0.0), steps, strict=False):
         count = round(step.seconds * step.rate)
-        yield from (Arrival(start_s + number / step.rate, step.prompt, OUTPUT) for number in range(count))
+        yield from (Arrival(start_s + number / step.rate, step.prompt, output) for number in range(count))
 
 
 # --- live --------------------------------------------------------------------------------------------------------------------
@@ -131,11 +169,9 @@ def serve(config: Config, arrivals: Sequence[Arrival]) -> tuple[Figures, list[Mo
         idle = _next_look(cluster)
         seen = replay(cluster, arrivals)
         entries = cluster.decisions(idle["number"])
-        flights = [Measured.load(dumped).flights for dumped in cluster.measured()["attention"].values()]
-    transfers = [own.transfer_us / own.transfers for own in flights if own.transfers]
     moves, lasted = moves_of(entries, idle["at_s"])
     until_s = arrivals[-1].at_s
-    return seen, [move for move in moves if move.at_s < until_s], _observed(moves, lasted, fmean(transfers))
+    return seen, [move for move in moves if move.at_s < until_s], _observed(moves, lasted)
 
 
 def _next_look(cluster: Cluster) -> dict[str, Any]:
@@ -158,20 +194,20 @@ def moves_of(entries: Sequence[dict[str, Any]], began_s: float) -> tuple[list[Mo
     return moves, lasted
 
 
-def _observed(moves: Sequence[Move], lasted: Sequence[float], transfer_us: float) -> Observed:
+def _observed(moves: Sequence[Move], lasted: Sequence[float]) -> Observed:
     grown = [took_s for move, took_s in zip(moves, lasted, strict=True) if sum(move.to) > sum(move.before)]
     shrunk = [took_s for move, took_s in zip(moves, lasted, strict=True) if sum(move.to) < sum(move.before)]
     reduction_s = fmean(shrunk) if shrunk else 0.0
-    return Observed(max(reduction_s, fmean(grown)) if grown else reduction_s, reduction_s, transfer_us)
+    return Observed(max(reduction_s, fmean(grown)) if grown else reduction_s, reduction_s)
 
 
 # --- simulated ---------------------------------------------------------------------------------------------------------------
 
 
-def simulated(config: Config, arrivals: Sequence[Arrival], observed: Observed) -> tuple[Figures, list[Move]]:
+def simulated(config: Config, stages: Path, arrivals: Sequence[Arrival], observed: Observed) -> tuple[Figures, list[Move]]:
     """The same policy on the same trace."""
     told = {
-        "transfer": {"base_us": observed.transfer_us},
+        "profile": str(stages),
         "start_delay_s": observed.growth_s - observed.reduction_s,
         "load_s": 0.0,
         "connect_s": observed.reduction_s,
@@ -179,7 +215,7 @@ def simulated(config: Config, arrivals: Sequence[Arrival], observed: Observed) -
     settings = type(config.simulation).model_validate(config.simulation.model_dump() | told)
     moves: list[Move] = []
     scene = Scene.of(config.model_copy(update={"simulation": settings}))
-    outcome = simulate(scene, iter(arrivals), noting(load_policy(POLICY), moves))
+    outcome = simulate(scene, iter(arrivals), noting(load_policy(config.autoscaling.policy), moves))
     until_s = arrivals[-1].at_s
     return Figures.of(outcome, arrivals[0].at_s), [move for move in moves if move.at_s < until_s]
 

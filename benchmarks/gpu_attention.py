@@ -1,7 +1,7 @@
 """How near is decode attention, 64 query heads x 256 over one key head, to the bandwidth that this GPU reads with?
 
-Each size is checked against torch in float32 on a few of its rows, then timed beside torch's own attention over contiguous keys. The bound is
-bytes of keys and values over the bandwidth of a large sum, or arithmetic over the peak of a large product, both of the same run.
+Each size is checked against torch in float32 on a few of its rows, then timed beside torch's own attention over contiguous keys in bfloat16, and
+beside FlashAttention-3 and FlashInfer over the same pages where these are installed. The bound is bytes of keys and values over the bandwidth of a large sum, or arithmetic over the peak of a large product, both of the same run.
 """
 
 import argparse
@@ -16,12 +16,13 @@ from torch import Tensor
 from afd_ray.kernels.gpu.decode_attention import attend, splits_for
 from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.planning.measured import AttentionTime
-from benchmarks._gpu import Limits, Line, answer, error, median_us
+from benchmarks._gpu import Limits, Line, Run, answer, error, median_us
+from benchmarks._gpu_peers import Peers, cells, flash_attention_3, flashinfer_decode
 
 HEADS, DIM, PAGE = 64, 256, 64
 BATCHES, CONTEXTS = (1, 16, 64, 128), (1024, 8192, 32768)
 LARGEST_ERROR = 1e-2
-COLUMNS = "| keys | rows | context | splits | bound, us | ours, us | of the bound | torch, us | times faster | error |"
+COLUMNS = "| keys | rows | context | splits | bound, us | ours, us | of the bound | torch, us | FA3, us | FlashInfer, us | quickest peer / ours | error |"
 
 
 class Case(NamedTuple):
@@ -39,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    peers = Peers()
     for case in cases(args.quick):
         inputs = inputs_of(case)
         for splits in args.splits or [splits_for(case.rows, multiprocessors)]:
-            yield row(case, inputs, splits, limits)
+            yield row(case, inputs, splits, limits, peers)
+    yield from peers.notes()
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -67,14 +70,20 @@ def inputs_of(case: Case) -> Rows:
     return Rows(torch.randn(case.rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda"), blocks, tables, starts, contexts)
 
 
-def row(case: Case, inputs: Rows, splits: int, limits: Limits) -> Line:
+def row(case: Case, inputs: Rows, splits: int, limits: Limits, peers: Peers) -> Line:
     nbytes = case.rows * (case.context * 2 * DIM * case.cached.itemsize + 2 * HEADS * DIM * 2)
     bound = limits.bound_us(nbytes, 4 * case.rows * HEADS * case.context * DIM, torch.bfloat16)
     found = error(attend(inputs, splits=splits)[:4], expected(inputs, case.context, min(4, case.rows)))
     ours = median_us(lambda: attend(inputs, splits=splits))
-    peer = peer_us(inputs, case)
+    times_us = peers.times_us(
+        {
+            "torch": lambda: torch_attention(inputs, case),
+            f"FA3 ({case.cached})": lambda: flash_attention_3(inputs, case.context),
+            f"FlashInfer ({case.cached})": lambda: flashinfer_decode(inputs, case.context),
+        }
+    )
     name = str(case.cached).removeprefix("torch.")
-    figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {peer:.0f} | {peer / ours:.2f} | {found:.1e}"
+    figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {cells(times_us, ours)} | {found:.1e}"
     text = f"| {name} | {case.rows} | {case.context} | {splits} | {figures} |"
     cache_bytes: Literal[1, 2] = 1 if case.cached.itemsize == 1 else 2
     time = AttentionTime(rows=case.rows, context=case.context, cache_bytes=cache_bytes, part="core", us=ours)
@@ -96,11 +105,11 @@ def expected(inputs: Rows, context: int, rows: int) -> Tensor:
     return scores.softmax(-1) @ values
 
 
-def peer_us(inputs: Rows, case: Case) -> float:
-    """torch's attention in bfloat16: the heads stand where a sequence's rows would, keys and values are contiguous."""
+def torch_attention(inputs: Rows, case: Case) -> Run:
+    """In bfloat16: the heads stand where a sequence's rows would, keys and values are contiguous."""
     keys, values = (part.bfloat16().contiguous()[:, None] for part in gathered(inputs, case.context, case.rows).unbind(2))
     q = inputs.q[:, None]
-    return median_us(lambda: F.scaled_dot_product_attention(q, keys, values))
+    return lambda: F.scaled_dot_product_attention(q, keys, values)
 
 
 if __name__ == "__main__":

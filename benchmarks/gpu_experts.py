@@ -1,12 +1,13 @@
 """How near are Step-3's routed experts, as one FFN rank of 16 holds them (TP8 x EP2), to what this GPU can do?
 
-Each size is checked against float32, then timed beside torch's grouped product in bfloat16. The bound is bytes (weights of the experts that
+Each size is checked against float32, then timed beside torch's grouped product in bfloat16 and, where it is installed, beside DeepGEMM's products in
+e4m3. The bound is bytes (weights of the experts that
 are chosen, rows in and out once) over the bandwidth of a large sum, or arithmetic over the peak of a large product, both of the same run.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from afd_ray.handoff.quantise import BLOCK
 from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
 from afd_ray.planning.measured import FfnTime
-from benchmarks._gpu import Limits, Line, answer, error, median_us
+from benchmarks._gpu import Limits, Line, Run, answer, error, median_us
+from benchmarks._gpu_peers import Peers, cells, deep_gemm
 
 EXPERTS, HELD, TOP_K, HIDDEN, INNER = 48, 24, 3, 7168, 640
 RANKS = 16
@@ -24,7 +26,7 @@ SCALE = 2.0**-6
 ROWS = (64, 256, 1024, 2048, 4096, 8192)
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float8_e4m3fn: 5e-2}
 """In e4m3 what SwiGLU gives is rounded too, which the reference here does not do."""
-COLUMNS = "| dtype | rows | bound, us | ours, us | of the bound | torch bf16, us | times faster | error |"
+COLUMNS = "| dtype | rows | bound, us | ours, us | of the bound | torch bf16, us | DeepGEMM, products alone, us | quickest peer / ours | error |"
 
 
 class Inputs(NamedTuple):
@@ -42,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
-    wide = weights_of()
+    wide, peers = weights_of(), Peers()
     for dtype in (torch.float8_e4m3fn, torch.bfloat16):
         experts = narrowed(wide) if dtype == torch.float8_e4m3fn else wide
         for rows in ROWS[3:4] if args.quick else ROWS:
-            yield row(inputs_of(experts, rows), wide, limits)
+            yield row(inputs_of(experts, rows), wide, limits, peers)
+    yield from peers.notes()
 
 
 def weights_of() -> Experts:
@@ -75,7 +78,7 @@ def inputs_of(experts: Experts, rows: int) -> Inputs:
     return Inputs(experts, x.to(experts.gate.dtype), exponents, ids.contiguous(), weights)
 
 
-def row(inputs: Inputs, wide: Experts, limits: Limits) -> Line:
+def row(inputs: Inputs, wide: Experts, limits: Limits, peers: Peers) -> Line:
     dtype, rows = inputs.x.dtype, len(inputs.x)
     held = inputs.ids[inputs.ids < HELD]
     nbytes = len(held.unique()) * 3 * HIDDEN * INNER * dtype.itemsize + rows * HIDDEN * (dtype.itemsize + 2)
@@ -85,8 +88,12 @@ def row(inputs: Inputs, wide: Experts, limits: Limits) -> Line:
         return feed_forward(inputs.experts, inputs.x, inputs.ids, inputs.weights, exponents=inputs.exponents)
 
     found = error(ours(), expected(inputs, wide))
-    ours_us, peer_us = median_us(ours), median_us(peer(inputs, wide))
-    figures = f"{bound:.0f} | {ours_us:.0f} | {bound / ours_us:.2f} | {peer_us:.0f} | {peer_us / ours_us:.2f} | {found:.1e}"
+    ours_us = median_us(ours)
+    times_us = peers.times_us({"torch": lambda: torch_grouped(inputs, wide)})
+    times_us["DeepGEMM"] = None
+    if dtype == torch.float8_e4m3fn:
+        times_us |= peers.times_us({"DeepGEMM": lambda: deep_gemm(inputs.experts, inputs.x, inputs.ids)})
+    figures = f"{bound:.0f} | {ours_us:.0f} | {bound / ours_us:.2f} | {cells(times_us, ours_us)} | {found:.1e}"
     # Plans are made of 8-bit weights.
     time = FfnTime(rows=rows, ranks=RANKS, part="routed", us=ours_us) if dtype == torch.float8_e4m3fn else None
     return Line(f"| {str(dtype).removeprefix('torch.')} | {rows} | {figures} |", found < LARGEST_ERROR[dtype], time)
@@ -103,8 +110,8 @@ def expected(inputs: Inputs, wide: Experts) -> Tensor:
     return total
 
 
-def peer(inputs: Inputs, wide: Experts) -> Callable[[], Tensor]:
-    """torch's grouped products over rows that are sorted already; gathering them and adding them up are counted."""
+def torch_grouped(inputs: Inputs, wide: Experts) -> Run:
+    """Its grouped products over rows that are sorted already; gathering them and adding them up are counted."""
     flat = inputs.ids.flatten()
     order = flat.argsort(stable=True)[: int((flat < HELD).sum())]
     ends = torch.bincount(flat[order], minlength=HELD).cumsum(0).int()

@@ -116,7 +116,7 @@ def _output(program: str, *arguments: str) -> str:
 
 
 def in_a_process_of_its_own(names: list[str]) -> dict[str, list[Compiled]]:
-    """The launches of `tests.gpu_launches` by their names; raises CalledProcessError where one does not compile."""
+    """The launches and layers of `tests.gpu_launches` by their names; raises CalledProcessError where one does not compile."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.cross_compile", *names]
     found = subprocess.run(
@@ -126,9 +126,10 @@ def in_a_process_of_its_own(names: list[str]) -> dict[str, list[Compiled]]:
 
 
 def main(names: list[str]) -> None:
-    from tests.gpu_launches import LAUNCHES
+    from tests.gpu_launches import LAUNCHES, LAYERS
 
-    compiled = {name: compiled_by(LAUNCHES[name].launch) for name in names or LAUNCHES}
+    launches = {name: launch.launch for name, launch in LAUNCHES.items()} | LAYERS
+    compiled = {name: compiled_by(launches[name]) for name in names or LAUNCHES}
     print(json.dumps({name: [kernel._asdict() for kernel in kernels] for name, kernels in compiled.items()}, indent=1))
 
 

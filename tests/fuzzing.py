@@ -54,5 +54,9 @@ def _cheap(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     limits = {"n": MOST_CHOICES, "max_tokens": MOST_TOKENS, "max_completion_tokens": MOST_TOKENS}
-    lowered = {name: min(body[name], most) for name, most in limits.items() if isinstance(body.get(name), int)}
-    return body | lowered
+    # 14.0 is an integer too, in JSON as in its schemas, and stays a float.
+    given = {name: body[name] for name in limits if isinstance(body.get(name), int | float)}
+    lowered = {name: type(value)(min(value, limits[name])) for name, value in given.items()}
+    # Without a limit only the end token keeps it from filling the context.
+    endless = body.get("ignore_eos") is True and not lowered.keys() - {"n"}
+    return body | lowered | ({"ignore_eos": False} if endless else {})

@@ -1,6 +1,8 @@
 """The launches whose code the tests bound, at Step-3's sizes, and the bounds."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,11 @@ from afd_ray.kernels.gpu import (
     rope_kv_write,
     router,
 )
+from afd_ray.kernels.gpu.halves import GPUAttentionLayer, GPUFFNLayer, Returned, StepRows
 from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.models.config import ModelConfig
+from afd_ray.models.presets import PRESETS
+from afd_ray.models.step3 import AttentionLayer, FFNLayer, FFNShard
 
 ROWS, HIDDEN, HEADS, DIM, EXPERTS = 128, 7168, 64, 256, 48
 
@@ -94,6 +100,28 @@ def experts(dtype: torch.dtype, held: int = EXPERTS // 2, inner: int = 640) -> T
     )
     scaled = expert_gemm.Experts(gate, up, down, wide, wide, narrow)
     return expert_gemm.feed_forward(scaled, x, ids, weights, exponents=meta(2048, HIDDEN // 128, dtype=torch.uint8))
+
+
+def layer(config: ModelConfig, page: int) -> None:
+    """A layer with experts of both halves, as the engine runs it: some rows decode, some are of a prompt, and come back from two instances."""
+    count, dtype = 9, config.dtype
+    with torch.device("meta"):
+        attention = AttentionLayer(config, 1).to(dtype).requires_grad_(False)
+        ffn = FFNLayer(config, 1, FFNShard((0, 1), at_home=True)).to(dtype).requires_grad_(False)
+    table, rows = meta(count, config.head_dim // 2, dtype=torch.float32), meta(count, config.hidden_size, dtype=dtype)
+    returned = Returned(meta(2 * count, config.hidden_size, dtype=dtype), meta(2, count, dtype=torch.int32))
+    step = StepRows(table, table, ints(count), ints(64), ints(count), ints(count), ints(2), ints(2), decoding=5)
+    GPUAttentionLayer(attention)(rows, returned, meta(64, page, config.kv_width, dtype=dtype), step)
+    ids = meta(count, config.moe_top_k, dtype=torch.uint8)
+    GPUFFNLayer(ffn)(rows, ids, meta(count, config.moe_top_k, dtype=dtype))
+
+
+LAYERS = {
+    "step3-tiny": partial(layer, replace(PRESETS["step3-tiny"], moe_intermediate_size=128, share_expert_dim=128), 4),
+    "step3-92m": partial(layer, PRESETS["step3-92m"], 16),
+    "step3": partial(layer, replace(PRESETS["step3"], moe_layers=frozenset({1})), 64),
+}
+"""By the model's name."""
 
 
 STREAMED = Bounds(registers=184, shared_bytes=229376, wgmma=True, asynchronous_copies=True)

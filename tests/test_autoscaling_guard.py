@@ -1,11 +1,12 @@
 """A policy that raises, answers nonsense or takes too long changes nothing."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from afd_ray.autoscaling import Counts, Decision, Goals, Guard, Observation, State, decide, load_policy
+from afd_ray.autoscaling import Counts, Decision, Goals, Guard, Observation, Override, State, decide, load_policy
 from tests.serving_scenes import play, small, steady
 
 SEEN = Observation(Counts(2, 3), Goals(most=Counts(4, 4)))
@@ -92,7 +93,20 @@ def test_a_late_answer_is_dropped() -> None:
 
 
 def test_serving_goes_on_as_without_a_policy() -> None:
-    without = play(load_policy("fixed"), steady(1, 60), small(Counts(2, 2))).summary()
-    assert play(raises, steady(1, 60), small(Counts(2, 2))).summary() == without
+    def served(policy: Any) -> dict[str, Any]:
+        return play(policy, steady(1, 60), small(Counts(2, 2))).summary() | {"failed_decisions": 0}
+
+    without = served(load_policy("fixed"))
+    assert served(raises) == without
     for answer in NONSENSE.values():
-        assert play(lambda o, s, t, answer=answer: answer, steady(1, 60), small(Counts(2, 2))).summary() == without  # type: ignore[misc]
+        assert served(lambda o, s, t, answer=answer: answer) == without
+
+
+def test_failures_are_counted_and_an_operators_word_is_none() -> None:
+    assert decide(raises, SEEN, {}, 0.0).failed
+    by_hand = replace(SEEN, override=Override(SEEN.counts, 900.0))
+    assert not decide(lambda o, s, t: Decision(Counts(1, 1), "mine"), by_hand, {}, 0.0).failed
+    outcome = play(raises, steady(1, 60), small(Counts(2, 2)))
+    assert outcome.failures.always
+    assert outcome.failures.last == "the policy raised ZeroDivisionError: a policy's own fault"
+    assert not play(load_policy("fixed"), steady(1, 60), small(Counts(2, 2))).failures.failed

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from afd_ray.autoscaling import Counts, Goals, Observation, Quantiles, Stages, decide, load_policy
-from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast_growth
+from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast
 from afd_ray.autoscaling.learning import StageBook
+from afd_ray.autoscaling.policies import DEVIATIONS, MARGIN, SHRINK_MARGIN
 from afd_ray.autoscaling.serve_policy import from_serve, to_serve
 from afd_ray.autoscaling.sizing import CONTEXT_SPREAD, Demand, Sizing, fullest
 from afd_ray.autoscaling.values import State
@@ -118,6 +119,27 @@ def test_balance_counts_more_for_the_half_that_the_other_waits_for() -> None:
     assert attention[1] < ffn[1]
 
 
+@pytest.mark.parametrize("name", ["balance", "predictive"])
+def test_attention_shrinks_though_the_ffn_has_nothing_to_spare(name: str) -> None:
+    just_enough = Counts(16, 8)
+    loaded = seen(
+        goals=Goals(tpot_ms=40.0, most=Counts(16, 16)),
+        counts=just_enough,
+        running=91,
+        context_tokens=182_000,
+        output_tokens_s=91 / 0.04,
+    )
+    demand = Demand.of(loaded)
+    reached = SIZING._replace(at=just_enough).tpot_ms(just_enough, demand.times(demand.spare(DEVIATIONS)), 40)
+    assert SHRINK_MARGIN * MARGIN * 40 < reached <= MARGIN * 40, "for the FFN's sake, whatever attention has"
+    state: State = {}
+    for step in range(40):
+        decision = load_policy(name)(loaded, state, step * 20.0)
+        state = decision.state
+    assert decision.counts.attention < just_enough.attention
+    assert decision.counts.ffn >= just_enough.ffn
+
+
 @pytest.mark.parametrize("name", ["tpot", "balance", "predictive"])
 def test_a_load_that_doubles_is_met_and_one_that_goes_is_followed(name: str) -> None:
     arrivals = [*steady(0.5, 300), *steady(4, 900, since_s=300), *steady(0.1, 1800, since_s=900)]
@@ -135,31 +157,70 @@ def test_a_load_that_doubles_is_met_and_one_that_goes_is_followed(name: str) -> 
 
 STAY_S = 20.0
 """How long answers of 500 tokens take at the target."""
+CONTEXT = 700
 
 
-def growth_of(arrivals_s: list[float], present: float, horizon_s: float = 60.0) -> float:
+def foreseen(
+    arrivals_s: list[float], requests: int, *, context: int = CONTEXT, horizon_s: float = 60.0, deviations: float = 0.0
+) -> Demand:
+    """After looks every 20 s at a cluster that has 40 requests and at last `requests`, with so much context each."""
     state: State = {}
-    growth = 1.0
     for step, rate in enumerate(arrivals_s):
-        looked = seen(arrivals_s=rate, output_tokens_s=1000.0, completions_s=2.0)
-        growth, state = forecast_growth(looked, present, horizon_s, state, step * 5.0)
-    return growth
+        last = step == len(arrivals_s) - 1
+        count, each = (requests, context) if last else (40, CONTEXT)
+        looked = seen(arrivals_s=rate, output_tokens_s=1000.0, completions_s=2.0, running=count, context_tokens=count * each)
+        demand, state = forecast(looked, horizon_s, deviations, state, step * 20.0)
+    return demand
 
 
-def test_arrivals_foretell_the_requests_to_come() -> None:
-    assert growth_of([2.0] * 100, present=2 * STAY_S) == pytest.approx(1)
-    assert growth_of([2.0] * 100, present=STAY_S) == pytest.approx(2 - math.exp(-60 / STAY_S))
-    assert growth_of([2.0] * 100 + [1.0] * 100, present=2 * STAY_S) == 1, (
-        "a load that goes is not foreseen: shrinking takes its time anyway"
+USUAL = [2.0] * 60
+
+
+def test_what_arrivals_lead_to_is_foreseen_before_it_is_there() -> None:
+    assert foreseen(USUAL, 40).sequences == pytest.approx(2 * STAY_S)
+    assert foreseen([*USUAL, 4.0], 40, horizon_s=0.0).sequences == pytest.approx(4 * STAY_S, rel=0.2)
+    assert foreseen([*USUAL, *[4.0] * 10], 40).sequences == pytest.approx(4 * STAY_S, rel=0.05)
+    assert foreseen([*USUAL, *[1000.0] * 4], 40).sequences == MOST_GROWTH * 40
+
+
+def test_what_a_rise_leaves_unserved_until_there_are_ranks_is_made_up_for() -> None:
+    soon, later = foreseen([*USUAL, *[4.0] * 4], 60), foreseen([*USUAL, *[4.0] * 10], 60)
+    assert soon.sequences == pytest.approx(1.5 * later.sequences, rel=0.1), (
+        "half of it is new, and is not served for as long as it stays"
     )
-    assert 1 < growth_of([2.0] * 100 + [4.0], present=2 * STAY_S) < growth_of([2.0] * 100 + [4.0] * 5, present=2 * STAY_S)
-    assert growth_of([4.0] * 100 + [2.0], present=2 * STAY_S) == 1, "nor one that came and went"
-    assert growth_of([2.0] * 100 + [1000.0] * 5, present=2 * STAY_S) == MOST_GROWTH
+    assert foreseen([*USUAL, *[0.5] * 3], 40, horizon_s=0.0).sequences == pytest.approx(2 * STAY_S), "a fall leaves nothing"
 
 
-def test_without_any_answer_that_ended_nothing_is_foretold() -> None:
-    growth, _ = forecast_growth(seen(arrivals_s=50.0), 10.0, 60.0, {}, 0.0)
-    assert growth == 1
+def test_a_burst_is_counted_with_the_context_that_its_requests_will_have() -> None:
+    demand = foreseen([*USUAL, *[4.0] * 4], 60, context=CONTEXT // 2)
+    assert demand.context_tokens / demand.sequences == pytest.approx(CONTEXT, rel=0.05)
+
+
+def test_arrivals_that_vary_by_chance_move_nothing() -> None:
+    assert foreseen([*USUAL, 2.5], 40).sequences == pytest.approx(2 * STAY_S, rel=0.02)
+    assert foreseen([*USUAL, 1.5], 40).sequences == pytest.approx(2 * STAY_S, rel=0.02)
+    assert foreseen(USUAL, 30).sequences == pytest.approx(2 * STAY_S), "fewer requests than usual are more again soon"
+
+
+def test_of_more_requests_than_usual_those_that_will_be_left_are_foreseen() -> None:
+    assert foreseen(USUAL, 80).sequences == pytest.approx(40 + 40 * math.exp(-60 / STAY_S), rel=0.01)
+    assert foreseen(USUAL, 80, horizon_s=0.0).sequences == pytest.approx(80)
+
+
+def test_chance_is_spared_for_but_not_on_top_of_what_it_has_added() -> None:
+    spare = 1 + 1 / math.sqrt(40)
+    assert foreseen(USUAL, 40, deviations=1.0).sequences == pytest.approx(40 * spare, rel=0.01)
+    assert foreseen(USUAL, 80, horizon_s=0.0, deviations=1.0).sequences == pytest.approx(80)
+
+
+def test_a_load_that_goes_is_foreseen_once_it_is_no_chance() -> None:
+    assert foreseen([*USUAL, *[0.5] * 6], 20).sequences < 0.5 * 2 * STAY_S
+
+
+def test_without_any_answer_that_ended_the_present_is_expected() -> None:
+    looked = seen(arrivals_s=50.0, running=10, context_tokens=7000)
+    demand, _ = forecast(looked, 60.0, 0.0, {}, 0.0)
+    assert demand == Demand.of(looked)
 
 
 # --- Ray Serve's form ----------------------------------------------------------------------------------------------------------------

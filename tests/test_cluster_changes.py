@@ -1,5 +1,6 @@
 """A live cluster that changes under load: resized, rolled back, robbed of its actors and of its controller; no token is lost or changed."""
 
+import gc
 import os
 import random
 import signal
@@ -96,6 +97,14 @@ def test_resizes_under_load_change_no_token(cluster: Cluster, answers: Answers) 
             assert after["last_resize"] == answer
             running.await_rounds(1)
     assert len(cluster.status()["placement_groups"]) == 2
+
+
+def test_collections_leave_out_what_actors_had_before_they_served(cluster: Cluster) -> None:
+    """A full one over all objects of torch and Ray would stop a step loop for 0.1 to 0.4 s."""
+    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    actors = [ray.get_actor(name, namespace=NAMESPACE) for name in named]
+    assert len(actors) >= 1 + len(living(cluster.status())["attention"]) + len(living(cluster.status())["ffn"])
+    assert min(ray.get([actor.__ray_call__.remote(lambda _: gc.get_freeze_count()) for actor in actors])) > 50_000
 
 
 def test_a_resize_that_cannot_be_is_rolled_back_and_harms_nobody(cluster: Cluster, answers: Answers) -> None:

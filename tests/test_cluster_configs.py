@@ -18,6 +18,8 @@ LAUNCHED = ("local", "aws", "gcp")
 CLOUDS = ("aws", "gcp")
 BOOT_MINUTES = 10
 """More than a machine takes to boot, install the project and join."""
+QUANTITY = r"^[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?$"
+"""How Kubernetes writes an amount: `500m`, `16Gi`."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def schema_of(fields: Any) -> dict[str, Any]:
         case [item]:
             return {"type": "array", "items": schema_of(item)}
         case "quantity":
-            return {"type": ["string", "integer"]}
+            return {"type": ["string", "integer"], "pattern": QUANTITY}
         case str() if fields.startswith("list of "):
             return {"type": "array", "items": schema_of(fields.removeprefix("list of "))}
         case str() if fields.startswith("map of "):
@@ -89,8 +91,19 @@ def test_the_manifest_is_what_kuberay_knows() -> None:
     jsonschema.validate(read("kuberay"), KUBERAY)
 
 
+GROUP = ("spec", "rayClusterConfig", "workerGroupSpecs", 0)
+
+
 @pytest.mark.parametrize(
-    "path", [("spec", "rayClusterConfig", "workerGroupSpecs", 0, "label"), ("spec", "rayClusterConfig", "authOptions", "token")]
+    "path",
+    [
+        ("kind",),
+        (*GROUP, "label"),
+        (*GROUP, "maxReplicas"),
+        ("spec", "rayClusterConfig", "authOptions", "mode"),
+        (*GROUP, "template", "spec", "containers", 0, "resources", "limits", "memory"),
+    ],
+    ids=lambda path: path[-1],
 )
 def test_the_rules_for_manifests_find_a_mistake(path: tuple[Any, ...]) -> None:
     manifest = read("kuberay")

@@ -16,7 +16,7 @@ from actors.http.app import create_app
 from actors.ingress import ClusterBackend
 from actors.serve import finish, stop_signals
 from tests.attention_fake import TIMEOUT_S, FakeAttention, eventually
-from tests.controller_fake import FakeController
+from tests.controller_fake import FakeController, Method
 from tests.ingress_fake import write_tokenizer
 
 
@@ -39,6 +39,19 @@ async def test_an_ingress_that_drains(tmp_path: Path) -> None:
         assert (await finishing).json()["usage"]["completion_tokens"] == 3
     await backend.close()
     await actor.server.close()
+
+
+async def test_its_status_says_that_it_is_stopping(tmp_path: Path) -> None:
+    async def status() -> dict[str, str]:
+        return {"state": "ready"}
+
+    controller = FakeController(tmp_path, {})
+    controller.status = Method(status)
+    backend = ClusterBackend(lambda: controller, ingress_id="i", max_queued=4)
+    assert await backend.status() == {"state": "ready"}
+    backend.drain()
+    assert await backend.status() == {"state": "stopping"}
+    await backend.close()
 
 
 async def test_what_does_not_finish_in_time_ends_with_an_error(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """The GPU benchmarks where there is no GPU."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 
 from afd_ray.planning.measured import AttentionTime, FfnTime
-from benchmarks import gpu_attention, gpu_experts, gpu_step
+from benchmarks import gpu_attention, gpu_experts, gpu_ffn_step, gpu_step
 from benchmarks._gpu import Line, times_of
+from benchmarks._gpu_peers import Peers, cells, padded_by_expert
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
-@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts, gpu_step])
+@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts, gpu_ffn_step, gpu_step])
 def test_say_that_there_is_none(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([]) == 2
     assert capsys.readouterr() == ("", "no CUDA GPU here\n")
@@ -24,3 +26,26 @@ def test_only_right_results_become_times_for_the_planner() -> None:
     lines = [Line("", True, attention), Line("", False, attention), Line("", True, ffn), Line("", True, None)]
     measured = times_of(lines, "NVIDIA H100 80GB HBM3", "a test")
     assert (measured.attention, measured.ffn, measured.accelerator_name) == ((attention,), (ffn,), "h100")
+
+
+def test_a_peer_that_cannot_be_had_is_left_out_and_why_is_told_once() -> None:
+    peers, tries = Peers(), []
+
+    def prepare() -> Callable[[], object]:
+        tries.append(1)
+        raise ModuleNotFoundError("No module named 'fa3'\nmore")
+
+    assert [peers.times_us({"FA3": prepare}), peers.times_us({"FA3": prepare})] == [{"FA3": None}, {"FA3": None}]
+    assert tries == [1]
+    assert [line.text for line in peers.notes()] == ["\nFA3 is left out: ModuleNotFoundError: No module named 'fa3'"]
+
+
+def test_the_quickest_peer_counts() -> None:
+    assert cells({"one": 30.0, "two": None, "three": 20.0}, ours_us=10.0) == "30 | - | 20 | 2.00"
+    assert cells({"one": None}, ours_us=10.0) == "- | -"
+
+
+def test_assignments_are_padded_expert_by_expert() -> None:
+    places, groups = padded_by_expert(torch.tensor([[2, 0], [0, 5], [1, 0]]), experts=3, alignment=2)
+    assert places.tolist() == [1, 2, 5, 0, 4, 0, 0, 0]
+    assert groups.tolist() == [0, 0, 0, -1, 1, -1, 2, -1]

@@ -1,6 +1,7 @@
 """Serve's HAProxy in front of the ingress replicas (docs/deploy.md): what is promised over HTTP holds there too."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,12 @@ def test_a_client_that_leaves_ends_its_request(http: httpx.Client) -> None:
     with http.stream("POST", "/v1/completions", json=asked) as response:
         next(line for line in response.iter_lines() if line.startswith("data: "))
 
-    def idle() -> bool:
-        status = http.get("/admin/status", headers={"Authorization": f"Bearer {ADMIN_KEY}"}).json()
-        return not any(actor["running"] or actor["waiting"] for actor in status["attention"])
-
-    until(idle)
+    until(lambda: re.search(r"afd_choices_finished_total\{reason=\"abort\",.*} 1\.0", http.get("/metrics").text) is not None)
 
 
 def test_an_haproxy_that_is_killed_comes_back(server: Server, http: httpx.Client) -> None:
     before = _haproxy(server)
+    assert before
     for process in before:
         process.kill()
     psutil.wait_procs(before, timeout=DEADLINE_S)
@@ -100,3 +98,4 @@ def test_an_haproxy_that_is_killed_comes_back(server: Server, http: httpx.Client
             return False
 
     until(answers)
+    assert set(_haproxy(server)).isdisjoint(before)

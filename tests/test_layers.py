@@ -10,7 +10,9 @@ import pytest
 import ray
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_KERNELS = ROOT / "afd_ray" / "kernels" / "gpu"
+GPU = [ROOT / "afd_ray" / part / "gpu" for part in ("kernels", "engine")]
+LOADS_THE_GPU = ROOT / "actors" / "device.py"
+"""Where a configuration asks for it, and not before."""
 FORBIDDEN = {
     "afd_ray": {"ray", "placement", "actors", "benchmarks", "tests"},
     "configs": {"ray", "placement", "actors", "benchmarks", "tests", "afd_ray"},
@@ -69,15 +71,15 @@ def test_imports_go_one_way(package: str) -> None:
     assert not wrong, "\n".join(f"{found.file}:{found.line} imports {found.top}" for found in wrong)
 
 
-def test_only_the_gpu_kernels_import_triton() -> None:
+def test_only_the_gpu_s_own_folders_import_triton() -> None:
     """The CPU path does without: neither Triton nor what imports it."""
-    files = [file for package in FORBIDDEN for file in (ROOT / package).rglob("*.py") if GPU_KERNELS not in file.parents]
-    wrong = [
-        str(file.relative_to(ROOT))
-        for file in files
-        if re.search(r"^\s*(import|from) (triton|afd_ray\.kernels\.gpu)", file.read_text(), re.M)
+    files = [
+        file for package in FORBIDDEN for file in (ROOT / package).rglob("*.py") if not any(gpu in file.parents for gpu in GPU)
     ]
-    assert not wrong
+    found = {file for file in files if re.search(r"^\s*(import|from) (triton|afd_ray\.\w+\.gpu)", file.read_text(), re.M)}
+    assert found == {LOADS_THE_GPU}
+    lazy = imports_of(LOADS_THE_GPU.read_text(), LOADS_THE_GPU.name)
+    assert [entry.top for entry in lazy if entry.is_lazy] == ["afd_ray"]
 
 
 def test_the_core_imports_at_the_top() -> None:

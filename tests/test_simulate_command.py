@@ -74,3 +74,13 @@ def test_what_cannot_be_simulated_is_refused_in_a_line(
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
+
+
+def test_a_policy_that_fails_at_every_decision_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASK, "--policy", "fixed", "os:getcwd"]) == 1
+    captured = capsys.readouterr()
+    assert re.search(r"fixed .*\d\d\.\d\d%", captured.out), "the others' figures are shown all the same"
+    (line,) = captured.err.strip().splitlines()
+    told = re.fullmatch(r"afd-ray: os:getcwd failed at (\d+) of (\d+) decisions, .*: the policy raised TypeError: .*", line)
+    assert told
+    assert int(told[1]) == int(told[2]) > 0

@@ -12,7 +12,7 @@ from afd_ray.membership.steps import Deadlines
 from afd_ray.simulation.serving import LinearStages, Profile, Simulation
 from afd_ray.simulation.serving.resizing import timetable
 from afd_ray.simulation.serving.stages import Shape, share_of_rows
-from tests.serving_scenes import counts_at, play, small, steady
+from tests.serving_scenes import MOST, counts_at, play, small, steady
 
 FIXED = load_policy("fixed")
 
@@ -40,6 +40,14 @@ def test_new_actors_serve_after_their_start_and_cost_from_the_start() -> None:
     (change,) = outcome.changes
     assert change.at_s == pytest.approx(100 + 20 + 1, abs=1)
     assert outcome.gpu_hours * 3600 == pytest.approx(2 * outcome.duration_s + (outcome.duration_s - 100), abs=2)
+
+
+def test_the_first_requests_of_a_new_cluster_are_not_taken_for_dear_ones() -> None:
+    """One rank would do for many times as many: nearly all that a stage takes is its base, which one row count does not show."""
+    costly = LinearStages(CostLine(8000, 0, 20), CostLine(300, 50), CostLine(600))
+    scene = small(autoscaling={"tpot_target_ms": 96.0, "ttft_target_ms": 10_000.0, "period_s": 3.0, "max": MOST._asdict()})
+    outcome = play(load_policy("balance"), steady(1.0, 30, prompt=16, output=40), scene._replace(stages=costly, layers=4))
+    assert not outcome.changes
 
 
 def test_without_room_a_resize_is_rolled_back_and_serving_goes_on() -> None:

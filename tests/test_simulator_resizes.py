@@ -11,7 +11,7 @@ GROWTH, REDUCTION = Move(18.0, Counts(1, 1), Counts(2, 2)), Move(52.0, Counts(2,
 
 
 def scaled(*simulated: Move) -> Scaled:
-    return Scaled("rate", FIGURES, FIGURES, (GROWTH, REDUCTION), simulated)
+    return Scaled("queue", "rate", FIGURES, FIGURES, (GROWTH, REDUCTION), simulated)
 
 
 def entry(action: str, at_s: float, move: Move) -> dict[str, Any]:
@@ -32,6 +32,11 @@ def test_nor_is_another_sequence() -> None:
     assert not scaled(GROWTH._replace(to=Counts(2, 1)), REDUCTION).same
 
 
+def test_nor_are_figures_too_far_off() -> None:
+    off = scaled(GROWTH, REDUCTION)._replace(simulated=FIGURES._replace(tpot_p50=56.0))
+    assert (off.alike, off.holds) == (True, False)
+
+
 def test_resizes_are_read_from_the_decisions_with_how_long_they_took() -> None:
     entries = [
         entry("hold", 1000.0, GROWTH),
@@ -45,4 +50,4 @@ def test_resizes_are_read_from_the_decisions_with_how_long_they_took() -> None:
 
 
 def test_requests_of_a_step_come_in_even_distances_from_its_beginning() -> None:
-    assert [arrival.at_s for arrival in drawn([Step(2, 1, 5), Step(1, 2, 9)])] == [0.0, 1.0, 2.0, 2.5]
+    assert [arrival.at_s for arrival in drawn([Step(2, 1, 5), Step(1, 2, 9)], 30)] == [0.0, 1.0, 2.0, 2.5]

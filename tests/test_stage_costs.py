@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from afd_ray.engine.stage_costs import CostLine, CostMeter, FlightTimes, StageMeter, transfer_us
+from afd_ray.engine.stage_costs import CostLine, CostMeter, FlightTimes, StageMeter, mean_transfer_us, transfer_us
 
 
 def measure(meter: CostMeter, truth: CostLine, rows: list[int], context: int = 0, noise: float = 0.0, seed: int = 0) -> None:
@@ -42,10 +42,17 @@ def test_a_stage_that_has_become_slower_is_followed() -> None:
     assert meter.line.duration_us(32) == pytest.approx(396.0, rel=0.02)
 
 
-def test_with_one_row_count_half_of_its_time_is_taken_for_the_base() -> None:
-    meter = CostMeter()
+@pytest.mark.parametrize(("share", "expected"), [(0.5, CostLine(500.0, 5.0)), (0.8, CostLine(800.0, 2.0))])
+def test_with_one_row_count_a_share_of_its_time_is_taken_for_the_base(share: float, expected: CostLine) -> None:
+    meter = CostMeter(base_share=share)
     measure(meter, CostLine(per_row_us=10.0), [100] * 40)
-    assert meter.line == pytest.approx(CostLine(500.0, 5.0, 0.0), rel=0.01)
+    assert meter.line == pytest.approx(expected, rel=0.01)
+
+
+def test_rows_and_context_that_grow_together_share_what_is_not_the_base() -> None:
+    meter = CostMeter(base_share=0.8)
+    measure(meter, CostLine(per_row_us=10.0), [100] * 40, context=30)
+    assert meter.line == pytest.approx(CostLine(800.0, 1.0, 1 / 30), rel=0.01)
 
 
 def test_no_cost_is_negative() -> None:
@@ -65,11 +72,16 @@ def test_a_round_trip_tells_of_the_transfer_unless_rows_lay_unseen() -> None:
     assert transfer_us(100.0, busy_us=101.0, slack_us=0.0) == 0.0
 
 
+def test_a_mean_counts_all_round_trips_but_those_that_waited_for_most_of_it() -> None:
+    assert mean_transfer_us(1000.0, busy_us=500.0, slack_us=400.0) == 300.0
+    assert mean_transfer_us(1000.0, busy_us=300.0, slack_us=501.0) is None
+
+
 def test_a_micro_batch_counts_by_its_mean_layer_and_hidden_transfers_not_at_all() -> None:
     meter, times = StageMeter(), FlightTimes()
-    for transfer in (50.0, None):
+    for slack in (0.0, 200.0):
         times.attended(100.0)
-        times.returned(300, transfer)
+        times.returned(350.0, 300, slack)
     times.attended(40.0)
     meter.add(times, rows=10, context_tokens=0, layers=2)
     stage = meter.costs.times(10, 0)

@@ -2,8 +2,10 @@
 
 Triton's interpreter (3.6 and 3.7) rounds to bfloat16 by cutting off, makes some numbers half as large as it rounds them to e4m3, and
 multiplies the bits of bfloat16 matrices as integers. Here it converts as torch does, to nearest and ties to even, which is what a GPU does.
+It keeps the program that it is at in one place for all threads: here one launch waits for the other.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 COMPILED = not triton.knobs.runtime.interpret
 DEVICE = "cuda" if COMPILED else "cpu"
@@ -22,7 +24,8 @@ CLOSE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.f
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 _BITS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}
-_convert, _dot = interpreter._convert_float, InterpreterBuilder.create_dot
+_convert, _dot, _launch = interpreter._convert_float, InterpreterBuilder.create_dot, GridExecutor.__call__
+_one_launch = threading.RLock()
 
 
 def _convert_as_torch(numbers: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -43,7 +46,13 @@ def _widened(matrix: Any) -> Any:
     return TensorHandle(_convert_as_torch(matrix.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
 
 
+def _launch_alone(grid: GridExecutor, *arguments: Any, **named: Any) -> Any:
+    with _one_launch:
+        return _launch(grid, *arguments, **named)
+
+
 interpreter._convert_float, InterpreterBuilder.create_dot = _convert_as_torch, _dot_of_numbers
+GridExecutor.__call__ = _launch_alone
 
 
 def noise(seed: int) -> torch.Generator:

@@ -64,7 +64,15 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(outcomes, about), indent=2))
     else:
         _show(outcomes)
-    return 0
+    return _report_failures(outcomes)
+
+
+def _report_failures(outcomes: "list[Outcome]") -> int:
+    """A line for each policy that gave no sound answer; 1 where one never gave any, for its figures are then not its own."""
+    for outcome in outcomes:
+        if outcome.failures.failed:
+            print(f"afd-ray: {outcome.policy} {outcome.failures}", file=sys.stderr)
+    return int(any(outcome.failures.always for outcome in outcomes))
 
 
 def _show_progress(line: ProgressLine, length_s: float, now_s: float) -> None:

@@ -158,7 +158,7 @@ def _described(operation: Operation, needs_key: bool) -> dict[str, Any]:
 def _responses(operation: Operation, needs_key: bool) -> dict[str, Any]:
     content = {TEXT: {"schema": {"type": "string"}}} if operation.answer is None else _json(operation.answer)
     if operation.streams:
-        content[EVENTS] = {"schema": {"type": "string"}}
+        content[EVENTS] = {}  # a schema would be taken for that of one event, and OpenAPI 3.1 cannot say what an event is
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     for status in sorted({*operation.refusals, _TOO_LONG, *([401] if needs_key else [])}):
         body = operation.conflict if status == 409 else schemas.Error

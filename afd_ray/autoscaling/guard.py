@@ -14,19 +14,19 @@ LARGEST_STATE = 1 << 18
 def checked(answer: object, observation: Observation, state: State) -> Decision:
     """The decision, within the bounds; for anything else than a sound one the present counts, the earlier state, and a reason that says what is wrong."""
     if not isinstance(answer, Decision):
-        return _unchanged(observation, state, f"the policy gave {_shown(answer)}, not a Decision")
+        return _failed(observation, state, f"the policy gave {_shown(answer)}, not a Decision")
     counts = answer.counts
     whole = isinstance(counts, tuple) and len(counts) == 2 and all(type(count) is int and count > 0 for count in counts)
     if not whole:
-        return _unchanged(observation, state, f"the policy wants {_shown(counts)} ranks, not two positive integers")
+        return _failed(observation, state, f"the policy wants {_shown(counts)} ranks, not two positive integers")
     if not isinstance(answer.state, Mapping) or not isinstance(answer.reason, str):
-        return _unchanged(observation, state, "the policy's state must be a mapping and its reason a text")
+        return _failed(observation, state, "the policy's state must be a mapping and its reason a text")
     fault = _fault_of(answer.state)
     if fault is not None:
-        return _unchanged(observation, state, fault)
+        return _failed(observation, state, fault)
     override = observation.override
     if override is not None and counts != observation.counts:
-        return _unchanged(observation, answer.state, f"set to {override.counts} by hand; the policy wants {Counts(*counts)}")
+        return Decision(observation.counts, f"set to {override.counts} by hand; the policy wants {Counts(*counts)}", answer.state)
     wanted = Counts(*counts)
     kept = wanted if wanted == observation.counts else observation.goals.bound(wanted)
     reason = " ".join(answer.reason.split())[:LONGEST_REASON]
@@ -40,7 +40,7 @@ def decide(policy: Policy, observation: Observation, state: State, now: float) -
     try:
         answer: object = policy(observation, state, now)
     except Exception as error:
-        return _unchanged(observation, state, f"the policy raised {type(error).__name__}: {_shown(error)}")
+        return _failed(observation, state, f"the policy raised {type(error).__name__}: {_shown(error)}")
     return checked(answer, observation, state)
 
 
@@ -60,12 +60,12 @@ class Guard:
     def decide(self, observation: Observation, now: float) -> Decision:
         """Never raises, and is over by the deadline."""
         if self._asked is not None and not self._asked.answered.is_set():
-            return _unchanged(observation, self.state, "the policy is still busy with an earlier question")
+            return _failed(observation, self.state, "the policy is still busy with an earlier question")
         policy, state = self._policy, self.state
         self._asked = _Question(lambda: decide(policy, observation, state, now))
         decision = self._asked.wait(self._deadline_s)
         if decision is None:
-            return _unchanged(observation, self.state, f"the policy did not answer in {self._deadline_s:g} s")
+            return _failed(observation, self.state, f"the policy did not answer in {self._deadline_s:g} s")
         self.state = decision.state
         return decision
 
@@ -90,8 +90,8 @@ class _Question:
         return self._decision
 
 
-def _unchanged(observation: Observation, state: State, reason: str) -> Decision:
-    return Decision(observation.counts, reason, state)
+def _failed(observation: Observation, state: State, reason: str) -> Decision:
+    return Decision(observation.counts, reason, state, failed=True)
 
 
 def _fault_of(state: State) -> str | None:

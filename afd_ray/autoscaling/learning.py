@@ -2,13 +2,16 @@
 
 from afd_ray.engine.stage_costs import CostLine, CostMeter, StageCosts
 
+BASE_SHARE = 0.8
+"""A cluster that is new to its load has not shown what more rows cost. Whoever takes them for dear grows at the first requests; what they do cost shows as soon as they come."""
+
 
 class StageBook:
     """Microseconds of a layer of a micro-batch. FFN ranks share the work of a layer, so that what one number of ranks taught holds for another."""
 
     def __init__(self) -> None:
         # A live cluster gives one sample of each rank in a control period: each of them counts.
-        self._attention, self._ffn, self._transfer = (CostMeter(samples_a_fit=1) for _ in range(3))
+        self._attention, self._ffn, self._transfer = (CostMeter(samples_a_fit=1, base_share=BASE_SHARE) for _ in range(3))
 
     def attended(self, rows: float, context_tokens: float, duration_us: float) -> None:
         """One attention rank's micro-batch."""

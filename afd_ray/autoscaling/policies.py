@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from afd_ray.autoscaling.forecast import forecast_growth
+from afd_ray.autoscaling.forecast import forecast
 from afd_ray.autoscaling.settling import JUDGED_AFTER_S, KV_FULL, WAIT_SHARE, Pace, settle, waits_too_long
 from afd_ray.autoscaling.sizing import Demand, Sizing, least_for_kv
-from afd_ray.autoscaling.values import Counts, Decision, Observation, State
+from afd_ray.autoscaling.values import Counts, Decision, Goals, Observation, State
 
 MARGIN = 0.95
 """The share of the TPOT target that ranks are counted for: the rest is for what comes before the next decision."""
@@ -16,6 +16,8 @@ KV_WANTED = 0.75
 """Share of the KV blocks that attention ranks are counted for."""
 SHRINK_MARGIN = 0.95
 """Fewer ranks must do so much better than what would do."""
+HARDLY = 1.02
+"""Times as long as now."""
 TRIM_GAIN, TRIM_LOSS = 0.05, 0.02
 """Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It is to be a mean, not
 what a burst between two looks makes of it; but it shows when ranks are busy, and more of them must not make it forgotten at once."""
@@ -67,50 +69,65 @@ def tpot(observation: Observation, state: State, now: float) -> Decision:
 
 def balance(observation: Observation, state: State, now: float) -> Decision:
     """The closed-form counts for the present load, corrected by which half waits for the other."""
-    return _balanced(observation, state, now, 1.0, "")
+    demand = Demand.of(observation)
+    return _balanced(observation, state, now, demand.times(demand.spare(_deviations(observation))), "")
 
 
 def predictive(observation: Observation, state: State, now: float) -> Decision:
-    """As `balance`, for the load to be expected when ranks that are asked for now will serve."""
+    """As `balance`, for the load that arrivals lead to, from when ranks that are asked for now will serve."""
     horizon_s = observation.start_delay_s + observation.goals.options.get("lookahead_s", 30.0)
-    growth, remembered = forecast_growth(observation, Demand.of(observation).sequences, horizon_s, state, now)
-    note = f", {growth:.2f} times that in {horizon_s:.0f} s" if growth > 1 else ""
-    return _balanced(observation, remembered, now, growth, note)
+    expected, remembered = forecast(observation, horizon_s, _deviations(observation), state, now)
+    return _balanced(observation, remembered, now, expected, f", {expected} in {horizon_s:.0f} s")
 
 
 BUILT_IN = {"fixed": fixed, "queue": queue, "tpot": tpot, "balance": balance, "predictive": predictive}
 
 
-def _balanced(observation: Observation, state: State, now: float, growth: float, note: str) -> Decision:
+def _deviations(observation: Observation) -> float:
+    return observation.goals.options.get("deviations", DEVIATIONS)
+
+
+def _balanced(observation: Observation, state: State, now: float, expected: Demand, note: str) -> Decision:
     memory: dict[str, Any] = dict(state)
     sizing = Sizing.of(observation, *_trims(observation, memory))
     if sizing is None or not observation.requests:
         return _unmeasured(observation, memory, now)
-    goals = observation.goals
-    demand = Demand.of(observation)
-    deviations = goals.options.get("deviations", DEVIATIONS)
-    expected = demand.times(max(growth, demand.spare(deviations)))
+    goals, present = observation.goals, Demand.of(observation)
+    kv_growth = max(1.0, expected.context_tokens / max(1.0, present.context_tokens))
     margin = goals.options.get("margin", MARGIN)
 
     def holds(counts: Counts) -> bool:
-        kv = least_for_kv(observation, KV_FULL) * growth
-        reached = sizing.tpot_ms(counts, expected, goals.tpot_ms)
-        unreachable = sizing.tpot_ms(goals.most, expected, goals.tpot_ms) > goals.tpot_ms
-        # Of a target that all ranks together miss, fewer may miss it too, but hardly by more.
-        limit = (
-            sizing.tpot_ms(observation.counts, expected, goals.tpot_ms) * 1.02
-            if unreachable
-            else goals.tpot_ms * margin * SHRINK_MARGIN
-        )
-        return reached <= limit and counts.attention >= kv
+        kept = counts.attention >= least_for_kv(observation, KV_FULL / kv_growth)
+        return kept and _fast_enough(counts, sizing, expected, goals, margin)
 
-    needed = sizing.needed(expected, goals.tpot_ms * margin)
-    why = f"{demand.sequences:.0f} requests of {demand.context_tokens / max(1, demand.sequences):.0f} tokens{note}"
+    needed, why = sizing.needed(expected, goals.tpot_ms * margin), f"{present}{note}"
     if needed is None:
         needed, why = _best_effort(sizing, expected, observation), f"{why}; {goals.tpot_ms:g} ms are out of reach"
-    kv = math.ceil(least_for_kv(observation, KV_WANTED) * growth)
+    kv = least_for_kv(observation, KV_WANTED / kv_growth)
     wanted = Counts(max(needed.attention, kv, _for_queue(observation)), needed.ffn)
     return settle(wanted, f"{why} need {wanted}", observation, memory, now, holds, Pace.of(observation))
+
+
+def _fast_enough(counts: Counts, sizing: Sizing, expected: Demand, goals: Goals, margin: float) -> bool:
+    """Whether so many ranks, fewer than now, would do: somewhat better than what is asked. Where the other half is what keeps tokens from coming sooner, it is enough that
+    they come hardly later than now, and that the half of which there would be less does somewhat better by itself. Of a target that all ranks together miss,
+    fewer may miss it too, but hardly by more."""
+
+    def reached(ranks: Counts) -> float:
+        return sizing.tpot_ms(ranks, expected, goals.tpot_ms)
+
+    now, most, limit_ms = sizing.at, goals.most, goals.tpot_ms * margin
+    fewer_ms, hardly_later_ms, better_ms = reached(counts), reached(now) * HARDLY, limit_ms * SHRINK_MARGIN
+    if reached(most) > goals.tpot_ms:
+        return fewer_ms <= hardly_later_ms
+    if fewer_ms > max(better_ms, min(limit_ms, hardly_later_ms)):
+        return False
+    alone = []
+    if counts.attention < now.attention:
+        alone.append(counts._replace(ffn=most.ffn))
+    if counts.ffn < now.ffn:
+        alone.append(counts._replace(attention=most.attention))
+    return all(reached(half) <= better_ms for half in alone)
 
 
 def _unmeasured(observation: Observation, memory: State, now: float) -> Decision:

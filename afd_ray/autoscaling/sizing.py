@@ -37,6 +37,9 @@ class Demand(NamedTuple):
         context = observation.context_tokens / max(observation.running, 1)
         return cls(sequences, context * sequences, observation.prompt_tokens_s)
 
+    def __str__(self) -> str:
+        return f"{self.sequences:.0f} requests of {self.context_tokens / max(1, self.sequences):.0f} tokens"
+
     def times(self, factor: float) -> "Demand":
         return Demand(*(factor * part for part in self))
 

@@ -164,6 +164,8 @@ class Decision:
     """What the policy is given the next time."""
     give_up: bool = False
     """Roll back the resize that is under way."""
+    failed: bool = False
+    """The guard's: the policy gave no sound answer, and `reason` says why."""
 
 
 Policy = Callable[[Observation, State, float], Decision]

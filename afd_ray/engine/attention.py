@@ -17,17 +17,17 @@ from afd_ray.engine.left_behind import Kept, LeftBehind
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.moving_in import MovingIn
 from afd_ray.engine.pace import Pace, hold
-from afd_ray.engine.paged_attention import attend_paged, plan_attention
+from afd_ray.engine.passage import Begin, HostPassage, Part
 from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
 from afd_ray.engine.request_clocks import RequestClocks
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.engine.stage_costs import StageCosts, StageMeter, transfer_us
+from afd_ray.engine.stage_costs import StageCosts, StageMeter
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
 from afd_ray.measured import Flights
-from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed
+from afd_ray.models.step3 import AttentionHalf, Routed
 from afd_ray.request import KVTicket, Request, TokenOutput
 
 Publish = Callable[[list[TokenOutput]], None]
@@ -37,10 +37,18 @@ class AttentionLoop(StepLoop):
     """One attention rank: it owns its requests and their KV cache."""
 
     def __init__(
-        self, half: AttentionHalf, cache: PagedCache, scheduler: Scheduler, publish: Publish, pace: Pace | None = None
+        self,
+        half: AttentionHalf,
+        cache: PagedCache,
+        scheduler: Scheduler,
+        publish: Publish,
+        pace: Pace | None = None,
+        begin: Begin = HostPassage,
     ) -> None:
+        """`begin`: takes a micro-batch's chunks on their way, where `half` and `cache` lie."""
         super().__init__(arrival="f2a", waiting="attention_wait")
         self.half, self.cache, self.scheduler, self.pace = half, cache, scheduler, pace
+        self._passage = begin
         self.clocks = RequestClocks()
         self.moving_in: MovingIn | None = None
         """What fetches keys and values; None: requests from elsewhere are computed again."""
@@ -223,7 +231,7 @@ class AttentionLoop(StepLoop):
         if flight.awaited == 0:
             round_trip_us = (time.monotonic_ns() - flight.dispatched_ns) / 1000
             slack_us = header.queued_us + (time.monotonic_ns() - self._looked_ns) / 1000
-            flight.observed.returned(header.busy_us, transfer_us(round_trip_us, header.busy_us, slack_us))
+            flight.observed.returned(round_trip_us, header.busy_us, slack_us)
             self._next_layer(flight)
 
     def _next_layer(self, flight: Flight) -> None:
@@ -254,8 +262,7 @@ class AttentionLoop(StepLoop):
         started_ns = time.monotonic_ns()
         self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), started_ns / 1e9)
         self._steps += 1
-        plan = plan_attention(batch.chunks, self.cache)
-        flight = Flight(batch, plan, self.half.embed_tokens(plan.token_ids), self.half.rotary(plan.positions), self._steps)
+        flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks), self._steps)
         self._flights[slot] = flight
         self._parked[slot] = False
         self._announce(slot, flight)
@@ -285,41 +292,35 @@ class AttentionLoop(StepLoop):
             self._finish(slot, flight, started_ns)
 
     def _add_partials(self, flight: Flight) -> None:
-        """Into the residual, in the order of the senders' ranks, so that the sum never depends on arrival."""
-        residual = flight.residual
-        for message in sorted(flight.partials, key=lambda m: (m.header.source, m.header.first_row)):
-            first, (partial,) = message.header.first_row, message.tensors
-            rows = flight.sent[self.wire.epoch.instance_of(message.header.source)[0]]
-            if rows is None:
-                residual[first : first + len(partial)] += partial.to(residual.dtype)
-            else:
-                residual.index_add_(0, rows[first : first + len(partial)], partial.to(residual.dtype))
+        """In the order of the senders' ranks, so that the sum never depends on arrival."""
+        messages = sorted(flight.partials, key=lambda m: (m.header.source, m.header.first_row))
+        flight.passage.add_parts([self._part(flight, message) for message in messages])
+        for message in messages:
             message.release()
         flight.partials = []
 
+    def _part(self, flight: Flight, message: Message) -> Part:
+        """What a rank returned for some of the rows that its instance got."""
+        (sums,) = message.tensors
+        instance = self.wire.epoch.instance_of(message.header.source)[0]
+        returned = slice(message.header.first_row, message.header.first_row + len(sums))
+        rows = flight.sent[instance]
+        return Part(instance, returned if rows is None else rows[returned], sums)
+
     def _attend(self, slot: int, flight: Flight, started_ns: int) -> None:
-        layer = self.half.layer(flight.layer)
-        q, k, v = layer.before(flight.residual, *flight.rotary)
-        self.cache.write(flight.layer, flight.plan.slots, k, v)
-        context = attend_paged(self.cache, flight.layer, flight.plan, q)
-        flight.residual, routed = layer.after(flight.residual, context)
+        routed = flight.passage.attend(flight.layer)
         hold(self.pace, started_ns, flight.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
-        self._share(layer, flight, routed.hidden)
+        flight.passage.share(flight.layer, routed.hidden)  # while the FFN ranks compute the other experts
         flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
-
-    def _share(self, layer: AttentionLayer, flight: Flight, hidden: Tensor) -> None:
-        """The shared expert, if it is here, while the FFN ranks compute the others."""
-        shared = layer.share(hidden)
-        if shared is not None:
-            flight.residual += shared
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
         """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
         wire, routing = self.wire, self._routing
         assert routing is not None
+        routed = flight.passage.to_host(routed)
         ids = None
         if routed.experts is not None:
             flight.chosen.append(routed.experts)
@@ -339,7 +340,7 @@ class AttentionLoop(StepLoop):
     def _finish(self, slot: int, flight: Flight, started_ns: int) -> None:
         """Sample after the last layer, publish, and give the slot its next micro-batch."""
         sampling = [chunk.sequence for chunk in flight.batch.chunks if chunk.samples]
-        sampled = sample(self.half.logits(flight.residual[flight.plan.sample_rows]).float(), sampling) if sampling else []
+        sampled = sample(flight.passage.logits(), sampling) if sampling else []
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
         flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
@@ -372,7 +373,7 @@ class AttentionLoop(StepLoop):
         times, rows, context = flight.observed, flight.rows, flight.context_tokens
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
-        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.transfers, times.transfer))
+        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried))
         self.prompt_tokens += flight.batch.prompt_tokens
         self._count_experts(flight)
 

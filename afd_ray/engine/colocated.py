@@ -9,6 +9,7 @@ from afd_ray.engine.attention import AttentionLoop, Publish
 from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.pace import Pace, hold
+from afd_ray.engine.passage import Begin, HostPassage
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, Routed
 
@@ -25,9 +26,10 @@ class ColocatedLoop(AttentionLoop):
         publish: Publish,
         pace: Pace | None = None,
         ffn_pace: Pace | None = None,
+        begin: Begin = HostPassage,
     ) -> None:
-        """`ffn` holds all experts, uncut."""
-        super().__init__(half, cache, scheduler, publish, pace)
+        """`ffn` holds all experts, uncut, and takes rows where `begin` has them."""
+        super().__init__(half, cache, scheduler, publish, pace, begin)
         self.ffn, self.ffn_pace = ffn, ffn_pace
         self._routed: dict[int, Routed] = {}
 
@@ -55,8 +57,8 @@ class ColocatedLoop(AttentionLoop):
         started_ns = time.monotonic_ns()
         flight = self._flights[slot]
         assert flight is not None
-        flight.residual += self.ffn(flight.layer, routed)
+        flight.passage.add(self.ffn(flight.layer, routed))
         hold(self.ffn_pace, started_ns, flight.rows)
-        flight.observed.returned((time.monotonic_ns() - started_ns) / 1000, None)
+        flight.observed.fed((time.monotonic_ns() - started_ns) / 1000)
         self._record("ffn", slot, flight.layer, flight.step, flight.rows, started_ns)
         self._next_layer(flight)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from afd_ray.engine.paged_attention import AttentionPlan
+from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import MicroBatch
 from afd_ray.engine.stage_costs import FlightTimes
 from afd_ray.handoff.message import Message
@@ -11,10 +11,8 @@ from afd_ray.handoff.message import Message
 class Flight:
     """One micro-batch: the layer it is at, and what is still to come back for it."""
 
-    def __init__(
-        self, batch: MicroBatch, plan: AttentionPlan, residual: Tensor, rotary: tuple[Tensor, Tensor], step: int
-    ) -> None:
-        self.batch, self.plan, self.residual, self.rotary, self.step = batch, plan, residual, rotary, step
+    def __init__(self, batch: MicroBatch, passage: Passage, step: int) -> None:
+        self.batch, self.passage, self.step = batch, passage, step
         self.rows = batch.rows
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0

@@ -10,6 +10,8 @@ from torch import Tensor
 from afd_ray.engine.sequence import Sequence
 from afd_ray.kernels import native
 
+HOST = torch.device("cpu")
+
 
 class BlockAllocator:
     """Hands out the numbers of cache blocks; each is free or owned by exactly one caller."""
@@ -59,15 +61,26 @@ class BlockAllocator:
 class PagedCache:
     """Keys and values of every layer: [layers, num_blocks, block_size, 2 * head_dim], a token's key head beside its value head."""
 
-    def __init__(self, *, layers: int, num_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, layers: int, num_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = HOST
+    ) -> None:
         self.layers, self.num_blocks, self.block_size, self.head_dim, self.dtype = layers, num_blocks, block_size, head_dim, dtype
         # Zeros, not empty: padding rows of a gather are masked with weight 0, and 0 * NaN of stale memory is NaN.
-        # NumPy's, not torch's: they come from the kernel untouched, so that blocks never used take no memory.
         shape = (layers, num_blocks, block_size, 2 * head_dim)
-        memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-        self.blocks = torch.from_numpy(memory).view(dtype).view(shape)
-        self._memory = memory.data
+        self._memory: memoryview | None = None
+        if device.type == "cpu":
+            # NumPy's, not torch's: they come from the kernel untouched, so that blocks never used take no memory.
+            memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            self.blocks = torch.from_numpy(memory).view(dtype).view(shape)
+            self._memory = memory.data
+        else:
+            self.blocks = torch.zeros(shape, dtype=dtype, device=device)
         self._tokens = self.blocks.view(layers, num_blocks * block_size, 2 * head_dim)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether `spans` gives anything."""
+        return self._memory is not None
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +105,10 @@ class PagedCache:
     def spans(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
         """For each layer the bytes of the first `tokens` positions, in their order: writable views, neighbouring blocks as one.
 
-        The bytes together do not depend on where the blocks are, nor on their size.
+        The bytes together do not depend on where the blocks are, nor on their size. Raises RuntimeError where they are not in host memory.
         """
+        if self._memory is None:
+            raise RuntimeError("keys and values on a GPU have no bytes in host memory")
         token_bytes = 2 * self.head_dim * self.dtype.itemsize
         runs = [(first * token_bytes, end * token_bytes) for first, end in slot_runs(block_table, tokens, self.block_size)]
         for layer in range(self.layers):

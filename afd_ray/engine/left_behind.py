@@ -44,8 +44,8 @@ class LeftBehind:
         return bool(self._lent)
 
     def keep(self, request_id: str) -> Kept | None:
-        """Take the request from the scheduler and keep its blocks; None: it is in flight, or has nothing computed."""
-        sequence = self._scheduler.detach(request_id)
+        """Take the request from the scheduler and keep its blocks; None: it is in flight, has nothing computed, or has it on a GPU."""
+        sequence = self._scheduler.detach(request_id) if self._cache.in_host_memory else None
         if sequence is None:
             return None
         key = self._new_key()

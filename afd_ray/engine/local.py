@@ -15,6 +15,7 @@ from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
 from afd_ray.engine.loop import OnLost, StepLoop, Wire
+from afd_ray.engine.passage import Begin, HostPassage
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import loopback_group
@@ -72,8 +73,11 @@ class LocalCluster:
         wire_dtype: torch.dtype | None = None,
         meshes: Sequence[Mesh] | None = None,
         on_lost: OnLost | None = None,
+        begin: Begin = HostPassage,
     ) -> None:
         """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group.
+
+        `begin`: takes micro-batches through `attention`, beside whose weights the cache lies.
 
         `on_lost`: told, by each loop, of an epoch whose links broke; None: that is a failure.
         """
@@ -81,7 +85,7 @@ class LocalCluster:
         self._wire_dtype = wire_dtype or attention.config.dtype
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self._half, self._load_ffn, self._on_lost = attention, load_ffn, on_lost
+        self._half, self._load_ffn, self._on_lost, self._begin = attention, load_ffn, on_lost, begin
         self._sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
         self._meshes = self._meshes_of(epoch, meshes)
         self.attention = [self._attention_loop(epoch) for _ in range(epoch.attention)]
@@ -169,10 +173,11 @@ class LocalCluster:
         return list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
 
     def _attention_loop(self, epoch: Epoch) -> AttentionLoop:
-        cache, scheduler = _cache_and_scheduler(self.config, epoch, *self._sizes)
+        cache, scheduler = _cache_and_scheduler(self._half, epoch, *self._sizes)
         if epoch.ffn:
-            return AttentionLoop(self._half, cache, scheduler, self._outputs.put)
-        return ColocatedLoop(self._half, self._load_ffn(FFNShard.whole(self.config)), cache, scheduler, self._outputs.put)
+            return AttentionLoop(self._half, cache, scheduler, self._outputs.put, begin=self._begin)
+        ffn = self._load_ffn(FFNShard.whole(self.config))
+        return ColocatedLoop(self._half, ffn, cache, scheduler, self._outputs.put, begin=self._begin)
 
     def _start(self, loops: Sequence[StepLoop]) -> None:
         for loop in loops:
@@ -208,14 +213,16 @@ def _take_out(loop: AttentionLoop) -> list[tuple[Request, tuple[int, ...]]]:
 
 
 def _cache_and_scheduler(
-    config: ModelConfig, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
+    half: AttentionHalf, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
 ) -> tuple[PagedCache, Scheduler]:
+    config = half.config
     cache = PagedCache(
         layers=config.num_hidden_layers,
         num_blocks=num_blocks,
         block_size=block_size,
         head_dim=config.head_dim,
         dtype=config.dtype,
+        device=half.embed_tokens.weight.device,
     )
     scheduler = Scheduler(
         allocator=BlockAllocator(num_blocks, block_size),

@@ -7,10 +7,12 @@ import numpy as np
 GAIN = 0.2
 """Weight of a new sample in the mean of its row count."""
 PRIOR = 0.05
-"""Weight of the belief that base, rows and context cost alike, beside samples of weight 1."""
+"""Weight of the belief that so much of a stage is its base (`CostMeter`), beside samples of weight 1."""
 SAMPLES_A_FIT = 8
 MOST_SLACK = 0.1
 """A round trip tells of the transfer when at most this share of it may have been waiting for a busy actor."""
+MOST_HIDDEN = 0.5
+"""The same of a round trip that counts in the mean. Where hardly any waits for less than a tenth, those that do are the slow ones, which something else held up."""
 
 
 class StageTimes(NamedTuple):
@@ -59,9 +61,10 @@ class CostMeter:
     last sample the heavier. So base and slope stay known while one row count alone is run.
     """
 
-    def __init__(self, samples_a_fit: int = SAMPLES_A_FIT) -> None:
-        """The line is drawn anew after so many samples."""
-        self._samples_a_fit = samples_a_fit
+    def __init__(self, samples_a_fit: int = SAMPLES_A_FIT, base_share: float = 0.5) -> None:
+        """The line is drawn anew after so many samples. `base_share`: of what samples do not tell apart, so much is taken for the base, and the rest
+        for rows and context alike."""
+        self._samples_a_fit, self._base_share = samples_a_fit, base_share
         self._means: dict[int, np.ndarray] = {}  # rows.bit_length(): rows, context tokens, microseconds
         self._counts: dict[int, int] = {}
         self._last = 0
@@ -93,8 +96,11 @@ class CostMeter:
         scale = inputs[list(self._means).index(self._last)] / self._means[self._last][2]
         # Relative errors, so that large micro-batches do not outweigh small ones.
         weights = near / us
+        others = 1 - self._base_share
+        believed = np.where(scale > 0, (self._base_share, others, others), 0.0)
+        believed[1:] /= max(1, np.count_nonzero(scale[1:]))
         design = np.concatenate((inputs * weights[:, None], PRIOR * np.diag(scale)))
-        target = np.concatenate((near, PRIOR * (scale > 0) / max(1, np.count_nonzero(scale))))
+        target = np.concatenate((near, PRIOR * believed))
         return CostLine(*_least_squares(design, target))
 
 
@@ -119,23 +125,41 @@ def transfer_us(round_trip_us: float, busy_us: float, slack_us: float) -> float 
     return max(0.0, round_trip_us - busy_us - slack_us)
 
 
+def mean_transfer_us(round_trip_us: float, busy_us: float, slack_us: float) -> float | None:
+    """The same of as many round trips as can be, for a mean that is not one of the slow ones: the rows lay unseen for half of `slack_us`, on average."""
+    if slack_us > MOST_HIDDEN * round_trip_us:
+        return None
+    return max(0.0, round_trip_us - busy_us - slack_us / 2)
+
+
 class FlightTimes:
     """What one micro-batch took on its way through the layers, in microseconds."""
 
     def __init__(self) -> None:
         self.attention = self.ffn = self.transfer = 0.0
         self.transfers = 0
+        self.carried = 0.0
+        """The sum of `mean_transfer_us` over `carries` layers."""
+        self.carries = 0
 
     def attended(self, duration_us: float) -> None:
         """The attention rank worked on it."""
         self.attention += duration_us
 
-    def returned(self, busy_us: float, transfer: float | None) -> None:
-        """A layer came back from the FFN; `transfer` None: it could not be told."""
-        self.ffn += busy_us
+    def fed(self, duration_us: float) -> None:
+        """An FFN worked on a layer of it."""
+        self.ffn += duration_us
+
+    def returned(self, round_trip_us: float, busy_us: float, slack_us: float) -> None:
+        """A layer came back from the FFN, which worked on it for `busy_us`; the rows may have lain unseen for `slack_us`."""
+        self.fed(busy_us)
+        transfer, carried = transfer_us(round_trip_us, busy_us, slack_us), mean_transfer_us(round_trip_us, busy_us, slack_us)
         if transfer is not None:
             self.transfer += transfer
             self.transfers += 1
+        if carried is not None:
+            self.carried += carried
+            self.carries += 1
 
 
 class StageMeter:

@@ -77,7 +77,7 @@ class _Join:
 
     def _stack(self, held: Tensor, fresh: Tensor | None) -> Tensor:
         shape = (held if fresh is None else fresh).shape[1:]
-        out = torch.empty(len(self._sources), *shape, dtype=held.dtype)
+        out = torch.empty(len(self._sources), *shape, dtype=held.dtype, device=held.device)
         for row, (is_fresh, source) in enumerate(self._sources):
             tensor = fresh if is_fresh else held
             assert tensor is not None

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [N, D/2] in float32 of positions [N]."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
     angles = positions.float()[:, None] * inverse  # [N, D/2]
     return angles.cos(), angles.sin()
 

@@ -21,6 +21,28 @@ class Change(NamedTuple):
     reason: str
 
 
+class Failures(NamedTuple):
+    """Of a policy: the decisions that the guard had to make in its place."""
+
+    failed: int = 0
+    decisions: int = 0
+    """In all."""
+    last: str = ""
+    """What was wrong."""
+
+    def plus(self, failed: bool, reason: str) -> "Failures":
+        """With one decision more."""
+        return Failures(self.failed + failed, self.decisions + 1, reason if failed else self.last)
+
+    @property
+    def always(self) -> bool:
+        """What such a policy scores is what no policy would."""
+        return 0 < self.failed == self.decisions
+
+    def __str__(self) -> str:
+        return f"failed at {self.failed} of {self.decisions} decisions, which then changed nothing: {self.last}"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Of one simulation."""
@@ -34,6 +56,7 @@ class Outcome:
     points: tuple[Point, ...]
     preemptions: int
     unfinished: int
+    failures: Failures
 
     @property
     def attainment(self) -> float:
@@ -61,6 +84,7 @@ class Outcome:
             "rolled_back": sum(change.outcome == "rolled_back" for change in self.changes),
             "reversals": reversals(committed),
             "preemptions": self.preemptions,
+            "failed_decisions": self.failures.failed,
         }
 
 

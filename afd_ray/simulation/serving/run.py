@@ -11,7 +11,7 @@ from afd_ray.autoscaling.values import Counts, Override, Policy, State
 from afd_ray.simulation.serving.cluster import Cluster
 from afd_ray.simulation.serving.jobs import Job
 from afd_ray.simulation.serving.measures import Measures
-from afd_ray.simulation.serving.outcome import Outcome
+from afd_ray.simulation.serving.outcome import Failures, Outcome
 from afd_ray.simulation.serving.pools import Pools
 from afd_ray.simulation.serving.rounds import PS_PER_S
 from afd_ray.simulation.serving.scene import Scene
@@ -49,6 +49,7 @@ class Simulation:
         """The policy's."""
         self._scene, self._config, self._policy = scene, config, policy
         self._arrivals, self._random = arrivals, np.random.default_rng(seed)
+        self._failures = Failures()
         self._override: Override | None = None
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order, self._numbers = count(), count()
@@ -77,6 +78,7 @@ class Simulation:
             points=tuple(self.watch.course.points),
             preemptions=sum(rank.preemptions for rank in ranks),
             unfinished=self.cluster.outstanding,
+            failures=self._failures,
         )
 
     def at(self, time_s: float, what: Callable[[], None]) -> None:
@@ -142,6 +144,7 @@ class Simulation:
         observation = self.watch.look(self._override)
         decision = decide(self._policy, observation, self.state, self.now_s)
         self.state = decision.state
+        self._failures = self._failures.plus(decision.failed, decision.reason)
         if decision.give_up:
             self.pools.roll_back("given up by the policy")
         elif decision.counts != observation.counts and self.pools.transition is None:

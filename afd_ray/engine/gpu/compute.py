@@ -1,0 +1,64 @@
+"""A CUDA device as what halves compute on."""
+
+from collections.abc import Sequence
+
+import torch
+
+from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, workspace_bytes
+from afd_ray.engine.gpu.passage import GPUPassage
+from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.engine.passage import Passage
+from afd_ray.engine.sequence import Chunk
+from afd_ray.kernels.gpu.halves import HostFedFFN, gpu_attention, gpu_ffn
+from afd_ray.kernels.regather import Read, regather
+from afd_ray.models.config import ModelConfig
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
+
+
+class GPUCompute:
+    """A `Compute` by the Triton kernels."""
+
+    def __init__(self, device: torch.device, share: float = 1.0) -> None:
+        """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests."""
+        self.device, self._share = device, share
+
+    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
+        return GPUPassage(half, cache, chunks)
+
+    def attention(self, half: AttentionHalf) -> AttentionHalf:
+        """Raises ValueError in one line for a shape that the kernels do not take."""
+        return gpu_attention(half, self.device)
+
+    def ffn(self, half: FFNHalf) -> FFNHalf:
+        """As `attention`."""
+        return HostFedFFN(gpu_ffn(half, self.device), self.device)
+
+    def regathered_ffn(self, held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
+        """As `attention`."""
+        return self.ffn(regather(held, wanted, read))
+
+    def colocated_ffn(self, half: FFNHalf) -> FFNHalf:
+        """As `attention`."""
+        return gpu_ffn(half, self.device)
+
+    def cache_bytes(self, config: ModelConfig, rows: int) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        memory = GPUMemory(total, free, torch.cuda.memory_reserved(self.device))
+        return cache_bytes(memory, self._share, workspace_bytes(config, rows))
+
+    def cache(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedCache:
+        """Raises ValueError in one line for a cache that the kernels do not take, or that has no room."""
+        if num_blocks < 1:
+            raise ValueError("attention.kv_cache.num_blocks: auto finds no room on this GPU beside the weights")
+        if block_size & block_size - 1:
+            raise ValueError(f"attention.kv_cache.block_size: must be a power of two on a GPU, got {block_size}")
+        if dtype != config.dtype:
+            raise ValueError(f"attention.kv_cache.dtype: must be the model's {config.dtype} on a GPU, got {dtype}")
+        return PagedCache(
+            layers=config.num_hidden_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=self.device,
+        )

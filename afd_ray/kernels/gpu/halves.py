@@ -1,0 +1,222 @@
+"""Halves of the model on a GPU: layers that run by the kernels of this folder, their projections by torch's products.
+
+A layer is launches alone: it never waits for the device, and what it launches depends on counts of rows, not on what is computed.
+
+Legend of shapes: N rows, H hidden, A heads, D head_dim, K top-k, U FFN instances, R partial rows, P blocks of the cache, T row tiles,
+S rows that choose a token, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from afd_ray.kernels.gpu import decode_attention, prefill_attention
+from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
+from afd_ray.kernels.gpu.norm_quantise import add_norm_quantise
+from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
+from afd_ray.kernels.gpu.router import MOST_EXPERTS, route
+from afd_ray.kernels.gpu.transfers import download, upload
+from afd_ray.models.config import ModelConfig
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Routed
+
+WIDTH = 64
+"""Hidden and intermediate dimensions of the experts are multiples of it."""
+
+
+class StepRows(NamedTuple):
+    """What a step's rows are to every attention layer, on the device: those that decode first, chunks of prompts behind them."""
+
+    cos: Tensor  # [N, D / 2] float32
+    sin: Tensor
+    slots: Tensor  # [N] int32, where their keys and values go
+    tables: Tensor  # [.] int32, block tables one after the other
+    starts: Tensor  # [N] int32, where a row's table begins
+    contexts: Tensor  # [N] int32, tokens that it attends to, itself included
+    first_rows: Tensor  # [T] int32, of the chunks' tiles, counted from the first row that does not decode
+    row_counts: Tensor  # [T] int32
+    decoding: int
+    """How many rows decode."""
+
+
+class Returned(NamedTuple):
+    """What the FFN returned for a layer, to be added in the order of the instances."""
+
+    sums: Tensor  # [R, H], as they came; without places [U, N, H]
+    places: Tensor | None = None  # [U, N] int32, where in `sums` an instance's part of a row is; -1: nowhere
+
+
+class GPUAttentionLayer(nn.Module):
+    """`AttentionLayer` over the paged cache."""
+
+    def __init__(self, plain: AttentionLayer) -> None:
+        super().__init__()
+        attention = plain.self_attn
+        self.heads, self.dim, self.epsilon = attention.heads, attention.head_dim, plain.input_layernorm.eps
+        self.top_k, self.normalise = plain.top_k, plain.normalise
+        self.input_norm, self.latent_norm = plain.input_layernorm.weight, attention.inter_norm.weight
+        self.output_norm = plain.post_attention_layernorm.weight
+        self.q_proj, self.wq, self.o_proj = attention.q_proj, attention.wq, attention.o_proj
+        self.kv_proj = _joined(attention.k_proj, attention.v_proj)
+        self.gate = None if plain.moe is None else plain.moe["gate"]
+        self.share_expert = plain.share_expert
+
+    def forward(self, residual: Tensor, returned: Returned | None, blocks: Tensor, rows: StepRows) -> tuple[Tensor, Routed]:
+        """residual [N, H] and what is still to be added to it to the residual after attention, and the rows that go to the FFN.
+
+        blocks [P, block_size, 2 * D] are the layer's, and get the rows' keys and values.
+        """
+        residual, x = add_and_normalise(residual, returned, self.input_norm, self.epsilon)
+        _, latent = add_and_normalise(self.q_proj(x), None, self.latent_norm, self.epsilon)
+        q = self.wq(latent).view(-1, self.heads, self.dim)
+        k, v = self.kv_proj(x).chunk(2, dim=1)
+        rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1))
+        attended = Returned(self.o_proj(self._attend(q, blocks, rows).flatten(1))[None])
+        residual, hidden = add_and_normalise(residual, attended, self.output_norm, self.epsilon)
+        if self.gate is None:
+            return residual, Routed(hidden, None, None)
+        return residual, Routed(hidden, *route(self.gate(hidden), self.top_k, self.normalise, hidden.dtype))
+
+    def share(self, hidden: Tensor) -> Tensor | None:
+        """As `AttentionLayer.share`."""
+        return None if self.share_expert is None else self.share_expert(hidden)
+
+    def _attend(self, q: Tensor, blocks: Tensor, rows: StepRows) -> Tensor:
+        """[N, A, D]; rows that decode and chunks of prompts take a kernel each, and a copy that joins them where there are both."""
+        keys = blocks.view(*blocks.shape[:2], 1, 2, self.dim)
+        decoding, chunked = (
+            Rows(q[part], keys, rows.tables, rows.starts[part], rows.contexts[part])
+            for part in (slice(rows.decoding), slice(rows.decoding, None))
+        )
+        attended = []
+        if len(decoding.q):
+            attended.append(decode_attention.attend(decoding, splits=_splits(decoding)))
+        if len(chunked.q):
+            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts))
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+class GPUFFNLayer(FFNLayer):
+    """`FFNLayer` over the same weights: the routed experts by the grouped products."""
+
+    def __init__(self, plain: FFNLayer) -> None:
+        nn.Module.__init__(self)  # not the plain layer's, which would allocate its weights
+        self.moe, self.share_expert, self.mlp = plain.moe, plain.share_expert, plain.mlp
+        self.hidden, self.held, self.first_id, self.at_home = plain.hidden, plain.held, plain.first_id, plain.at_home
+
+    def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
+        """As `FFNLayer.forward`; ids [N, K] of any integer dtype."""
+        if self.mlp is not None:
+            dense: Tensor = self.mlp(hidden)
+            return dense
+        if ids is None or weights is None or self.moe is None:
+            raise ValueError("a layer with experts needs expert ids and weights")
+        experts = Experts(self.moe.gate_proj, self.moe.up_proj, self.moe.down_proj)
+        total = feed_forward(experts, hidden, ids, weights, first_id=self.first_id)
+        if self.share_expert is not None:
+            total += self._shared_at_home(hidden, ids) if self.at_home else self.share_expert(hidden)
+        return total.to(hidden.dtype)
+
+    def _shared_at_home(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[N, H]: of the rows whose first expert is held here, zeros of the others.
+
+        The shared expert is the only one of a product in groups, so that nobody has to count these rows.
+        """
+        shared = self.share_expert
+        assert shared is not None
+        local = ids[:, :1].int() - self.first_id
+        chosen = torch.where((local >= 0) & (local < self.held), 0, -1)
+        one = Experts(shared.gate_proj.weight[None], shared.up_proj.weight[None], shared.down_proj.weight[None])
+        return feed_forward(one, hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype))
+
+
+class HostFedFFN(FFNHalf):
+    """An FFN half on a GPU whose rows come from host memory and go back there."""
+
+    def __init__(self, half: FFNHalf, device: torch.device) -> None:
+        """`half` as `gpu_ffn` gives it."""
+        nn.Module.__init__(self)
+        self.config, self.shard, self.layers, self.device = half.config, half.shard, half.layers, device
+
+    def forward(self, layer: int, routed: Routed) -> Tensor:
+        """As `FFNHalf.forward`; waits for the device."""
+        given = [tensor for tensor in routed if tensor is not None]
+        hidden, ids, weights = (*upload(given, self.device), None, None)[:3]
+        return download([self.layers[layer](hidden, ids, weights)])[0]
+
+
+def add_and_normalise(residual: Tensor, returned: Returned | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """residual [N, H] with all that was returned added to it, and the norm of that."""
+    sums, places = (None, None) if returned is None else returned
+    result = add_norm_quantise(residual, sums, weight, epsilon, places=places, scales=None)
+    return result.residual, result.hidden
+
+
+def head(half: AttentionHalf, residual: Tensor, returned: Returned | None) -> Tensor:
+    """Rows [S, H] after the last layer, with what was returned for them, to logits [S, V] float32."""
+    _, hidden = add_and_normalise(residual, returned, half.norm.weight, half.norm.eps)
+    logits: Tensor = half.lm_head(hidden)
+    return logits.float()
+
+
+def gpu_attention(half: AttentionHalf, device: torch.device) -> AttentionHalf:
+    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take."""
+    _check_attention(half.config)
+    half.to(device)
+    for index in range(half.config.num_hidden_layers):
+        half.layers[index] = GPUAttentionLayer(half.layer(index))
+    return half
+
+
+def gpu_ffn(half: FFNHalf, device: torch.device) -> FFNHalf:
+    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take."""
+    _check_ffn(half)
+    half.to(device)
+    for index, layer in enumerate(half.layers):
+        assert isinstance(layer, FFNLayer)
+        half.layers[index] = GPUFFNLayer(layer)
+    return half
+
+
+def _joined(*linears: Linear) -> Linear:
+    """One product instead of several with the same input, their outputs side by side."""
+    weight = torch.cat([linear.weight for linear in linears])
+    with torch.device("meta"):
+        joined = Linear(*weight.shape)
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    return joined
+
+
+def _splits(rows: Rows) -> int:
+    count, heads, _ = rows.q.shape
+    tiles = triton.cdiv(heads, decode_attention.TILES[rows.blocks.dtype].queries)
+    return decode_attention.splits_for(count * tiles, _multiprocessors(rows.q.device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """One where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.head_dim < 16 or config.head_dim & config.head_dim - 1:
+        raise ValueError(f"head_dim: must be a power of two, at least 16, for the GPU kernels, got {config.head_dim}")
+    if config.moe_num_experts > MOST_EXPERTS:
+        raise ValueError(f"moe_num_experts: must be at most {MOST_EXPERTS} for the GPU kernels, got {config.moe_num_experts}")
+
+
+def _check_ffn(half: FFNHalf) -> None:
+    config, shard = half.config, half.shard
+    widths = {
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": shard.routed.width(config.moe_intermediate_size),
+    }
+    if shard.at_home:
+        widths["share_expert_dim"] = shard.dense.width(config.share_expert_dim)
+    for name, width in widths.items():
+        if width % WIDTH:
+            raise ValueError(f"{name}: what one rank holds of it must be a multiple of {WIDTH} for the GPU kernels, got {width}")

@@ -1,0 +1,96 @@
+"""How long does Step-3's FFN layer take on one rank of 16 (TP8 x EP2), shared expert included, in bfloat16, as one step of an FFN actor runs it?
+
+The layer is the engine's own (`kernels.gpu.halves`), without what ranks of a server exchange. Some rows are checked against the model's layer in the
+same dtype, then the whole is timed: on the device alone, and with rows that come from host memory and go back there, which is how actors hand over for now.
+The bound is bytes (weights of the experts that are chosen and of the shared one, rows in and out once) over the bandwidth of a large sum,
+or arithmetic over the peak of a large product, both of the same run.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from afd_ray.kernels.gpu.halves import HostFedFFN, gpu_ffn
+from afd_ray.models.config import ModelConfig
+from afd_ray.models.presets import PRESETS
+from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Slice
+from benchmarks._gpu import Limits, Line, answer, error, launch_us, median_us
+
+STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
+TENSOR, INSTANCES = 8, 2
+ROWS = (64, 256, 1024, 2048, 4096)
+CHECKED = 64
+LARGEST_ERROR = 2e-2
+COLUMNS = "| rows | bound, us | ours, us | of the bound | from and to the host, us | launching, us | error |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the paper's batch alone")
+    return answer(parser, argv, COLUMNS, lines)
+
+
+def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
+    device = torch.device("cuda")
+    half = half_of(STEP_3, device)
+    plain = half.layers[0]
+    assert isinstance(plain, FFNLayer)
+    gpu_ffn(half, device)
+    for rows in ROWS[3:4] if args.quick else ROWS:
+        yield line(plain, half, rows_of(STEP_3, rows, device), limits)
+
+
+def half_of(config: ModelConfig, device: torch.device) -> FFNHalf:
+    """One rank's part of a layer, with random weights of a size that keeps the rows about as large."""
+    shard = FFNShard(tuple(range(config.moe_num_experts // INSTANCES)), Slice(0, TENSOR), Slice(0, TENSOR * INSTANCES))
+    with device:
+        half = FFNHalf(config, shard).to(config.dtype).requires_grad_(False)
+    for parameter in half.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return half
+
+
+def rows_of(config: ModelConfig, rows: int, device: torch.device) -> Routed:
+    """That choose among all experts alike."""
+    with device:
+        hidden = torch.randn(rows, config.hidden_size).to(config.dtype)
+        experts = torch.rand(rows, config.moe_num_experts).argsort(1)[:, : config.moe_top_k].to(torch.uint8).contiguous()
+        return Routed(hidden, experts, torch.rand(rows, config.moe_top_k).to(config.dtype))
+
+
+def line(plain: FFNLayer, half: FFNHalf, routed: Routed, limits: Limits) -> Line:
+    bound = limits.bound_us(*cost(plain, routed), torch.bfloat16)
+    found = difference(plain, routed, half(0, routed))
+    ours, launching = median_us(lambda: half(0, routed)), launch_us(lambda: half(0, routed))
+    fed = HostFedFFN(half, routed.hidden.device)
+    hosted = Routed(*(None if tensor is None else tensor.cpu() for tensor in routed))
+    through = launch_us(lambda: fed(0, hosted))
+    figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {through:.0f} | {launching:.0f} | {found:.1e}"
+    return Line(f"| {len(routed.hidden)} | {figures} |", found < LARGEST_ERROR, None)
+
+
+def cost(layer: FFNLayer, routed: Routed) -> tuple[float, float]:
+    """Bytes and FLOPs, at least."""
+    assert layer.moe is not None
+    assert layer.share_expert is not None
+    assert routed.experts is not None
+    held = routed.experts[routed.experts < layer.held]
+    expert = 3 * layer.moe.gate_proj[0].numel()
+    shared = sum(parameter.numel() for parameter in layer.share_expert.parameters())
+    rows = len(routed.hidden)
+    nbytes = 2 * (len(held.unique()) * expert + shared + 2 * routed.hidden.numel())
+    return nbytes, 2 * (held.numel() * expert + rows * shared)
+
+
+def difference(plain: FFNLayer, routed: Routed, found: Tensor) -> float:
+    """Relative error of the first rows."""
+    some = Routed(*(None if tensor is None else tensor[:CHECKED] for tensor in routed))
+    return error(found[:CHECKED], plain(*some))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
