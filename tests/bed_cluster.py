@@ -102,7 +102,7 @@ class BedCluster:
 
     def processes(self) -> int:
         """Of attention and FFN actors, on all hosts."""
-        script = "ps -eo args | grep -cE '^ray::(Attention|FFN)Actor' || true"
+        script = "ps -ww -eo args | grep -cE '^ray::(Attention|FFN)Actor' || true"
         return sum(int(host.run(["sh", "-c", script])) for host in self.hosts.hosts.values() if host.is_on)
 
     def stream(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> "Streams":

@@ -90,7 +90,7 @@ class Operator:
 
     def running(self, pattern: str) -> list[str]:
         """The machines with a process whose command line has it."""
-        return [name for name in MACHINES if pattern in self.hosts[name].run(["ps", "-eo", "args"])]
+        return [name for name in MACHINES if pattern in self.hosts[name].run(["ps", "-ww", "-eo", "args"])]
 
     def handoff_sockets(self) -> list[str]:
         """Between the FFN actor and the host with attention: nothing else connects these two."""

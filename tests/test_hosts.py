@@ -69,7 +69,7 @@ def test_each_role_is_on_its_hosts_and_tokens_equal_the_reference(
 
 
 def test_controller_and_ingress_are_where_no_other_host_takes_them_along(cluster: BedCluster) -> None:
-    running = cluster.hosts[HEAD].run(["ps", "-eo", "args"])
+    running = cluster.hosts[HEAD].run(["ps", "-ww", "-eo", "args"])
     assert "ray::Controller" in running
     assert "ray::ServeReplica:afd:ingress" in running
 
