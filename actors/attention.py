@@ -20,7 +20,7 @@ from actors.token_server import TokenStreamServer
 from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
-from afd_ray.engine.compute import Compute
+from afd_ray.engine.compute import Compute, Needs
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.look import look_at_attention
 from afd_ray.engine.loop import Wire
@@ -49,6 +49,7 @@ class AttentionActor(Member):
         log_requests()
         self._tokens = TokenStreamServer(self._submit, self._abort, secret=secret, host=ray.util.get_node_ip_address())
         self._loop: AttentionLoop | None = None
+        self._compute: Compute | None = None
         self._port = 0
         self._loading = asyncio.Lock()
         self._departures: list[Departure] = []
@@ -56,10 +57,10 @@ class AttentionActor(Member):
         """Why no request is taken, until an epoch is entered."""
 
     @ray.method
-    async def load(self, number: int = 0) -> dict[str, Any]:
-        """Load this role's tensors, unless they are, and open the token stream; gives where the actor runs. `number`: of the coming epoch."""
-        if number:
-            self._seat.load(number)
+    async def load(self, epoch: Epoch | None = None) -> dict[str, Any]:
+        """Load this role's tensors, unless they are, make ready for the coming epoch, and open the token stream; gives where the actor runs."""
+        if epoch is not None:
+            self._seat.load(epoch.number)
         async with self._loading:
             if self._loop is None:
                 loop = self._loop = await aside(self._build)
@@ -67,6 +68,8 @@ class AttentionActor(Member):
                 loop.moving_in = MovingIn(loop.scheduler, loop.cache, fetcher)
                 self._start_thread(self._loop)
                 self._port = await self._tokens.start()
+            if epoch is not None:
+                await aside(self._warm_up, epoch)
         return await self._introduce() | {"address": f"{ray.util.get_node_ip_address()}:{self._port}"}
 
     @ray.method
@@ -142,7 +145,7 @@ class AttentionActor(Member):
 
     def _build(self) -> AttentionLoop:
         config = self._config
-        compute = compute_for("attention", config.attention.num_gpus)
+        compute = self._compute = compute_for("attention", config.attention.num_gpus)
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
@@ -162,6 +165,14 @@ class AttentionActor(Member):
         if ffn is None:
             return AttentionLoop(half, cache, scheduler, self._tokens.publish, pace, compute.begin)
         return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, pace, config.ffn.pace, compute.begin)
+
+    def _warm_up(self, epoch: Epoch) -> None:
+        """For all steps of that epoch, beside those of the one served."""
+        loop, compute = self._ready_loop(), self._compute
+        assert compute is not None
+        needs = Needs(self._config.pipeline.max_tokens_per_micro_batch, epoch.micro_batches, epoch.expert_parallel)
+        ffn = loop.ffn if isinstance(loop, ColocatedLoop) else None
+        compute.warm_up_attention(loop.half, loop.cache, needs, ffn)
 
     def _kv_digest(self, cache: PagedCache) -> int:
         return kv_digest(self._model_digest, cache.layers, cache.head_dim, cache.dtype)
@@ -258,7 +269,7 @@ def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[P
     else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
-        room = compute.cache_bytes(model, pipeline.max_tokens_per_micro_batch) // block_bytes
+        room = compute.cache_bytes(model, pipeline.max_tokens_per_micro_batch) // block_bytes - compute.spare_blocks
         num_blocks = min(per_request * pipeline.max_running_requests, room)
     cache = compute.cache(model, num_blocks, wanted.block_size, dtype)
     return cache, BlockAllocator(cache.num_blocks, wanted.block_size)

@@ -82,10 +82,13 @@ class FFNActor(Member):
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         try:
             if held is None:
-                return compute.ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
-            return compute.regathered_ffn(
-                held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense)
-            )
+                half = compute.ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+            else:
+                half = compute.regathered_ffn(
+                    held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense)
+                )
+            compute.warm_up_ffn(half)
+            return half
         finally:
             give_back()
 

@@ -290,7 +290,7 @@ class Transition:
         epoch = self.epoch(ask.roster)
         rank = members.index(hand.name)
         if ask.op == "load":
-            return (number,) if hand.role == "attention" else (epoch.shard(rank, self._model), number)
+            return (epoch,) if hand.role == "attention" else (epoch.shard(rank, self._model), number)
         if ask.op == "connect":
             return (number, self._endpoints[number], max(ask.timeout_s - MARGIN_S, ask.timeout_s / 2))
         spin_us = SPIN_US if self.crew.spin_hosts(members) <= (os.cpu_count() or 1) else 0.0

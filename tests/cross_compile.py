@@ -73,7 +73,7 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> 
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name not in constants and _is_aligned(values[name])
+        if name not in constants and _is_aligned(kernel.params[i], values[name])
     }
     built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=HOPPER, options=options)
     resources, code = _read(built.asm["cubin"])
@@ -96,8 +96,10 @@ def _type(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _is_aligned(value: object) -> bool:
+def _is_aligned(parameter: Any, value: object) -> bool:
     """As Triton takes it at a launch; torch's allocator aligns every tensor."""
+    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+        return False
     return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 

@@ -1,7 +1,5 @@
 """Both halves by the GPU kernels through the engine's own loops: token for token the one-process reference, interpreted on a CPU or on a GPU."""
 
-import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,66 +7,27 @@ import pytest
 import torch
 
 from afd_ray.engine.gpu.compute import GPUCompute
-from afd_ray.engine.local import LocalCluster
 from afd_ray.kernels.gpu.halves import gpu_attention, gpu_ffn
 from afd_ray.membership.epoch import Epoch
-from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, read_ffn, write_checkpoint
-from afd_ray.models.presets import PRESETS, random_tensors
+from afd_ray.models.checkpoint import Checkpoint, load_ffn, read_ffn
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard, Routed, Slice
-from afd_ray.request import Request, SamplingParams
-from tests.triton_device import DEVICE, error, noise
+from tests.gpu_cluster import CONFIG, HERE, MAX_TOKENS, PROMPTS, cluster, expected, requests, served, written
+from tests.triton_device import error, noise
 
-CONFIG = replace(
-    PRESETS["step3-tiny"],
-    num_hidden_layers=2,
-    moe_layers=frozenset({1}),
-    moe_num_experts=4,
-    moe_top_k=2,
-    moe_intermediate_size=128,
-    share_expert_dim=128,
-    vocab_size=128,
-)
-GPU = GPUCompute(torch.device(DEVICE))
-PROMPTS = (1, 14, 6)
-MAX_TOKENS = 4
-BLOCK = 4
-"""Tokens: answers go over the end of a block."""
-CHUNK = 10
-"""Rows of a micro-batch: the longest prompt takes two, and is read while others decode."""
+GPU = GPUCompute(HERE)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory: Path = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(directory, CONFIG, random_tensors(CONFIG, seed=0))
-    return Checkpoint.open(directory)
+    return written(directory)
 
 
-def requests(prompts: tuple[int, ...], max_tokens: int) -> list[Request]:
-    rng = random.Random(1)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return [Request(f"r{i}", tuple(rng.choices(range(CONFIG.vocab_size), k=count)), params) for i, count in enumerate(prompts)]
-
-
-def check_equal(
-    checkpoint: Checkpoint,
-    epoch: Epoch,
-    made: Callable[[FFNHalf], FFNHalf] = GPU.ffn,
-    prompts: tuple[int, ...] = PROMPTS,
-    max_tokens: int = MAX_TOKENS,
-) -> None:
-    attention = GPU.attention(load_attention(checkpoint, shared=epoch.shared_at_attention))
-
-    def load(shard: FFNShard) -> FFNHalf:
-        return made(load_ffn(checkpoint, shard))
-
-    asked, reference = requests(prompts, max_tokens), load_model(checkpoint)
-    sizes = {"num_blocks": 64, "block_size": BLOCK, "max_tokens_per_micro_batch": CHUNK}
-    with LocalCluster(attention, load, epoch, **sizes, begin=GPU.begin) as local:
-        outputs = local.generate(asked)
-    for request in asked:
-        expected = reference.generate_greedy(request.prompt_token_ids, max_tokens)
-        assert [output.token_id for output in outputs[request.id]] == expected, request.id
+def check_equal(checkpoint: Checkpoint, epoch: Epoch, prompts: tuple[int, ...] = PROMPTS, max_tokens: int = MAX_TOKENS) -> None:
+    asked = requests(prompts, max_tokens)
+    with cluster(checkpoint, epoch, GPUCompute(HERE)) as local:
+        found = served(local, asked)
+    assert found == expected(checkpoint, asked)
 
 
 def test_both_halves_equal_the_reference(checkpoint: Checkpoint) -> None:
@@ -93,7 +52,7 @@ def test_both_halves_equal_the_reference_in_other_shapes(checkpoint: Checkpoint,
 
 @pytest.mark.full
 def test_colocated_halves_equal_the_reference(checkpoint: Checkpoint) -> None:
-    check_equal(checkpoint, Epoch(1, 1, 1, 0, 2), made=GPU.colocated_ffn)
+    check_equal(checkpoint, Epoch(1, 1, 1, 0, 2))
 
 
 @pytest.mark.parametrize("at_home", [False, True])
@@ -121,7 +80,7 @@ def test_a_half_for_another_shard_takes_over_what_is_held(checkpoint: Checkpoint
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
-    device = torch.device(DEVICE)
+    device = HERE
     with pytest.raises(ValueError, match=r"moe_intermediate_size: .* must be a multiple of 64 .* got 32"):
         gpu_ffn(FFNHalf(CONFIG, FFNShard((0,), routed=Slice(0, 4))), device)
     with pytest.raises(ValueError, match="head_dim: must be a power of two"):

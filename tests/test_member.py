@@ -114,7 +114,7 @@ class Roster:
         while len(self.ffn) < epoch.ffn:
             self.ffn.append(FFNActor(f"ffn-{len(self.ffn)}", self.config, SECRET))
         model = Checkpoint.open(Path(self.config.model.path)).config
-        await asyncio.gather(*(member.load(epoch.number) for member in self.attention[: epoch.attention]))
+        await asyncio.gather(*(member.load(epoch) for member in self.attention[: epoch.attention]))
         for rank, member in zip(epoch.ffn_ranks, self.ffn, strict=False):
             await member.load(epoch.shard(rank, model), epoch.number)
 

@@ -57,7 +57,7 @@ class Engines:
     async def start(self) -> None:
         epoch = Epoch(1, 1, 1, 0, 1)
         for actor in self.actors:
-            identity = await actor.load(1)
+            identity = await actor.load(epoch)
             self.addresses[identity["id"]] = f"127.0.0.1:{identity['address'].rpartition(':')[2]}"
             endpoint = await actor.prepare(epoch, 0, f"afd-{identity['id']}-e1", 0.0)
             await actor.connect(1, {0: endpoint}, TIMEOUT_S)

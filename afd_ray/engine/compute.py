@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,8 +19,21 @@ CACHE_SHARE = 0.1
 """Of the machine's free memory, for one actor's KV cache where `num_blocks` is auto."""
 
 
+class Needs(NamedTuple):
+    """What an attention rank's micro-batches may come to in an epoch."""
+
+    rows: int
+    """Of one, at most."""
+    slots: int
+    instances: int
+    """Of the FFN; 0: colocated."""
+
+
 class Compute(Protocol):
     """A kind of device. Halves are given as they were loaded, and may be changed in place."""
+
+    spare_blocks: int
+    """That `cache` makes beyond those asked for."""
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
         """A micro-batch's way through what `attention` and `cache` gave."""
@@ -43,9 +56,20 @@ class Compute(Protocol):
     def cache(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedCache:
         """Where the halves compute; `num_blocks` may be what `cache_bytes` has room for."""
 
+    def warm_up_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
+        """Do at once what first steps would wait for; also beside steps with fewer slots or instances. `ffn`: colocated.
+
+        Raises RuntimeError in one line where steps could not run.
+        """
+
+    def warm_up_ffn(self, half: FFNHalf) -> None:
+        """As `warm_up_attention`, for what `ffn` or `regathered_ffn` gave."""
+
 
 class HostCompute:
     """The CPU: compiled kernels where it can run them, else plain torch."""
+
+    spare_blocks = 0
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
         return HostPassage(half, cache, chunks)
@@ -74,3 +98,9 @@ class HostCompute:
             head_dim=config.head_dim,
             dtype=dtype,
         )
+
+    def warm_up_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
+        """Nothing is made later here."""
+
+    def warm_up_ffn(self, half: FFNHalf) -> None:
+        """Nothing is made later here."""

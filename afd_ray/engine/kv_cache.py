@@ -62,11 +62,20 @@ class PagedCache:
     """Keys and values of every layer: [layers, num_blocks, block_size, 2 * head_dim], a token's key head beside its value head."""
 
     def __init__(
-        self, *, layers: int, num_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = HOST
+        self,
+        *,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = HOST,
+        spare: int = 0,
     ) -> None:
+        """`spare`: so many blocks more, behind the others, for rows that belong to no sequence."""
         self.layers, self.num_blocks, self.block_size, self.head_dim, self.dtype = layers, num_blocks, block_size, head_dim, dtype
         # Zeros, not empty: padding rows of a gather are masked with weight 0, and 0 * NaN of stale memory is NaN.
-        shape = (layers, num_blocks, block_size, 2 * head_dim)
+        shape = (layers, num_blocks + spare, block_size, 2 * head_dim)
         self._memory: memoryview | None = None
         if device.type == "cpu":
             # NumPy's, not torch's: they come from the kernel untouched, so that blocks never used take no memory.
@@ -75,7 +84,7 @@ class PagedCache:
             self._memory = memory.data
         else:
             self.blocks = torch.zeros(shape, dtype=dtype, device=device)
-        self._tokens = self.blocks.view(layers, num_blocks * block_size, 2 * head_dim)
+        self._tokens = self.blocks.view(layers, (num_blocks + spare) * block_size, 2 * head_dim)
 
     @property
     def in_host_memory(self) -> bool:
@@ -89,7 +98,7 @@ class PagedCache:
     @property
     def token_bytes(self) -> int:
         """Of one token's keys and values, in all layers."""
-        return self.nbytes // (self.num_blocks * self.block_size)
+        return self.layers * 2 * self.head_dim * self.dtype.itemsize
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [N, D] at token slots [N] int64; writing the same again changes nothing."""

@@ -12,10 +12,10 @@ import torch
 
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
+from afd_ray.engine.compute import Compute, HostCompute, Needs
 from afd_ray.engine.ffn import FFNLoop
 from afd_ray.engine.kv_cache import BlockAllocator, PagedCache
 from afd_ray.engine.loop import OnLost, StepLoop, Wire
-from afd_ray.engine.passage import Begin, HostPassage
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.capacity import inbound_bytes
 from afd_ray.handoff.loopback import loopback_group
@@ -28,6 +28,7 @@ from afd_ray.request import Request, TokenOutput
 LoadFFN = Callable[[FFNShard], FFNHalf]
 
 CONNECT_TIMEOUT_S = 20.0
+HOST = HostCompute()
 
 
 @contextmanager
@@ -73,11 +74,11 @@ class LocalCluster:
         wire_dtype: torch.dtype | None = None,
         meshes: Sequence[Mesh] | None = None,
         on_lost: OnLost | None = None,
-        begin: Begin = HostPassage,
+        compute: Compute = HOST,
     ) -> None:
         """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group.
 
-        `begin`: takes micro-batches through `attention`, beside whose weights the cache lies.
+        `compute`: what made `attention` and what `load_ffn` gives.
 
         `on_lost`: told, by each loop, of an epoch whose links broke; None: that is a failure.
         """
@@ -85,11 +86,11 @@ class LocalCluster:
         self._wire_dtype = wire_dtype or attention.config.dtype
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self._half, self._load_ffn, self._on_lost, self._begin = attention, load_ffn, on_lost, begin
+        self._half, self._load_ffn, self._on_lost, self._compute = attention, load_ffn, on_lost, compute
         self._sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
         self._meshes = self._meshes_of(epoch, meshes)
         self.attention = [self._attention_loop(epoch) for _ in range(epoch.attention)]
-        self.ffn = [FFNLoop(load_ffn(epoch.shard(rank, self.config))) for rank in epoch.ffn_ranks]
+        self.ffn = [FFNLoop(self._ffn(epoch.shard(rank, self.config))) for rank in epoch.ffn_ranks]
         self._threads: dict[StepLoop, threading.Thread] = {}
 
     def __enter__(self) -> "LocalCluster":
@@ -107,7 +108,9 @@ class LocalCluster:
         Loops that it has no rank for end, and their requests go on at others; loops that it lacks are begun. Without `drain` what is in
         flight is taken back, as after a loss.
         """
-        halves = [self._load_ffn(epoch.shard(rank, self.config)) for rank in epoch.ffn_ranks]
+        halves = [self._ffn(epoch.shard(rank, self.config)) for rank in epoch.ffn_ranks]
+        for loop in self.attention[: epoch.attention]:
+            self._warm_up(loop.cache, epoch)
         attention = [*self.attention[: epoch.attention]]
         attention += [self._attention_loop(epoch) for _ in range(len(attention), epoch.attention)]
         ffn = [*self.ffn[: epoch.ffn]]
@@ -173,11 +176,37 @@ class LocalCluster:
         return list(meshes) if meshes is not None else loopback_group(epoch.world_size, epoch.number)
 
     def _attention_loop(self, epoch: Epoch) -> AttentionLoop:
-        cache, scheduler = _cache_and_scheduler(self._half, epoch, *self._sizes)
+        cache, scheduler = self._cache_and_scheduler(epoch, *self._sizes)
         if epoch.ffn:
-            return AttentionLoop(self._half, cache, scheduler, self._outputs.put, begin=self._begin)
+            self._warm_up(cache, epoch)
+            return AttentionLoop(self._half, cache, scheduler, self._outputs.put, begin=self._compute.begin)
         ffn = self._load_ffn(FFNShard.whole(self.config))
-        return ColocatedLoop(self._half, ffn, cache, scheduler, self._outputs.put, begin=self._begin)
+        self._warm_up(cache, epoch, ffn)
+        return ColocatedLoop(self._half, ffn, cache, scheduler, self._outputs.put, begin=self._compute.begin)
+
+    def _ffn(self, shard: FFNShard) -> FFNHalf:
+        half = self._load_ffn(shard)
+        self._compute.warm_up_ffn(half)
+        return half
+
+    def _warm_up(self, cache: PagedCache, epoch: Epoch, ffn: FFNHalf | None = None) -> None:
+        needs = Needs(self._sizes[2], epoch.micro_batches, epoch.expert_parallel)
+        self._compute.warm_up_attention(self._half, cache, needs, ffn)
+
+    def _cache_and_scheduler(
+        self, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
+    ) -> tuple[PagedCache, Scheduler]:
+        config = self.config
+        cache = self._compute.cache(config, num_blocks, block_size, config.dtype)
+        scheduler = Scheduler(
+            allocator=BlockAllocator(num_blocks, block_size),
+            slots=epoch.micro_batches,
+            max_tokens_per_micro_batch=max_tokens,
+            max_running_requests=max_running,
+            max_context=config.max_position_embedding,
+            eos_token_ids=config.eos_token_ids,
+        )
+        return cache, scheduler
 
     def _start(self, loops: Sequence[StepLoop]) -> None:
         for loop in loops:
@@ -210,26 +239,3 @@ def _take_out(loop: AttentionLoop) -> list[tuple[Request, tuple[int, ...]]]:
     progress = loop.scheduler.requests_in_progress()
     loop.abort_all()
     return progress
-
-
-def _cache_and_scheduler(
-    half: AttentionHalf, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
-) -> tuple[PagedCache, Scheduler]:
-    config = half.config
-    cache = PagedCache(
-        layers=config.num_hidden_layers,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        head_dim=config.head_dim,
-        dtype=config.dtype,
-        device=half.embed_tokens.weight.device,
-    )
-    scheduler = Scheduler(
-        allocator=BlockAllocator(num_blocks, block_size),
-        slots=epoch.micro_batches,
-        max_tokens_per_micro_batch=max_tokens,
-        max_running_requests=max_running,
-        max_context=config.max_position_embedding,
-        eos_token_ids=config.eos_token_ids,
-    )
-    return cache, scheduler

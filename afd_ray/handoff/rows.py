@@ -19,9 +19,12 @@ def partial_dtype(wire: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if wire is QUANTISED else wire
 
 
+ID_DTYPES = (torch.uint8, torch.int16)
+
+
 def id_dtype(experts: int) -> torch.dtype:
-    """The narrowest that tells this many experts apart."""
-    return torch.uint8 if experts <= 1 << 8 else torch.int16
+    """The narrowest of ID_DTYPES that tells this many experts apart."""
+    return ID_DTYPES[experts > 1 << 8]
 
 
 def pack_rows(routed: Routed, wire: torch.dtype, ids: torch.dtype) -> tuple[Tensor, ...]:

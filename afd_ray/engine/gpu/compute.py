@@ -1,11 +1,14 @@
 """A CUDA device as what halves compute on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, workspace_bytes
 from afd_ray.engine.gpu.passage import GPUPassage
+from afd_ray.engine.gpu.warm_up import warm_up_attention, warm_up_ffn
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import Chunk
@@ -18,12 +21,16 @@ from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 class GPUCompute:
     """A `Compute` by the Triton kernels."""
 
+    spare_blocks = 1
+
     def __init__(self, device: torch.device, share: float = 1.0) -> None:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests."""
         self.device, self._share = device, share
+        self._instances = 0
+        """Of the FFN, that attention is warmed up for."""
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
-        return GPUPassage(half, cache, chunks)
+        return GPUPassage(half, cache, chunks, self._instances)
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """Raises ValueError in one line for a shape that the kernels do not take."""
@@ -61,4 +68,27 @@ class GPUCompute:
             head_dim=config.head_dim,
             dtype=dtype,
             device=self.device,
+            spare=self.spare_blocks,
         )
+
+    def warm_up_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
+        """Kernels are compiled, or read from Triton's own cache, by being launched; what rows write goes to the cache's spare block."""
+        instances = max(needs.instances, self._instances)
+        with _told_in_one_line("attention"):
+            warm_up_attention(half, cache, needs._replace(instances=instances), ffn)
+        self._instances = instances
+
+    def warm_up_ffn(self, half: FFNHalf) -> None:
+        """As `warm_up_attention`."""
+        with _told_in_one_line("ffn"):
+            warm_up_ffn(half)
+
+
+@contextmanager
+def _told_in_one_line(role: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of Triton, of its assembler or of the driver
+        reason = next(iter(str(error).strip().splitlines()), "")
+        told = f"{role}.num_gpus: this GPU cannot run the kernels of this model: {type(error).__name__}: {reason}"
+        raise RuntimeError(told) from error

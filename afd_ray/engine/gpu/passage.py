@@ -17,7 +17,9 @@ from afd_ray.models.step3 import AttentionHalf, Routed
 class GPUPassage:
     """A `Passage` through a half as `gpu_attention` gives it."""
 
-    def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk]) -> None:
+    def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], instances: int = 0) -> None:
+        """`instances`: of the FFN, at least so many are reckoned with, so that kernels are the same whoever returns rows."""
+        self._instances = instances
         self._half, self._cache, self._device = half, cache, cache.blocks.device
         self._step = send(describe(chunks, cache, half.config.num_attention_heads), half, self._device)
         self._residual: Tensor = half.embed_tokens(self._step.token_ids)  # [N, H]
@@ -50,7 +52,7 @@ class GPUPassage:
         if not parts:
             return
         rows, width = self._residual.shape
-        count, instances = sum(len(part.sums) for part in parts), 1 + max(part.instance for part in parts)
+        count, instances = sum(len(part.sums) for part in parts), max(self._instances, *(part.instance + 1 for part in parts))
         staging = Staging(self._device, (self._residual.dtype, (count, width)), (torch.int32, (instances, rows)))
         write_parts(parts, *staging.tensors)
         self._returned = Returned(*staging.send())

@@ -69,6 +69,23 @@ def describe(chunks: Many[Chunk], cache: PagedCache, heads: int) -> Described:
     )
 
 
+def padding(cache: PagedCache, decoding: int, chunks: int = 0) -> Described:
+    """Rows of no sequence, in the cache's first spare block: so many that decode, then so many prompts of one row. Each attends to one token."""
+    rows = decoding + chunks
+    zeros, block = np.zeros(rows, dtype=np.int32), np.full(1, cache.num_blocks, dtype=np.int32)
+    return Described(
+        token_ids=zeros,
+        positions=zeros,
+        slots=np.full(rows, cache.num_blocks * cache.block_size, dtype=np.int32),
+        starts=zeros,
+        sample_rows=zeros[:1],
+        tables=block,
+        first_rows=np.arange(chunks, dtype=np.int32),
+        row_counts=np.ones(chunks, dtype=np.int32),
+        decoding=decoding,
+    )
+
+
 def send(described: Described, half: AttentionHalf, device: torch.device) -> Step:
     """Onto the device in one copy that the host does not wait for; cos and sin are computed there."""
     *numbers, decoding = described

@@ -34,7 +34,7 @@ TILES = {
 """
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["tables", "starts", "contexts"])
 def attend_kernel(
     q,  # [N, A, D + ROTARY]
     blocks,  # [P, PAGE, G, 2, D]; with a rotary part [P, PAGE, D + ROTARY]
@@ -45,12 +45,13 @@ def attend_kernel(
     weights,  # [S, N, A] float32: log2 of the sum of a span's exponentials
     score_scale,  # softmax scale x key scale x log2(e)
     value_scale,
+    splits,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     SHORTEST: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -73,10 +74,11 @@ def attend_kernel(
         rotary_queries = tl.load(rotary, mask=is_head[:, None], other=0.0).to(OPERAND)
 
     context = tl.load(contexts + row)
-    span = _span(context, SPLITS, SHORTEST, TILE_TOKENS)
-    first = split * span
-    end = tl.minimum(first + span, context)
-    if SPLITS > 1:  # noqa: SIM102 (the compiler decides this one, the program the next)
+    first, end = 0, context
+    if IS_SPLIT:
+        span = _span(context, splits, SHORTEST, TILE_TOKENS)
+        first = split * span
+        end = tl.minimum(first + span, context)
         if first >= context:
             return
     limits = tl.full([TILE_HEADS], 0, tl.int32) + end
@@ -89,19 +91,19 @@ def attend_kernel(
     attended = sums * (value_scale / tl.where(total > 0.0, total, 1.0))[:, None]
     place = ((split * tl.num_programs(1) + row) * HEADS + head).to(tl.int64)
     tl.store(out + place[:, None] * DIM + dim, attended.to(out.dtype.element_ty), mask=is_head[:, None])
-    if SPLITS > 1:
+    if IS_SPLIT:
         tl.store(weights + place, highest + tl.log2(total), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["contexts"])
 def combine_kernel(
     parts,  # [S, N, A, D] float32
     weights,  # [S, N, A] float32
     contexts,  # [N]
     out,  # [N, A, D]
+    splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -109,7 +111,7 @@ def combine_kernel(
     row, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + row)
     split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, DIM)
-    is_used = (split < SPLITS) & (split * _span(context, SPLITS, SHORTEST, TILE_TOKENS) < context)
+    is_used = (split < splits) & (split * _span(context, splits, SHORTEST, TILE_TOKENS) < context)
     place = ((split * tl.num_programs(0) + row) * HEADS + head).to(tl.int64)
     # Finite, so that a row of no tokens, whose parts all read as zeros, gives zeros.
     logs = tl.load(weights + place, mask=is_used, other=-1e30)
@@ -120,9 +122,9 @@ def combine_kernel(
 
 
 @triton.jit
-def _span(context, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, TILE_TOKENS: tl.constexpr):
+def _span(context, splits, SHORTEST: tl.constexpr, TILE_TOKENS: tl.constexpr):
     """Tokens of each of a row's splits: whole tiles, as equal as they can be; the last splits of a short row have none."""
-    return tl.maximum(tl.cdiv(tl.cdiv(context, SPLITS), TILE_TOKENS) * TILE_TOKENS, SHORTEST)
+    return tl.maximum(tl.cdiv(tl.cdiv(context, splits), TILE_TOKENS) * TILE_TOKENS, SHORTEST)
 
 
 def splits_for(programs: int, multiprocessors: int) -> int:
@@ -135,6 +137,12 @@ def splits_for(programs: int, multiprocessors: int) -> int:
         return 1
     busy = {splits: _busy(programs * splits, multiprocessors) for splits in range(1, MOST_SPLITS + 1)}
     return next(splits for splits, share in busy.items() if share >= 0.9 * max(busy.values()))
+
+
+def padded(splits: int) -> int:
+    """All numbers of splits for which this is the same need the same kernels."""
+    size: int = triton.next_power_of_2(splits)
+    return size
 
 
 def _busy(programs: int, multiprocessors: int) -> float:
@@ -168,12 +176,21 @@ def attend_in_splits(
     parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     weights = out.new_empty(splits, count, heads, dtype=torch.float32)
     tile_heads = min(tile.queries, max(FEWEST_HEADS, triton.next_power_of_2(heads // key_heads)))
-    span = {"SPLITS": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens}
+    span = {"splits": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens}
     # The tiles of one row's heads are neighbours: what one reads, the others find in the L2 cache.
     attend_kernel[(key_heads * triton.cdiv(heads // key_heads, tile_heads), count, splits)](
-        *rows, parts, weights, score_scale * LOG2_E, value_scale, TILE_HEADS=tile_heads, **span, **constants, **tile.options
+        *rows,
+        parts,
+        weights,
+        score_scale * LOG2_E,
+        value_scale,
+        TILE_HEADS=tile_heads,
+        IS_SPLIT=splits > 1,
+        **span,
+        **constants,
+        **tile.options,
     )
     if splits > 1:
-        padded = triton.next_power_of_2(splits)
-        combine_kernel[(count, heads)](parts, weights, rows.contexts, out, HEADS=heads, DIM=dim, PADDED_SPLITS=padded, **span)
+        sizes = {"HEADS": heads, "DIM": dim, "PADDED_SPLITS": padded(splits)}
+        combine_kernel[(count, heads)](parts, weights, rows.contexts, out, **sizes, **span)
     return out

@@ -17,7 +17,7 @@ class Order(NamedTuple):
     assignments: Tensor  # [N * K] int32; those of experts held elsewhere are left out, what follows the last start means nothing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first_id"])
 def order_kernel(ids, starts, assignments, count, first_id, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     """One program an expert: it counts what comes before its own, then writes down its own."""
     expert = tl.program_id(0)

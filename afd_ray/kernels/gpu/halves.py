@@ -93,7 +93,7 @@ class GPUAttentionLayer(nn.Module):
         )
         attended = []
         if len(decoding.q):
-            attended.append(decode_attention.attend(decoding, splits=_splits(decoding)))
+            attended.append(decode_attention.attend(decoding, splits=_splits(len(decoding.q), self.heads, blocks)))
         if len(chunked.q):
             attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
@@ -190,10 +190,17 @@ def _joined(*linears: Linear) -> Linear:
     return joined
 
 
-def _splits(rows: Rows) -> int:
-    count, heads, _ = rows.q.shape
-    tiles = triton.cdiv(heads, decode_attention.TILES[rows.blocks.dtype].queries)
-    return decode_attention.splits_for(count * tiles, _multiprocessors(rows.q.device))
+def decoding_counts(heads: int, blocks: Tensor, most: int) -> list[int]:
+    """Numbers of rows whose decode attention over `blocks` needs, between them, every kernel that any number up to `most` does."""
+    kinds: dict[int, int] = {}
+    for count in range(1, most + 1):
+        kinds.setdefault(decode_attention.padded(_splits(count, heads, blocks)), count)
+    return list(kinds.values())
+
+
+def _splits(count: int, heads: int, blocks: Tensor) -> int:
+    tiles = triton.cdiv(heads, decode_attention.TILES[blocks.dtype].queries)
+    return decode_attention.splits_for(count * tiles, _multiprocessors(blocks.device))
 
 
 @functools.cache

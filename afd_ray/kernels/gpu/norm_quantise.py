@@ -28,7 +28,7 @@ class Normalised(NamedTuple):
     exponents: Tensor | None  # [N, B] uint8, or [N, 1] with one scale a row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_norm_quantise_kernel(
     residual,  # [N, H]
     updates,  # [U, N, H]; with places [R, H]

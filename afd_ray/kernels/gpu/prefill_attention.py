@@ -44,7 +44,7 @@ def row_tiles(chunks: list[int], heads: int, key_heads: int, cached: torch.dtype
     return RowTiles(tuple(first_rows), tuple(row_counts))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tables", "starts", "contexts", "first_rows", "row_counts"])
 def prefill_kernel(
     q,  # [N, A, D]
     blocks,  # [P, PAGE, G, 2, D]

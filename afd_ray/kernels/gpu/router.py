@@ -12,7 +12,7 @@ ROWS_A_PROGRAM = 4
 MOST_EXPERTS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def route_kernel(
     logits,  # [N, E]
     experts,  # [N, K] int32

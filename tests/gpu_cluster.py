@@ -1,0 +1,74 @@
+"""A small model served by both halves on the GPU kernels, through the engine's own loops, and what the one-process reference says."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from afd_ray.engine.gpu.compute import GPUCompute
+from afd_ray.engine.local import LocalCluster
+from afd_ray.membership.epoch import Epoch
+from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
+from afd_ray.models.presets import PRESETS, random_tensors
+from afd_ray.models.step3 import FFNHalf, FFNShard
+from afd_ray.request import Request, SamplingParams
+from tests.triton_device import DEVICE
+
+CONFIG = replace(
+    PRESETS["step3-tiny"],
+    num_hidden_layers=2,
+    moe_layers=frozenset({1}),
+    moe_num_experts=4,
+    moe_top_k=2,
+    moe_intermediate_size=128,
+    share_expert_dim=128,
+    vocab_size=128,
+)
+HERE = torch.device(DEVICE)
+PROMPTS = (1, 14, 6)
+MAX_TOKENS = 4
+BLOCK = 4
+"""Tokens: answers go over the end of a block."""
+CHUNK = 10
+"""Rows of a micro-batch: the longest prompt takes two, and is read while others decode."""
+
+
+def written(directory: Path) -> Checkpoint:
+    """Random weights."""
+    write_checkpoint(directory, CONFIG, random_tensors(CONFIG, seed=0))
+    return Checkpoint.open(directory)
+
+
+def requests(prompts: tuple[int, ...] = PROMPTS, max_tokens: int = MAX_TOKENS) -> list[Request]:
+    """By how many tokens each has."""
+    rng = random.Random(1)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return [Request(f"r{i}", tuple(rng.choices(range(CONFIG.vocab_size), k=count)), params) for i, count in enumerate(prompts)]
+
+
+def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute) -> LocalCluster:
+    """To be entered."""
+    attention = compute.attention(load_attention(checkpoint, shared=epoch.shared_at_attention))
+    made: Callable[[FFNHalf], FFNHalf] = compute.ffn if epoch.ffn else compute.colocated_ffn
+
+    def load(shard: FFNShard) -> FFNHalf:
+        return made(load_ffn(checkpoint, shard))
+
+    sizes = {"num_blocks": 64, "block_size": BLOCK, "max_tokens_per_micro_batch": CHUNK}
+    return LocalCluster(attention, load, epoch, **sizes, compute=compute)
+
+
+def served(local: LocalCluster, asked: list[Request]) -> dict[str, list[int | None]]:
+    """Tokens by request."""
+    outputs = local.generate(asked)
+    return {request.id: [output.token_id for output in outputs[request.id]] for request in asked}
+
+
+def expected(checkpoint: Checkpoint, asked: list[Request]) -> dict[str, list[int | None]]:
+    """What the reference says to the same requests."""
+    reference = load_model(checkpoint)
+    return {
+        request.id: [*reference.generate_greedy(request.prompt_token_ids, request.params.max_tokens or 0)] for request in asked
+    }
