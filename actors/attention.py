@@ -21,7 +21,7 @@ from afd_ray.config import Config
 from afd_ray.engine.attention import AttentionLoop
 from afd_ray.engine.colocated import ColocatedLoop
 from afd_ray.engine.compute import Compute, Needs
-from afd_ray.engine.kv_cache import BlockAllocator, PagedCache, check_integrity
+from afd_ray.engine.kv_cache import CACHE_DTYPES, BlockAllocator, PagedCache, check_integrity
 from afd_ray.engine.look import look_at_attention
 from afd_ray.engine.loop import Wire
 from afd_ray.engine.moving_in import Moved, MovingIn
@@ -33,7 +33,7 @@ from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
 from afd_ray.metrics import Sample, attention_samples
 from afd_ray.models.checkpoint import load_attention, load_ffn
-from afd_ray.models.config import DTYPES, ModelConfig
+from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 from afd_ray.request import KVTicket, Request
 
@@ -145,7 +145,7 @@ class AttentionActor(Member):
 
     def _build(self) -> AttentionLoop:
         config = self._config
-        compute = self._compute = compute_for("attention", config.attention.num_gpus)
+        compute = self._compute = compute_for("attention", config.attention.num_gpus, quantise_experts=config.ffn.quantises)
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
@@ -263,7 +263,7 @@ def max_context(config: Config, model: ModelConfig) -> int:
 def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[PagedCache, BlockAllocator]:
     """The KV cache that the configuration asks for; `num_blocks` auto is what all running requests could need, within memory."""
     wanted, pipeline = config.attention.kv_cache, config.pipeline
-    dtype = model.dtype if wanted.dtype == "auto" else DTYPES[wanted.dtype]
+    dtype = model.dtype if wanted.dtype == "auto" else CACHE_DTYPES[wanted.dtype]
     if wanted.num_blocks != "auto":
         num_blocks = wanted.num_blocks
     else:

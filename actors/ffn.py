@@ -78,7 +78,7 @@ class FFNActor(Member):
         return [*([self._loop.half] if self._loop else []), *([self._standby.half] if self._standby else [])]
 
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
-        compute = compute_for("ffn", self._config.ffn.num_gpus)
+        compute = compute_for("ffn", self._config.ffn.num_gpus, quantise_experts=self._config.ffn.quantises)
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         try:
             if held is None:

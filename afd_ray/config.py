@@ -18,6 +18,8 @@ Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "fp8"]
+ExpertDtype = Literal["auto", "fp8"]
 WireDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 LinkKind = Literal["auto", "shm", "tcp", "gloo", "nccl"]
 
@@ -59,7 +61,8 @@ class KVCache(Section):
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens."""
     num_blocks: Literal["auto"] | Annotated[int, Field(ge=1, le=1 << 24)] = "auto"
-    dtype: Dtype = "auto"
+    dtype: CacheDtype = "auto"
+    """fp8: e4m3, on GPUs only."""
 
     @property
     def tokens(self) -> int | None:
@@ -90,6 +93,13 @@ class FFN(Section):
     labels: dict[str, str] = {}
     pace: Pace | None = None
     dispatch: Literal["broadcast", "routed"] = "broadcast"
+    expert_dtype: ExpertDtype = "auto"
+    """Of the routed experts' weights. fp8: e4m3 with a scale for each block of 128 x 128, quantised when loaded, on GPUs only."""
+
+    @property
+    def quantises(self) -> bool:
+        """Whether routed experts are quantised when loaded."""
+        return self.expert_dtype == "fp8"
 
     @property
     def ranks(self) -> int:
@@ -266,6 +276,13 @@ def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     if config.handoff.kind == "nccl":
         raise ConfigError("handoff.kind: nccl is not supported yet, use auto, shm, tcp or gloo")
+    if config.attention.kv_cache.dtype == "fp8" and not config.attention.num_gpus:
+        raise ConfigError(
+            "attention.kv_cache.dtype: fp8 needs a GPU, set attention.num_gpus above 0 or use auto, float32, bfloat16"
+        )
+    holder = "attention" if config.ffn.colocated else "ffn"
+    if config.ffn.quantises and not (config.attention if config.ffn.colocated else config.ffn).num_gpus:
+        raise ConfigError(f"ffn.expert_dtype: fp8 needs a GPU, set {holder}.num_gpus above 0 or use auto")
 
 
 def model_directory(model: Model) -> Path:

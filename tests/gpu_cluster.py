@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.local import LocalCluster
+from afd_ray.kernels.quantised import quantised
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
+from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.models.step3 import FFNHalf, FFNShard
+from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Step3Model
 from afd_ray.request import Request, SamplingParams
 from tests.triton_device import DEVICE
 
@@ -26,6 +29,9 @@ CONFIG = replace(
     share_expert_dim=128,
     vocab_size=128,
 )
+WIDE = replace(CONFIG, hidden_size=128)
+"""Whose experts can be held in e4m3."""
+E4M3 = torch.float8_e4m3fn
 HERE = torch.device(DEVICE)
 PROMPTS = (1, 14, 6)
 MAX_TOKENS = 4
@@ -35,9 +41,9 @@ CHUNK = 10
 """Rows of a micro-batch: the longest prompt takes two, and is read while others decode."""
 
 
-def written(directory: Path) -> Checkpoint:
+def written(directory: Path, config: ModelConfig = CONFIG) -> Checkpoint:
     """Random weights."""
-    write_checkpoint(directory, CONFIG, random_tensors(CONFIG, seed=0))
+    write_checkpoint(directory, config, random_tensors(config, seed=0))
     return Checkpoint.open(directory)
 
 
@@ -48,7 +54,7 @@ def requests(prompts: tuple[int, ...] = PROMPTS, max_tokens: int = MAX_TOKENS) -
     return [Request(f"r{i}", tuple(rng.choices(range(CONFIG.vocab_size), k=count)), params) for i, count in enumerate(prompts)]
 
 
-def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute) -> LocalCluster:
+def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute, cache_dtype: torch.dtype | None = None) -> LocalCluster:
     """To be entered."""
     attention = compute.attention(load_attention(checkpoint, shared=epoch.shared_at_attention))
     made: Callable[[FFNHalf], FFNHalf] = compute.ffn if epoch.ffn else compute.colocated_ffn
@@ -57,7 +63,7 @@ def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute) -> LocalC
         return made(load_ffn(checkpoint, shard))
 
     sizes = {"num_blocks": 64, "block_size": BLOCK, "max_tokens_per_micro_batch": CHUNK}
-    return LocalCluster(attention, load, epoch, **sizes, compute=compute)
+    return LocalCluster(attention, load, epoch, **sizes, compute=compute, cache_dtype=cache_dtype)
 
 
 def served(local: LocalCluster, asked: list[Request]) -> dict[str, list[int | None]]:
@@ -72,3 +78,25 @@ def expected(checkpoint: Checkpoint, asked: list[Request]) -> dict[str, list[int
     return {
         request.id: [*reference.generate_greedy(request.prompt_token_ids, request.params.max_tokens or 0)] for request in asked
     }
+
+
+def rounded_model(checkpoint: Checkpoint) -> Step3Model:
+    """The reference with keys, values and routed experts in e4m3."""
+    model = load_model(checkpoint)
+    for index, ffn in enumerate(model.ffn.layers):
+        assert isinstance(ffn, FFNLayer)
+        if ffn.moe is not None:
+            ffn.moe = quantised(ffn.moe)
+        layer = model.attention.layer(index)
+        layer.before = rounding(layer.before)  # type: ignore[method-assign]
+    return model
+
+
+def rounding(before: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`AttentionLayer.before` with keys and values as a cache in e4m3 has them."""
+
+    def rounded(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = before(*arguments)
+        return q, k.clamp(-448, 448).to(E4M3).to(k.dtype), v.clamp(-448, 448).to(E4M3).to(v.dtype)
+
+    return rounded

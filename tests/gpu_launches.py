@@ -14,6 +14,7 @@ from afd_ray.kernels.gpu import (
     latent_attention,
     norm_quantise,
     prefill_attention,
+    quantise_rows,
     rope_kv_write,
     router,
 )
@@ -155,6 +156,7 @@ LAUNCHES = {
     "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm of partial rows": Launch(combined_rows, {"add_norm_quantise_kernel": LIGHT}, full=True),
+    "rows to e4m3": Launch(lambda: quantise_rows.quantise_rows(meta(ROWS, HIDDEN)), {"quantise_rows_kernel": LIGHT}, full=True),
     "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}, full=True),
     "rotate and write, fp8": Launch(lambda: rotation(torch.float8_e4m3fn), {"rotate_and_write_kernel": LIGHT}, full=True),
     "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}, full=True),

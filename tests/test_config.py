@@ -163,6 +163,20 @@ def test_gpus_may_be_asked_for() -> None:
     check_supported(load_config(None, ["attention.num_gpus=1", "ffn.num_gpus=0.5"]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["attention.kv_cache.dtype=fp8"], r"^attention\.kv_cache\.dtype: fp8 needs a GPU, set attention\.num_gpus above 0"),
+        (["ffn.expert_dtype=fp8"], r"^ffn\.expert_dtype: fp8 needs a GPU, set ffn\.num_gpus above 0 or use auto$"),
+        (["ffn.expert_dtype=fp8", "ffn.colocated=true", "ffn.num_gpus=1"], r"set attention\.num_gpus above 0"),
+    ],
+)
+def test_what_only_gpus_do_is_refused_without_one(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_supported(load_config(None, overrides))
+    check_supported(load_config(None, [*overrides, "attention.num_gpus=1", "ffn.num_gpus=1"]))
+
+
 @pytest.mark.parametrize("key", ["tensor_parallel", "expert_parallel"])
 def test_a_colocated_cluster_has_no_ffn_ranks_to_cut(key: str) -> None:
     assert load_config(None, ["ffn.colocated=true"]).ffn.ranks == 0

@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 import torch
 
+from actors.attention import build_cache
 from actors.device import compute_for
+from afd_ray.config import parse_config
 from afd_ray.engine.compute import HostCompute
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, workspace_bytes
@@ -114,7 +116,7 @@ def test_a_step_at_step_3_s_size_needs_no_more_than_a_few_gigabytes() -> None:
     [
         (0, 16, torch.float32, r"num_blocks: auto finds no room"),
         (4, 12, torch.float32, r"block_size: must be a power of two on a GPU, got 12"),
-        (4, 16, torch.bfloat16, r"dtype: must be the model's torch\.float32 on a GPU"),
+        (4, 16, torch.bfloat16, r"dtype: must be the model's torch\.float32 or fp8 on a GPU"),
     ],
 )
 def test_a_cache_that_the_kernels_do_not_take_is_refused(
@@ -122,6 +124,21 @@ def test_a_cache_that_the_kernels_do_not_take_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         GPUCompute(HERE).cache(PRESETS["step3-tiny"], num_blocks, block_size, dtype)
+
+
+def test_there_is_room_for_four_times_as_many_blocks_in_e4m3_as_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the spare block."""
+    compute, model = GPUCompute(HERE), PRESETS["step3-tiny"]
+    block_bytes = 16 * model.num_hidden_layers * model.kv_width
+    monkeypatch.setattr(GPUCompute, "cache_bytes", lambda *arguments: 40 * block_bytes)
+    blocks = {}
+    for name in ("auto", "fp8"):
+        asked = {"kv_cache": {"dtype": name, "block_size": 16}, "num_gpus": 1}
+        cache, allocator = build_cache(parse_config({"attention": asked}), model, compute)
+        blocks[name] = allocator.total
+        assert cache.nbytes <= 40 * block_bytes
+        assert cache.token_bytes * 16 * (allocator.total + 1) == cache.nbytes
+    assert blocks == {"auto": 10 - 1, "fp8": 40 - 1}
 
 
 def test_keys_and_values_on_a_gpu_are_not_lent() -> None:

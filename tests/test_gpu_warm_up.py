@@ -11,7 +11,7 @@ from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.kernels.gpu import halves
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention
-from tests.gpu_cluster import HERE, cluster, expected, requests, served, written
+from tests.gpu_cluster import E4M3, HERE, WIDE, cluster, expected, requests, served, written
 from tests.specialisations import recorded
 from tests.triton_device import COMPILED
 
@@ -58,6 +58,16 @@ def test_steps_ask_for_no_kernel_that_the_warm_up_has_not_launched(
         found = served(local, asked)
     assert found == expected(checkpoint, asked)
     assert {launched.kernel for launched in asked_for} == KERNELS
+    assert asked_for - warmed == set()
+
+
+def test_that_goes_for_e4m3_too(tmp_path: Path) -> None:
+    compute = GPUCompute(HERE, quantise_experts=True)
+    with recorded() as warmed:
+        local = cluster(written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3)
+    with recorded() as asked_for, local:
+        served(local, requests(prompts=(1, 5), max_tokens=2))
+    assert {launched.kernel for launched in asked_for} == (KERNELS | {"quantise_rows_kernel"}) - {"combine_kernel"}
     assert asked_for - warmed == set()
 
 

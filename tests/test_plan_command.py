@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.cli import main
-from afd_ray.config import load_config
+from afd_ray.config import check_supported, load_config
 
 SMALL = ("--hardware", "h100", "--max-gpus", "32", "--micro-batches", "3")
 
@@ -27,6 +27,15 @@ def test_the_configuration_is_one_that_loads(tmp_path: Path, capsys: pytest.Capt
     assert config.ffn.ranks == plan["ffn"]["ranks"]
     assert config.pipeline.micro_batches == plan["micro_batches"] == 3
     assert config.pipeline.max_running_requests * config.attention.replicas == plan["batch"]
+
+
+@pytest.mark.parametrize(("asked", "written"), [("fp8", "fp8"), ("bf16", "bfloat16")])
+def test_what_is_planned_in_8_bits_is_configured_so(tmp_path: Path, asked: str, written: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    assert main(["plan", *SMALL, "--kv-dtype", asked, "-o", str(file)]) == 0
+    config = load_config(file)
+    assert (config.attention.kv_cache.dtype, config.ffn.expert_dtype) == (written, "fp8")
+    check_supported(config)
 
 
 def test_a_plan_says_ratio_batch_memory_latency_price_and_what_binds(capsys: pytest.CaptureFixture[str]) -> None:

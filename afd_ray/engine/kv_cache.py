@@ -9,8 +9,11 @@ from torch import Tensor
 
 from afd_ray.engine.sequence import Sequence
 from afd_ray.kernels import native
+from afd_ray.models.config import DTYPES
 
 HOST = torch.device("cpu")
+CACHE_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
+"""By the name that the configuration gives them."""
 
 
 class BlockAllocator:

@@ -75,8 +75,9 @@ class LocalCluster:
         meshes: Sequence[Mesh] | None = None,
         on_lost: OnLost | None = None,
         compute: Compute = HOST,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
-        """`wire_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group.
+        """`wire_dtype`, `cache_dtype` None: the model's. `meshes`: connected, in the order of the group ranks; None: a loopback group.
 
         `compute`: what made `attention` and what `load_ffn` gives.
 
@@ -87,6 +88,7 @@ class LocalCluster:
         self.failures: list[str] = []
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self._half, self._load_ffn, self._on_lost, self._compute = attention, load_ffn, on_lost, compute
+        self._cache_dtype = cache_dtype or attention.config.dtype
         self._sizes = (num_blocks, block_size, max_tokens_per_micro_batch, max_running_requests)
         self._meshes = self._meshes_of(epoch, meshes)
         self.attention = [self._attention_loop(epoch) for _ in range(epoch.attention)]
@@ -197,7 +199,7 @@ class LocalCluster:
         self, epoch: Epoch, num_blocks: int, block_size: int, max_tokens: int, max_running: int
     ) -> tuple[PagedCache, Scheduler]:
         config = self.config
-        cache = self._compute.cache(config, num_blocks, block_size, config.dtype)
+        cache = self._compute.cache(config, num_blocks, block_size, self._cache_dtype)
         scheduler = Scheduler(
             allocator=BlockAllocator(num_blocks, block_size),
             slots=epoch.micro_batches,

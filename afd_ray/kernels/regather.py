@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from afd_ray.kernels.packed import PACKED_STACKS, PackedFFNLayer, packed_weights
+from afd_ray.kernels.quantised import QUANTISED_STACKS, QuantisedExperts, quantised
 from afd_ray.models.layout import STACKED_EXPERTS, Unallocated
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard
 
-_STACKS = frozenset((*STACKED_EXPERTS, *PACKED_STACKS))
+_STACKS = frozenset((*STACKED_EXPERTS, *PACKED_STACKS, *QUANTISED_STACKS))
 """Names, within a layer, of tensors whose first dimension counts the experts held."""
 
 
@@ -33,13 +34,14 @@ Read = Callable[[FFNShard, bool], FFNHalf]
 
 
 def regather(held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
-    """The half of `wanted`, packed if `held` is. It shares what is equal with `held`, which may be served meanwhile."""
+    """The half of `wanted`, packed or quantised if `held` is. It shares what is equal with `held`, which may be served meanwhile."""
     missing = lack(held.shard, wanted)
     fresh = read(wanted._replace(experts=missing.experts), missing.dense)
     with Unallocated():
         half = FFNHalf(held.config, wanted)
     for index, layer in enumerate(half.layers):
         assert isinstance(layer, FFNLayer)
+        _quantise_as(held.layers[index], layer, fresh.layers[index])
         weights = _Join(held.shard, missing, wanted)(held.layers[index], fresh.layers[index])
         if isinstance(held.layers[index], PackedFFNLayer):
             half.layers[index] = PackedFFNLayer(layer, weights)
@@ -47,6 +49,18 @@ def regather(held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
             layer.load_state_dict(weights, assign=True)
     half.requires_grad_(False).eval()
     return half
+
+
+def _quantise_as(held: nn.Module, layer: FFNLayer, fresh: nn.Module) -> None:
+    """What is to be loaded and what is read, if what is held is quantised."""
+    if isinstance(getattr(held, "moe", None), QuantisedExperts):
+        assert isinstance(fresh, FFNLayer)
+        assert fresh.moe is not None
+        assert layer.moe is not None
+        count, inner, hidden = layer.moe.gate_proj.shape
+        with Unallocated():
+            layer.moe = QuantisedExperts(count, hidden, inner)
+        fresh.moe = quantised(fresh.moe)
 
 
 class _Join:

@@ -7,6 +7,7 @@ import yaml
 
 from afd_ray.planning.accelerators import SERVER
 from afd_ray.planning.search import Plan
+from afd_ray.planning.shapes import Linear, ModelShape
 
 BLOCK_TOKENS = 64
 LEAST_STEP_TOKENS = 512
@@ -25,13 +26,18 @@ def configuration(plan: Plan, checkpoint: str, tpot_ms: float) -> dict[str, Any]
             "replicas": pools["attention"],
             "num_gpus": 1,
             "labels": {"ray.io/accelerator-type": d.attention.ray_type},
-            "kv_cache": {"block_size": BLOCK_TOKENS, "num_blocks": requests * math.ceil(d.context / BLOCK_TOKENS)},
+            "kv_cache": {
+                "block_size": BLOCK_TOKENS,
+                "num_blocks": requests * math.ceil(d.context / BLOCK_TOKENS),
+                "dtype": _cache_dtype(d.shape),
+            },
         },
         "ffn": {
             "tensor_parallel": SERVER,
             "expert_parallel": d.ffn_servers,
             "num_gpus": 1,
             "labels": {"ray.io/accelerator-type": d.ffn.ray_type},
+            "expert_dtype": "fp8",
         },
         "pipeline": {
             "micro_batches": d.micro_batches,
@@ -42,6 +48,12 @@ def configuration(plan: Plan, checkpoint: str, tpot_ms: float) -> dict[str, Any]
         "placement": {"attention": "PACK", "ffn": "PACK", "separate_nodes": True},
         "autoscaling": {"tpot_target_ms": tpot_ms, "max": pools},
     }
+
+
+def _cache_dtype(shape: ModelShape) -> str:
+    """What the plan reckons with."""
+    narrow = all(group.cache_bytes == 1 for group in shape.attention if not isinstance(group, Linear))
+    return "fp8" if narrow else "bfloat16"
 
 
 def configuration_text(plan: Plan, checkpoint: str, tpot_ms: float) -> str:

@@ -23,9 +23,12 @@ class GPUCompute:
 
     spare_blocks = 1
 
-    def __init__(self, device: torch.device, share: float = 1.0) -> None:
-        """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests."""
-        self.device, self._share = device, share
+    def __init__(self, device: torch.device, share: float = 1.0, *, quantise_experts: bool = False) -> None:
+        """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
+
+        `quantise_experts`: routed experts are held in e4m3, whatever they were read as.
+        """
+        self.device, self._share, self._quantise = device, share, quantise_experts
         self._instances = 0
         """Of the FFN, that attention is warmed up for."""
 
@@ -38,7 +41,7 @@ class GPUCompute:
 
     def ffn(self, half: FFNHalf) -> FFNHalf:
         """As `attention`."""
-        return HostFedFFN(gpu_ffn(half, self.device), self.device)
+        return HostFedFFN(self.colocated_ffn(half), self.device)
 
     def regathered_ffn(self, held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
         """As `attention`."""
@@ -46,9 +49,10 @@ class GPUCompute:
 
     def colocated_ffn(self, half: FFNHalf) -> FFNHalf:
         """As `attention`."""
-        return gpu_ffn(half, self.device)
+        return gpu_ffn(half, self.device, quantise=self._quantise)
 
     def cache_bytes(self, config: ModelConfig, rows: int) -> int:
+        torch.cuda.empty_cache()  # of what loading needed in between
         free, total = torch.cuda.mem_get_info(self.device)
         memory = GPUMemory(total, free, torch.cuda.memory_reserved(self.device))
         return cache_bytes(memory, self._share, workspace_bytes(config, rows))
@@ -59,8 +63,8 @@ class GPUCompute:
             raise ValueError("attention.kv_cache.num_blocks: auto finds no room on this GPU beside the weights")
         if block_size & block_size - 1:
             raise ValueError(f"attention.kv_cache.block_size: must be a power of two on a GPU, got {block_size}")
-        if dtype != config.dtype:
-            raise ValueError(f"attention.kv_cache.dtype: must be the model's {config.dtype} on a GPU, got {dtype}")
+        if dtype not in (config.dtype, torch.float8_e4m3fn):
+            raise ValueError(f"attention.kv_cache.dtype: must be the model's {config.dtype} or fp8 on a GPU, got {dtype}")
         return PagedCache(
             layers=config.num_hidden_layers,
             num_blocks=num_blocks,

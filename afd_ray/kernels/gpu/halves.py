@@ -17,11 +17,14 @@ from afd_ray.kernels.gpu import decode_attention, prefill_attention
 from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
 from afd_ray.kernels.gpu.norm_quantise import add_norm_quantise
 from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.kernels.gpu.quantise_rows import quantise_rows
 from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
 from afd_ray.kernels.gpu.router import MOST_EXPERTS, route
 from afd_ray.kernels.gpu.transfers import download, upload
+from afd_ray.kernels.quantised import QuantisedExperts, quantised
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Routed
+from afd_ray.models.step3 import Experts as RoutedExperts
 
 WIDTH = 64
 """Hidden and intermediate dimensions of the experts are multiples of it."""
@@ -114,11 +117,19 @@ class GPUFFNLayer(FFNLayer):
             return dense
         if ids is None or weights is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        experts = Experts(self.moe.gate_proj, self.moe.up_proj, self.moe.down_proj)
-        total = feed_forward(experts, hidden, ids, weights, first_id=self.first_id)
+        total = self._routed(self.moe, hidden, ids, weights)
         if self.share_expert is not None:
             total += self._shared_at_home(hidden, ids) if self.at_home else self.share_expert(hidden)
         return total.to(hidden.dtype)
+
+    def _routed(self, moe: RoutedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[N, H] float32."""
+        experts = Experts(moe.gate_proj, moe.up_proj, moe.down_proj)
+        if not isinstance(moe, QuantisedExperts):
+            return feed_forward(experts, hidden, ids, weights, first_id=self.first_id)
+        experts = Experts(*experts[:3], moe.gate_scales, moe.up_scales, moe.down_scales)
+        values, exponents = quantise_rows(hidden)
+        return feed_forward(experts, values, ids, weights, first_id=self.first_id, exponents=exponents)
 
     def _shared_at_home(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """[N, H]: of the rows whose first expert is held here, zeros of the others.
@@ -171,9 +182,17 @@ def gpu_attention(half: AttentionHalf, device: torch.device) -> AttentionHalf:
     return half
 
 
-def gpu_ffn(half: FFNHalf, device: torch.device) -> FFNHalf:
-    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take."""
+def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False) -> FFNHalf:
+    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
+
+    `quantise`: the routed experts that are not quantised yet.
+    """
     _check_ffn(half)
+    if quantise:
+        for layer in half.layers:
+            assert isinstance(layer, FFNLayer)
+            if layer.moe is not None and not isinstance(layer.moe, QuantisedExperts):
+                layer.moe = quantised(layer.moe, device)
     half.to(device)
     for index, layer in enumerate(half.layers):
         assert isinstance(layer, FFNLayer)

@@ -1,0 +1,51 @@
+"""Rows in e4m3 with a scale a block of 128 columns, for products whose rows come from elsewhere than this device's norm.
+
+Legend of shapes: N rows, H hidden, B blocks of a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afd_ray.handoff.quantise import BLOCK, blocks_of
+from afd_ray.kernels.gpu.e4m3 import power_of_two, scale_exponent, to_e4m3
+from afd_ray.kernels.gpu.norm_quantise import WARPS, WIDEST
+
+
+@triton.jit
+def quantise_rows_kernel(
+    rows,  # [N, H]
+    values,  # [N, H] e4m3
+    exponents,  # [N, B] uint8
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, PADDED_BLOCKS)
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    is_column = column < WIDTH
+    x = tl.load(rows + row * WIDTH + column, mask=is_column, other=0.0).to(tl.float32)
+    exponent = scale_exponent(tl.max(tl.abs(x), 1))
+    tl.store(values + row * WIDTH + column, to_e4m3(x * power_of_two(254 - exponent)[:, None]), mask=is_column)
+    tl.store(exponents + row * BLOCKS + block, exponent.to(tl.uint8), mask=block < BLOCKS)
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What `handoff.quantise` gives: rows [N, H] to e4m3 [N, H] and exponents [N, B] uint8.
+
+    float32, bfloat16 or float16, contiguous, H at most 16384. Raises ValueError for any other shape or dtype.
+    """
+    if rows.dim() != 2 or not 1 <= rows.shape[1] <= WIDEST or not rows.is_contiguous():
+        raise ValueError(f"rows must be [N, H], contiguous, H from 1 to {WIDEST}, got {list(rows.shape)}")
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"no kernel for rows {rows.dtype}")
+    count, width = rows.shape
+    blocks = blocks_of(width)
+    values, exponents = torch.empty_like(rows, dtype=torch.float8_e4m3fn), rows.new_empty(count, blocks, dtype=torch.uint8)
+    if count:
+        sizes = {"WIDTH": width, "BLOCK": BLOCK, "BLOCKS": blocks, "PADDED_BLOCKS": triton.next_power_of_2(blocks)}
+        quantise_rows_kernel[(count,)](rows, values, exponents, **sizes, num_warps=WARPS)
+    return values, exponents

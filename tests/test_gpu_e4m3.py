@@ -1,0 +1,147 @@
+"""Keys, values and experts in e4m3 through the engine: the reference with the same rounding, interpreted on a CPU or on a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from afd_ray.engine.gpu.compute import GPUCompute
+from afd_ray.engine.sequence import Chunk, Sequence
+from afd_ray.handoff.quantise import quantise
+from afd_ray.kernels.gpu.quantise_rows import quantise_rows
+from afd_ray.kernels.quantised import QuantisedExperts, quantised
+from afd_ray.membership.epoch import Epoch
+from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, read_ffn
+from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
+from afd_ray.request import Request
+from tests.gpu_cluster import E4M3, HERE, MAX_TOKENS, PROMPTS, WIDE, cluster, requests, rounded_model, served, written
+from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
+
+CLOSE_ENOUGH = CLOSE[E4M3]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory: Path = tmp_path_factory.mktemp("wide")
+    return written(directory, WIDE)
+
+
+def narrow() -> GPUCompute:
+    return GPUCompute(HERE, quantise_experts=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 128), (2, 300), (2, 7168)])
+def test_rows_are_quantised_as_the_wire_has_them(dtype: torch.dtype, rows: int, width: int) -> None:
+    x = (torch.randn(rows, width, generator=noise(width)) * 1e3).to(dtype)
+    x[0, 0] = 0
+    found, right = quantise_rows(x.to(DEVICE)), quantise(x)
+    for ours, theirs in zip(found, right, strict=True):
+        assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_no_rows_and_rows_that_the_kernel_does_not_take() -> None:
+    assert [len(tensor) for tensor in quantise_rows(torch.empty(0, 128, device=DEVICE))] == [0, 0]
+    with pytest.raises(ValueError, match="no kernel for rows"):
+        quantise_rows(torch.zeros(1, 128, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(ValueError, match="contiguous"):
+        quantise_rows(torch.zeros(128, 2, device=DEVICE).t())
+
+
+@pytest.mark.parametrize("at_home", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_ffn_layer_equals_the_plain_one_with_the_same_weights(checkpoint: Checkpoint, at_home: bool, shared: bool) -> None:
+    shard = FFNShard((1, 3), first_id=2, at_home=at_home, shared=shared)
+    generator = noise(3)
+    hidden, weights = torch.randn(5, WIDE.hidden_size, generator=generator), torch.rand(5, 2, generator=generator)
+    routed = Routed(hidden, torch.tensor([[2, 3], [1, 2], [3, 4], [0, 1], [4, 0]], dtype=torch.uint8), weights)
+    assert error(narrow().ffn(load_ffn(checkpoint, shard))(1, routed), plain(checkpoint, shard)(1, routed)) < CLOSE_ENOUGH
+
+
+def test_a_half_for_another_shard_takes_over_what_is_held(checkpoint: Checkpoint) -> None:
+    compute, wanted = narrow(), FFNShard((0, 3), first_id=2)
+    held = compute.ffn(load_ffn(checkpoint, FFNShard((1, 3))))
+    half = compute.regathered_ffn(held, wanted, lambda shard, dense: read_ffn(checkpoint, shard, WIDE.dtype, dense=dense))
+    ours, theirs = dict(half.named_parameters()), dict(compute.ffn(load_ffn(checkpoint, wanted)).named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert {ours[f"layers.1.moe.{name}"].dtype for name in ("gate_proj", "up_proj", "down_proj")} == {E4M3}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)), name
+    routed = Routed(
+        torch.randn(3, WIDE.hidden_size, generator=noise(4)), torch.tensor([[2, 3], [0, 1], [3, 1]]), torch.ones(3, 2)
+    )
+    assert error(half(1, routed), plain(checkpoint, wanted)(1, routed)) < CLOSE_ENOUGH
+
+
+def plain(checkpoint: Checkpoint, shard: FFNShard) -> FFNHalf:
+    """On the host, with the experts rounded."""
+    half = load_ffn(checkpoint, shard)
+    for layer in half.layers:
+        assert isinstance(layer, FFNLayer)
+        layer.moe = layer.moe and quantised(layer.moe)
+    return half
+
+
+def test_chunks_and_decoding_rows_give_the_reference_s_logits(checkpoint: Checkpoint) -> None:
+    """A prompt in two chunks, the second over what the first has cached, beside rows that decode over the end of a block."""
+    compute = narrow()
+    attention, ffn = compute.attention(load_attention(checkpoint)), compute.colocated_ffn(load_ffn(checkpoint, whole()))
+    cache = compute.cache(WIDE, num_blocks=16, block_size=4, dtype=E4M3)
+    generator = noise(5)
+    prompts = [torch.randint(WIDE.vocab_size, (count,), generator=generator).tolist() for count in (14, 6, 1)]
+    sequences = [Sequence(Request(str(index), tuple(prompt))) for index, prompt in enumerate(prompts)]
+    for index, sequence in enumerate(sequences):
+        sequence.block_table = list(range(4 * index + 3, 4 * index - 1, -1))
+    steps = [[(0, 0, 9), (1, 0, 5)], [(1, 5, 1), (0, 9, 4), (2, 0, 1)], [(0, 13, 1)]]
+    model = rounded_model(checkpoint)
+    for step in steps:
+        chunks = [Chunk(sequences[index], start, count, samples=True) for index, start, count in step]
+        passage = compute.begin(attention, cache, chunks)
+        for layer in range(WIDE.num_hidden_layers):
+            passage.add(ffn(layer, passage.attend(layer)))
+        right = torch.stack([last_logits(model, prompts[index][: start + count]) for index, start, count in step])
+        assert error(passage.logits(), right) < CLOSE_ENOUGH
+
+
+def whole() -> FFNShard:
+    return FFNShard.whole(WIDE)
+
+
+def last_logits(model: Step3Model, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor(tokens))[-1]
+    return logits
+
+
+@pytest.mark.parametrize(
+    "epoch",
+    [
+        Epoch(1, 1, 1, 2, 2, dispatch="routed"),
+        pytest.param(Epoch(1, 2, 1, 1, 3), marks=pytest.mark.full),
+        pytest.param(Epoch(1, 1, 1, 2, 2, shared_at_attention=True), marks=pytest.mark.full),
+        pytest.param(Epoch(1, 1, 1, 0, 2), marks=pytest.mark.full),
+    ],
+    ids=["routed", "broadcast", "shared at attention", "colocated"],
+)
+def test_the_engine_s_tokens_are_those_that_the_reference_finds_likeliest(checkpoint: Checkpoint, epoch: Epoch) -> None:
+    """Or about as likely: rounding in another order may turn a close choice."""
+    asked, model = requests(PROMPTS, MAX_TOKENS), rounded_model(checkpoint)
+    with cluster(checkpoint, epoch, narrow(), cache_dtype=E4M3) as local:
+        found = served(local, asked)
+        assert local.attention[0].cache.blocks.dtype == E4M3
+    for request in asked:
+        tokens = list(request.prompt_token_ids)
+        for token in found[request.id]:
+            logits = last_logits(model, tokens)
+            assert token is not None
+            assert logits[token] > logits.max() - CLOSE_ENOUGH * logits.norm()
+            tokens.append(token)
+
+
+def test_experts_on_the_device_are_in_e4m3(checkpoint: Checkpoint) -> None:
+    half = narrow().colocated_ffn(load_ffn(checkpoint, whole()))
+    assert isinstance(half.layers[1].moe, QuantisedExperts)
+    held = sum(tensor.nbytes for name, tensor in half.named_parameters() if ".moe." in name)
+    wide = sum(tensor.nbytes for name, tensor in load_ffn(checkpoint, whole()).named_parameters() if ".moe." in name)
+    assert wide / 4 <= held < wide / 3.9
