@@ -145,7 +145,7 @@ class AttentionActor(Member):
 
     def _build(self) -> AttentionLoop:
         config = self._config
-        compute = self._compute = compute_for("attention", config.attention.num_gpus, quantise_experts=config.ffn.quantises)
+        compute = self._compute = _compute_for(config)
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
@@ -273,6 +273,11 @@ def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[P
         num_blocks = min(per_request * pipeline.max_running_requests, room)
     cache = compute.cache(model, num_blocks, wanted.block_size, dtype)
     return cache, BlockAllocator(cache.num_blocks, wanted.block_size)
+
+
+def _compute_for(config: Config) -> Compute:
+    narrow = config.ffn.quantises if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
+    return compute_for("attention", config.attention.num_gpus, quantise_experts=config.ffn.quantises, quantise_rows=narrow)
 
 
 def _findings(scheduler: Scheduler, departures: Sequence[Departure]) -> list[str]:

@@ -105,7 +105,7 @@ def step_of(config: ModelConfig, rows: int, context: int, device: torch.device) 
 
 
 def run(layer: GPUAttentionLayer, step: Step) -> Output:
-    residual, (hidden, experts, weights) = layer(*step)
+    residual, (hidden, experts, weights, _) = layer(*step)
     return Output(residual, hidden, experts, weights)
 
 
@@ -123,7 +123,7 @@ def expected(layer: AttentionLayer, step: Step, most: int = 4) -> Output:
         pages = told.tables[start : start + -(-context // PAGE)].long()
         keys, values = step.blocks[pages].flatten(0, 1)[:context].chunk(2, dim=1)
         attended.append(attend_whole(q[row : row + 1], keys, values, context - 1))
-    residual, (hidden, experts, weights) = layer.after(residual, torch.cat(attended))
+    residual, (hidden, experts, weights, _) = layer.after(residual, torch.cat(attended))
     assert experts is not None
     assert weights is not None
     return Output(residual, hidden, experts, weights)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.local import LocalCluster
+from afd_ray.handoff.quantise import dequantise, quantise
 from afd_ray.kernels.quantised import quantised
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Step3Model
+from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
 from afd_ray.request import Request, SamplingParams
 from tests.triton_device import DEVICE
 
@@ -54,7 +55,14 @@ def requests(prompts: tuple[int, ...] = PROMPTS, max_tokens: int = MAX_TOKENS) -
     return [Request(f"r{i}", tuple(rng.choices(range(CONFIG.vocab_size), k=count)), params) for i, count in enumerate(prompts)]
 
 
-def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute, cache_dtype: torch.dtype | None = None) -> LocalCluster:
+def cluster(
+    checkpoint: Checkpoint,
+    epoch: Epoch,
+    compute: GPUCompute,
+    *,
+    cache_dtype: torch.dtype | None = None,
+    wire_dtype: torch.dtype | None = None,
+) -> LocalCluster:
     """To be entered."""
     attention = compute.attention(load_attention(checkpoint, shared=epoch.shared_at_attention))
     made: Callable[[FFNHalf], FFNHalf] = compute.ffn if epoch.ffn else compute.colocated_ffn
@@ -63,7 +71,7 @@ def cluster(checkpoint: Checkpoint, epoch: Epoch, compute: GPUCompute, cache_dty
         return made(load_ffn(checkpoint, shard))
 
     sizes = {"num_blocks": 64, "block_size": BLOCK, "max_tokens_per_micro_batch": CHUNK}
-    return LocalCluster(attention, load, epoch, **sizes, compute=compute, cache_dtype=cache_dtype)
+    return LocalCluster(attention, load, epoch, **sizes, compute=compute, cache_dtype=cache_dtype, wire_dtype=wire_dtype)
 
 
 def served(local: LocalCluster, asked: list[Request]) -> dict[str, list[int | None]]:
@@ -80,8 +88,8 @@ def expected(checkpoint: Checkpoint, asked: list[Request]) -> dict[str, list[int
     }
 
 
-def rounded_model(checkpoint: Checkpoint) -> Step3Model:
-    """The reference with keys, values and routed experts in e4m3."""
+def rounded_model(checkpoint: Checkpoint, *, wire: bool = False) -> Step3Model:
+    """The reference with keys, values and routed experts in e4m3; `wire`: all rows that go to an FFN too."""
     model = load_model(checkpoint)
     for index, ffn in enumerate(model.ffn.layers):
         assert isinstance(ffn, FFNLayer)
@@ -89,6 +97,8 @@ def rounded_model(checkpoint: Checkpoint) -> Step3Model:
             ffn.moe = quantised(ffn.moe)
         layer = model.attention.layer(index)
         layer.before = rounding(layer.before)  # type: ignore[method-assign]
+        if wire:
+            layer.after = rounding_rows(layer.after)  # type: ignore[method-assign]
     return model
 
 
@@ -98,5 +108,15 @@ def rounding(before: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
     def rounded(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = before(*arguments)
         return q, k.clamp(-448, 448).to(E4M3).to(k.dtype), v.clamp(-448, 448).to(E4M3).to(v.dtype)
+
+    return rounded
+
+
+def rounding_rows(after: Callable[..., tuple[Tensor, Routed]]) -> Callable[..., tuple[Tensor, Routed]]:
+    """`AttentionLayer.after` with what goes to the FFN as a wire in 8 bits brings it."""
+
+    def rounded(*arguments: Tensor) -> tuple[Tensor, Routed]:
+        residual, routed = after(*arguments)
+        return residual, routed._replace(hidden=dequantise(*quantise(routed.hidden), routed.hidden.dtype))
 
     return rounded

@@ -22,7 +22,7 @@ from afd_ray.kernels.gpu.halves import GPUAttentionLayer, GPUFFNLayer, Returned,
 from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
-from afd_ray.models.step3 import AttentionLayer, FFNLayer, FFNShard
+from afd_ray.models.step3 import AttentionLayer, FFNLayer, FFNShard, Narrow
 
 ROWS, HIDDEN, HEADS, DIM, EXPERTS = 128, 7168, 64, 256, 48
 
@@ -80,6 +80,11 @@ def combined_rows() -> object:
     return norm_quantise.add_norm_quantise(residual, meta(2 * ROWS, HIDDEN), meta(HIDDEN), 1e-5, places=places)
 
 
+def dequantised_rows() -> Tensor:
+    narrow = Narrow(meta(ROWS, HIDDEN, dtype=torch.float8_e4m3fn), meta(ROWS, HIDDEN // 128, dtype=torch.uint8))
+    return quantise_rows.dequantise_rows(narrow, torch.bfloat16)
+
+
 def rotation(cached: torch.dtype) -> None:
     table = meta(ROWS, DIM // 2, dtype=torch.float32)
     tokens = meta(8192, 2 * DIM, dtype=cached)
@@ -114,7 +119,7 @@ def layer(config: ModelConfig, page: int) -> None:
     step = StepRows(table, table, ints(count), ints(64), ints(count), ints(count), ints(2), ints(2), decoding=5)
     GPUAttentionLayer(attention)(rows, returned, meta(64, page, config.kv_width, dtype=dtype), step)
     ids = meta(count, config.moe_top_k, dtype=torch.uint8)
-    GPUFFNLayer(ffn)(rows, ids, meta(count, config.moe_top_k, dtype=dtype))
+    GPUFFNLayer(ffn, dtype)(rows, ids, meta(count, config.moe_top_k, dtype=dtype))
 
 
 LAYERS = {
@@ -157,6 +162,7 @@ LAUNCHES = {
     "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm of partial rows": Launch(combined_rows, {"add_norm_quantise_kernel": LIGHT}, full=True),
     "rows to e4m3": Launch(lambda: quantise_rows.quantise_rows(meta(ROWS, HIDDEN)), {"quantise_rows_kernel": LIGHT}, full=True),
+    "rows from e4m3": Launch(dequantised_rows, {"dequantise_rows_kernel": LIGHT}, full=True),
     "rotate and write, bf16": Launch(lambda: rotation(torch.bfloat16), {"rotate_and_write_kernel": LIGHT}, full=True),
     "rotate and write, fp8": Launch(lambda: rotation(torch.float8_e4m3fn), {"rotate_and_write_kernel": LIGHT}, full=True),
     "router": Launch(lambda: router.route(meta(ROWS, EXPERTS), 3, False), {"route_kernel": LIGHT}, full=True),

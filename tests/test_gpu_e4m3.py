@@ -8,12 +8,13 @@ from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.sequence import Chunk, Sequence
-from afd_ray.handoff.quantise import quantise
+from afd_ray.handoff.quantise import dequantise, quantise
+from afd_ray.handoff.rows import pack_rows
 from afd_ray.kernels.gpu.quantise_rows import quantise_rows
 from afd_ray.kernels.quantised import QuantisedExperts, quantised
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, read_ffn
-from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
+from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Narrow, Routed, Step3Model
 from afd_ray.request import Request
 from tests.gpu_cluster import E4M3, HERE, MAX_TOKENS, PROMPTS, WIDE, cluster, requests, rounded_model, served, written
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
@@ -57,6 +58,36 @@ def test_an_ffn_layer_equals_the_plain_one_with_the_same_weights(checkpoint: Che
     hidden, weights = torch.randn(5, WIDE.hidden_size, generator=generator), torch.rand(5, 2, generator=generator)
     routed = Routed(hidden, torch.tensor([[2, 3], [1, 2], [3, 4], [0, 1], [4, 0]], dtype=torch.uint8), weights)
     assert error(narrow().ffn(load_ffn(checkpoint, shard))(1, routed), plain(checkpoint, shard)(1, routed)) < CLOSE_ENOUGH
+
+
+@pytest.mark.parametrize("quantises", [False, True])
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "with experts"])
+def test_rows_may_come_in_8_bits(checkpoint: Checkpoint, layer: int, quantises: bool) -> None:
+    half = GPUCompute(HERE, quantise_experts=quantises).ffn(load_ffn(checkpoint, whole()))
+    hidden = torch.randn(4, WIDE.hidden_size, generator=noise(6))
+    packed = Narrow(*quantise(hidden))
+    wide, ids = dequantise(*packed, WIDE.dtype), torch.tensor([[2, 3], [0, 1], [3, 1], [1, 2]], dtype=torch.uint8)
+    choice = (ids, torch.rand(4, 2, generator=noise(7))) if layer else (None, None)
+    found, right = half(layer, Routed(packed.values, *choice, packed)), half(layer, Routed(wide, *choice))
+    assert error(found, right) < 1e-6
+    assert found.dtype == WIDE.dtype
+
+
+def test_what_the_norm_made_is_what_goes_on_the_wire(checkpoint: Checkpoint) -> None:
+    """The same bytes as when the host quantises the rows, which it then does not get."""
+    sent = []
+    for compute in (GPUCompute(HERE, quantise_rows=True), GPUCompute(HERE)):
+        attention = compute.attention(load_attention(checkpoint))
+        cache = compute.cache(WIDE, num_blocks=2, block_size=4, dtype=WIDE.dtype)
+        sequence = Sequence(Request("one", (1, 2, 3)))
+        sequence.block_table = [1]
+        passage = compute.begin(attention, cache, [Chunk(sequence, 0, 3, samples=True)])
+        passage.attend(0)
+        passage.add(torch.ones(3, WIDE.hidden_size, device=DEVICE))
+        sent.append(pack_rows(passage.to_host(passage.attend(1)), E4M3, torch.uint8))
+    assert [tensor.dtype for tensor in sent[0]] == [E4M3, torch.uint8, torch.uint8, WIDE.dtype]
+    for ours, theirs in zip(*sent, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def test_a_half_for_another_shard_takes_over_what_is_held(checkpoint: Checkpoint) -> None:
@@ -115,19 +146,23 @@ def last_logits(model: Step3Model, tokens: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "epoch",
+    ("epoch", "wire"),
     [
-        Epoch(1, 1, 1, 2, 2, dispatch="routed"),
-        pytest.param(Epoch(1, 2, 1, 1, 3), marks=pytest.mark.full),
-        pytest.param(Epoch(1, 1, 1, 2, 2, shared_at_attention=True), marks=pytest.mark.full),
-        pytest.param(Epoch(1, 1, 1, 0, 2), marks=pytest.mark.full),
+        (Epoch(1, 1, 1, 2, 2, dispatch="routed"), E4M3),
+        pytest.param(Epoch(1, 1, 1, 2, 2, dispatch="routed"), None, marks=pytest.mark.full),
+        pytest.param(Epoch(1, 2, 1, 1, 3), E4M3, marks=pytest.mark.full),
+        pytest.param(Epoch(1, 1, 1, 2, 2, shared_at_attention=True), E4M3, marks=pytest.mark.full),
+        (Epoch(1, 1, 1, 0, 2), None),
     ],
-    ids=["routed", "broadcast", "shared at attention", "colocated"],
+    ids=["routed", "on a wide wire", "broadcast", "shared at attention", "colocated"],
 )
-def test_the_engine_s_tokens_are_those_that_the_reference_finds_likeliest(checkpoint: Checkpoint, epoch: Epoch) -> None:
-    """Or about as likely: rounding in another order may turn a close choice."""
-    asked, model = requests(PROMPTS, MAX_TOKENS), rounded_model(checkpoint)
-    with cluster(checkpoint, epoch, narrow(), cache_dtype=E4M3) as local:
+def test_the_engine_s_tokens_are_those_that_the_reference_finds_likeliest(
+    checkpoint: Checkpoint, epoch: Epoch, wire: torch.dtype | None
+) -> None:
+    """Or about as likely: rounding in another order may turn a close choice. What returns over a wire in 8 bits is bfloat16."""
+    asked, model = requests(PROMPTS, MAX_TOKENS), rounded_model(checkpoint, wire=wire is E4M3 and not epoch.shared_at_attention)
+    compute = GPUCompute(HERE, quantise_experts=True, quantise_rows=wire is E4M3 or not epoch.ffn)
+    with cluster(checkpoint, epoch, compute, cache_dtype=E4M3, wire_dtype=wire) as local:
         found = served(local, asked)
         assert local.attention[0].cache.blocks.dtype == E4M3
     for request in asked:

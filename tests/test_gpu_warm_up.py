@@ -62,12 +62,12 @@ def test_steps_ask_for_no_kernel_that_the_warm_up_has_not_launched(
 
 
 def test_that_goes_for_e4m3_too(tmp_path: Path) -> None:
-    compute = GPUCompute(HERE, quantise_experts=True)
+    compute = GPUCompute(HERE, quantise_experts=True, quantise_rows=True)
     with recorded() as warmed:
-        local = cluster(written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3)
+        local = cluster(written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3, wire_dtype=E4M3)
     with recorded() as asked_for, local:
         served(local, requests(prompts=(1, 5), max_tokens=2))
-    assert {launched.kernel for launched in asked_for} == (KERNELS | {"quantise_rows_kernel"}) - {"combine_kernel"}
+    assert {launched.kernel for launched in asked_for} == (KERNELS | {"dequantise_rows_kernel"}) - {"combine_kernel"}
     assert asked_for - warmed == set()
 
 

@@ -196,10 +196,10 @@ class FFNLoop(StepLoop):
                 self._start(self._conductor.finish(index))
 
     def _gather(self, arrivals: list[Arrival]) -> Routed:
-        """The rows that have come, in the order of the attention ranks, in the compute dtype."""
+        """The rows that have come, in the order of the attention ranks, in the compute dtype, or in 8 bits."""
         parts = [message.tensors for message, _ in arrivals if message.header.rows]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-        return unpack_rows(joined, self.wire.dtype, self.half.config.dtype)
+        return unpack_rows(joined, self.wire.dtype, self.half.config.dtype, narrow=self.half.takes_narrow)
 
     def _pass_on(self, index: int, wave: Wave, arrivals: list[Arrival], partial: Tensor, started_ns: int) -> None:
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""

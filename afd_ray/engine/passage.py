@@ -34,7 +34,7 @@ class Passage(Protocol):
         """All of an attention layer, the rows' keys and values written into the cache; what goes to the FFN lies where the half computes."""
 
     def to_host(self, routed: Routed) -> Routed:
-        """The same in host memory, experts as int64."""
+        """The same in host memory, experts as int64; of rows that are there in 8 bits too only these."""
 
     def share(self, layer: int, hidden: Tensor) -> None:
         """Add the shared expert of what `attend` gave, where attention ranks compute it."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from afd_ray.handoff.quantise import blocks_of, dequantise, quantise
 from afd_ray.models.config import ModelConfig
-from afd_ray.models.step3 import Routed
+from afd_ray.models.step3 import Narrow, Routed
 
 QUANTISED = torch.float8_e4m3fn
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": QUANTISED}
@@ -32,24 +32,26 @@ def pack_rows(routed: Routed, wire: torch.dtype, ids: torch.dtype) -> tuple[Tens
 
     Weights travel as they are, so that a float32 wire is exact.
     """
-    hidden = quantise(routed.hidden) if wire is QUANTISED else (routed.hidden.to(wire),)
+    hidden = (routed.narrow or quantise(routed.hidden)) if wire is QUANTISED else (routed.hidden.to(wire),)
     if routed.experts is None or routed.weights is None:
         return hidden
     return *hidden, routed.experts.to(ids), routed.weights
 
 
-def unpack_rows(tensors: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype) -> Routed:
-    """What `pack_rows` gave, with hidden rows and weights in `dtype`; ids stay narrow."""
+def unpack_rows(tensors: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype, *, narrow: bool = False) -> Routed:
+    """What `pack_rows` gave, with hidden rows and weights in `dtype`; ids stay narrow, and with `narrow` hidden rows of 8 bits too."""
+    kept = None
     if wire is QUANTISED:
         values, exponents, *choice = tensors
-        hidden = dequantise(values, exponents, dtype)
+        kept = Narrow(values, exponents) if narrow else None
+        hidden = values if narrow else dequantise(values, exponents, dtype)
     else:
         values, *choice = tensors
         hidden = values.to(dtype)
     if not choice:
-        return Routed(hidden, None, None)
+        return Routed(hidden, None, None, kept)
     experts, weights = choice
-    return Routed(hidden, experts, weights.to(dtype))
+    return Routed(hidden, experts, weights.to(dtype), kept)
 
 
 def row_bytes(config: ModelConfig, wire: torch.dtype) -> int:

@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from afd_ray.models.config import ModelConfig
 
 
+class Narrow(NamedTuple):
+    """Rows in 8 bits, as `handoff.quantise` makes them."""
+
+    values: Tensor  # [N, H] e4m3
+    exponents: Tensor  # [N, H / 128] uint8
+
+
 class Routed(NamedTuple):
     """What attention hands to the FFN for one layer."""
 
     hidden: Tensor  # [N, H], after post_attention_layernorm
     experts: Tensor | None  # [N, K] int64; None in a dense layer
     weights: Tensor | None  # [N, K], in the dtype of hidden; None in a dense layer
+    narrow: Narrow | None = None
+    """hidden in 8 bits, where a GPU's norm has made that, or a wire of 8 bits has brought it; `hidden` may then be its values."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -273,6 +282,9 @@ class FFNLayer(nn.Module):
 class FFNHalf(nn.Module):
     """What an FFN actor holds: its shard of every layer's FFN. It keeps nothing between steps."""
 
+    takes_narrow = False
+    """Whether rows may come in 8 bits alone."""
+
     def __init__(self, config: ModelConfig, shard: FFNShard) -> None:
         super().__init__()
         self.config, self.shard = config, shard
@@ -280,7 +292,7 @@ class FFNHalf(nn.Module):
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
         """This rank's partial sum [N, H] for one layer; `routed.experts` are ids on the wire, of any integer dtype."""
-        partial: Tensor = self.layers[layer](*routed)
+        partial: Tensor = self.layers[layer](routed.hidden, routed.experts, routed.weights)
         return partial
 
 

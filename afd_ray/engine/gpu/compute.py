@@ -12,7 +12,7 @@ from afd_ray.engine.gpu.warm_up import warm_up_attention, warm_up_ffn
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import Chunk
-from afd_ray.kernels.gpu.halves import HostFedFFN, gpu_attention, gpu_ffn
+from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_attention, gpu_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
@@ -23,11 +23,15 @@ class GPUCompute:
 
     spare_blocks = 1
 
-    def __init__(self, device: torch.device, share: float = 1.0, *, quantise_experts: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, share: float = 1.0, *, quantise_experts: bool = False, quantise_rows: bool = False
+    ) -> None:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
 
-        `quantise_experts`: routed experts are held in e4m3, whatever they were read as.
+        `quantise_experts`: routed experts are held in e4m3, whatever they were read as. `quantise_rows`: attention gives what goes to the
+        FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it.
         """
+        self._quantise_rows = quantise_rows
         self.device, self._share, self._quantise = device, share, quantise_experts
         self._instances = 0
         """Of the FFN, that attention is warmed up for."""
@@ -37,7 +41,7 @@ class GPUCompute:
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """Raises ValueError in one line for a shape that the kernels do not take."""
-        return gpu_attention(half, self.device)
+        return gpu_attention(half, self.device, quantise=self._quantise_rows)
 
     def ffn(self, half: FFNHalf) -> FFNHalf:
         """As `attention`."""
@@ -47,7 +51,7 @@ class GPUCompute:
         """As `attention`."""
         return self.ffn(regather(held, wanted, read))
 
-    def colocated_ffn(self, half: FFNHalf) -> FFNHalf:
+    def colocated_ffn(self, half: FFNHalf) -> GPUFFN:
         """As `attention`."""
         return gpu_ffn(half, self.device, quantise=self._quantise)
 

@@ -11,7 +11,7 @@ from afd_ray.engine.passage import Part
 from afd_ray.engine.sequence import Chunk
 from afd_ray.kernels.gpu.halves import GPUAttentionLayer, Returned, head
 from afd_ray.kernels.gpu.transfers import Staging, download
-from afd_ray.models.step3 import AttentionHalf, Routed
+from afd_ray.models.step3 import AttentionHalf, Narrow, Routed
 
 
 class GPUPassage:
@@ -35,10 +35,14 @@ class GPUPassage:
 
     def to_host(self, routed: Routed) -> Routed:
         """Waits for all that is launched so far."""
-        if routed.experts is None or routed.weights is None:
-            return Routed(download([routed.hidden])[0], None, None)
-        hidden, experts, weights = download([routed.hidden, routed.experts, routed.weights])
-        return Routed(hidden, experts.long(), weights)
+        rows: Many[Tensor] = routed.narrow or (routed.hidden,)
+        choice = [tensor for tensor in (routed.experts, routed.weights) if tensor is not None]
+        here = download([*rows, *choice])
+        narrow = None if routed.narrow is None else Narrow(*here[:2])
+        if not choice:
+            return Routed(here[0], None, None, narrow)
+        experts, weights = here[len(rows) :]
+        return Routed(here[0], experts.long(), weights, narrow)
 
     def share(self, layer: int, hidden: Tensor) -> None:
         shared = self._layer(layer).share(hidden)

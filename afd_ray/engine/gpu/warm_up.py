@@ -12,9 +12,10 @@ from torch import nn
 from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu.step import Step, padding, send
 from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.handoff.quantise import quantise
 from afd_ray.handoff.rows import ID_DTYPES
 from afd_ray.kernels.gpu.halves import GPUAttentionLayer, Returned, decoding_counts, head
-from afd_ray.models.step3 import AttentionHalf, FFNHalf, Routed
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, Narrow, Routed
 
 
 def warm_up_attention(half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
@@ -29,15 +30,17 @@ def warm_up_attention(half: AttentionHalf, cache: PagedCache, needs: Needs, ffn:
 
 
 def warm_up_ffn(half: FFNHalf) -> None:
-    """`half` takes rows from host memory; waits for the device."""
+    """`half` takes rows from host memory, wide or in e4m3; waits for the device."""
     hidden = torch.zeros(1, half.config.hidden_size, dtype=half.config.dtype)
+    narrow = Narrow(*quantise(hidden))
     for index in _one_of_each(half.layers, lambda layer: layer.moe is None):
-        if half.config.is_moe(index):
-            choice = torch.full((1, half.config.moe_top_k), half.shard.first_id)
-            for dtype in ID_DTYPES:
-                half(index, Routed(hidden, choice.to(dtype), torch.ones_like(choice, dtype=hidden.dtype)))
-        else:
-            half(index, Routed(hidden, None, None))
+        for routed in (Routed(hidden, None, None), Routed(narrow.values, None, None, narrow)):
+            if half.config.is_moe(index):
+                weights = torch.ones(1, half.config.moe_top_k, dtype=hidden.dtype)
+                for dtype in ID_DTYPES:
+                    half(index, routed._replace(experts=torch.zeros_like(weights, dtype=dtype), weights=weights))
+            else:
+                half(index, routed)
 
 
 def _run(

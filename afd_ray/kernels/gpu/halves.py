@@ -7,6 +7,7 @@ S rows that choose a token, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from afd_ray.kernels.gpu import decode_attention, prefill_attention
 from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
 from afd_ray.kernels.gpu.norm_quantise import add_norm_quantise
 from afd_ray.kernels.gpu.paged_softmax import Rows
-from afd_ray.kernels.gpu.quantise_rows import quantise_rows
+from afd_ray.kernels.gpu.quantise_rows import dequantise_rows, quantise_rows
 from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
 from afd_ray.kernels.gpu.router import MOST_EXPERTS, route
 from afd_ray.kernels.gpu.transfers import download, upload
 from afd_ray.kernels.quantised import QuantisedExperts, quantised
 from afd_ray.models.config import ModelConfig
-from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Routed
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Narrow, Routed
 from afd_ray.models.step3 import Experts as RoutedExperts
 
 WIDTH = 64
@@ -55,8 +56,10 @@ class Returned(NamedTuple):
 class GPUAttentionLayer(nn.Module):
     """`AttentionLayer` over the paged cache."""
 
-    def __init__(self, plain: AttentionLayer) -> None:
+    def __init__(self, plain: AttentionLayer, *, quantise: bool = False) -> None:
+        """`quantise`: what goes to the FFN is given in e4m3 too."""
         super().__init__()
+        self.scales = "block" if quantise else None
         attention = plain.self_attn
         self.heads, self.dim, self.epsilon = attention.heads, attention.head_dim, plain.input_layernorm.eps
         self.top_k, self.normalise = plain.top_k, plain.normalise
@@ -78,10 +81,13 @@ class GPUAttentionLayer(nn.Module):
         k, v = self.kv_proj(x).chunk(2, dim=1)
         rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1))
         attended = Returned(self.o_proj(self._attend(q, blocks, rows).flatten(1))[None])
-        residual, hidden = add_and_normalise(residual, attended, self.output_norm, self.epsilon)
+        normed = add_norm_quantise(residual, attended.sums, self.output_norm, self.epsilon, scales=self.scales)
+        narrow = None if normed.values is None or normed.exponents is None else Narrow(normed.values, normed.exponents)
         if self.gate is None:
-            return residual, Routed(hidden, None, None)
-        return residual, Routed(hidden, *route(self.gate(hidden), self.top_k, self.normalise, hidden.dtype))
+            return normed.residual, Routed(normed.hidden, None, None, narrow)
+        hidden = normed.hidden
+        choice = route(self.gate(hidden), self.top_k, self.normalise, hidden.dtype)
+        return normed.residual, Routed(hidden, *choice, narrow)
 
     def share(self, hidden: Tensor) -> Tensor | None:
         """As `AttentionLayer.share`."""
@@ -105,30 +111,36 @@ class GPUAttentionLayer(nn.Module):
 class GPUFFNLayer(FFNLayer):
     """`FFNLayer` over the same weights: the routed experts by the grouped products."""
 
-    def __init__(self, plain: FFNLayer) -> None:
+    def __init__(self, plain: FFNLayer, dtype: torch.dtype) -> None:
+        """`dtype`: of rows that are not in e4m3."""
         nn.Module.__init__(self)  # not the plain layer's, which would allocate its weights
         self.moe, self.share_expert, self.mlp = plain.moe, plain.share_expert, plain.mlp
         self.hidden, self.held, self.first_id, self.at_home = plain.hidden, plain.held, plain.first_id, plain.at_home
+        self.dtype = dtype
+        self.reads_narrow = isinstance(plain.moe, QuantisedExperts)
+        self.reads_wide = not self.reads_narrow or plain.share_expert is not None
 
-    def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
-        """As `FFNLayer.forward`; ids [N, K] of any integer dtype."""
+    def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None, narrow: Narrow | None = None) -> Tensor:
+        """As `FFNLayer.forward`; ids [N, K] of any integer dtype. Of hidden and narrow one is made from the other where it is missing."""
+        if narrow is not None and hidden.dtype == narrow.values.dtype and self.reads_wide:
+            hidden = dequantise_rows(narrow, self.dtype)
         if self.mlp is not None:
             dense: Tensor = self.mlp(hidden)
             return dense
         if ids is None or weights is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
-        total = self._routed(self.moe, hidden, ids, weights)
+        total = self._routed(self.moe, hidden, ids, weights, narrow)
         if self.share_expert is not None:
             total += self._shared_at_home(hidden, ids) if self.at_home else self.share_expert(hidden)
-        return total.to(hidden.dtype)
+        return total.to(self.dtype)
 
-    def _routed(self, moe: RoutedExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _routed(self, moe: RoutedExperts, hidden: Tensor, ids: Tensor, weights: Tensor, narrow: Narrow | None) -> Tensor:
         """[N, H] float32."""
         experts = Experts(moe.gate_proj, moe.up_proj, moe.down_proj)
         if not isinstance(moe, QuantisedExperts):
             return feed_forward(experts, hidden, ids, weights, first_id=self.first_id)
         experts = Experts(*experts[:3], moe.gate_scales, moe.up_scales, moe.down_scales)
-        values, exponents = quantise_rows(hidden)
+        values, exponents = narrow or quantise_rows(hidden)
         return feed_forward(experts, values, ids, weights, first_id=self.first_id, exponents=exponents)
 
     def _shared_at_home(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -144,19 +156,40 @@ class GPUFFNLayer(FFNLayer):
         return feed_forward(one, hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype))
 
 
+class GPUFFN(FFNHalf):
+    """An FFN half on a GPU, for rows that are there too."""
+
+    def __init__(self, half: FFNHalf) -> None:
+        """Its layers are replaced in place."""
+        nn.Module.__init__(self)
+        self.config, self.shard, self.layers = half.config, half.shard, half.layers
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, FFNLayer)
+            self.layers[index] = GPUFFNLayer(layer, half.config.dtype)
+
+    def forward(self, layer: int, routed: Routed) -> Tensor:
+        """As `FFNHalf.forward`."""
+        partial: Tensor = self.layers[layer](*routed)
+        return partial
+
+
 class HostFedFFN(FFNHalf):
     """An FFN half on a GPU whose rows come from host memory and go back there."""
 
-    def __init__(self, half: FFNHalf, device: torch.device) -> None:
-        """`half` as `gpu_ffn` gives it."""
+    takes_narrow = True
+
+    def __init__(self, half: GPUFFN, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.config, self.shard, self.layers, self.device = half.config, half.shard, half.layers, device
 
     def forward(self, layer: int, routed: Routed) -> Tensor:
         """As `FFNHalf.forward`; waits for the device."""
-        given = [tensor for tensor in routed if tensor is not None]
-        hidden, ids, weights = (*upload(given, self.device), None, None)[:3]
-        return download([self.layers[layer](hidden, ids, weights)])[0]
+        rows: Sequence[Tensor] = routed.narrow or (routed.hidden,)
+        choice = [tensor for tensor in (routed.experts, routed.weights) if tensor is not None]
+        sent = upload([*rows, *choice], self.device)
+        narrow = None if routed.narrow is None else Narrow(*sent[:2])
+        ids, weights = (*sent[len(rows) :], None, None)[:2]
+        return download([self.layers[layer](sent[0], ids, weights, narrow)])[0]
 
 
 def add_and_normalise(residual: Tensor, returned: Returned | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -173,17 +206,20 @@ def head(half: AttentionHalf, residual: Tensor, returned: Returned | None) -> Te
     return logits.float()
 
 
-def gpu_attention(half: AttentionHalf, device: torch.device) -> AttentionHalf:
-    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take."""
+def gpu_attention(half: AttentionHalf, device: torch.device, *, quantise: bool = False) -> AttentionHalf:
+    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
+
+    `quantise`: what goes to the FFN, to e4m3.
+    """
     _check_attention(half.config)
     half.to(device)
     for index in range(half.config.num_hidden_layers):
-        half.layers[index] = GPUAttentionLayer(half.layer(index))
+        half.layers[index] = GPUAttentionLayer(half.layer(index), quantise=quantise)
     return half
 
 
-def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False) -> FFNHalf:
-    """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
+def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False) -> GPUFFN:
+    """The half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
 
     `quantise`: the routed experts that are not quantised yet.
     """
@@ -193,11 +229,7 @@ def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False) -> F
             assert isinstance(layer, FFNLayer)
             if layer.moe is not None and not isinstance(layer.moe, QuantisedExperts):
                 layer.moe = quantised(layer.moe, device)
-    half.to(device)
-    for index, layer in enumerate(half.layers):
-        assert isinstance(layer, FFNLayer)
-        half.layers[index] = GPUFFNLayer(layer)
-    return half
+    return GPUFFN(half.to(device))
 
 
 def _joined(*linears: Linear) -> Linear:
