@@ -31,6 +31,7 @@ from afd_ray.handoff.kv_wire import kv_digest
 from afd_ray.measured import Measured
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.seat import Stale
+from afd_ray.membership.shape import Shape
 from afd_ray.metrics import Sample, attention_samples
 from afd_ray.models.checkpoint import load_attention, load_ffn
 from afd_ray.models.config import ModelConfig
@@ -170,9 +171,8 @@ class AttentionActor(Member):
         """For all steps of that epoch, beside those of the one served."""
         loop, compute = self._ready_loop(), self._compute
         assert compute is not None
-        needs = Needs(self._config.pipeline.max_tokens_per_micro_batch, epoch.micro_batches, epoch.expert_parallel)
         ffn = loop.ffn if isinstance(loop, ColocatedLoop) else None
-        compute.warm_up_attention(loop.half, loop.cache, needs, ffn)
+        compute.warm_up_attention(loop.half, loop.cache, needs_of(self._config, epoch), ffn)
 
     def _kv_digest(self, cache: PagedCache) -> int:
         return kv_digest(self._model_digest, cache.layers, cache.head_dim, cache.dtype)
@@ -269,15 +269,31 @@ def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[P
     else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
-        room = compute.cache_bytes(model, pipeline.max_tokens_per_micro_batch) // block_bytes - compute.spare_blocks
+        room = compute.cache_bytes(model, needs_of(config, Shape.of(config).epoch(1))) // block_bytes - compute.spare_blocks
         num_blocks = min(per_request * pipeline.max_running_requests, room)
     cache = compute.cache(model, num_blocks, wanted.block_size, dtype)
     return cache, BlockAllocator(cache.num_blocks, wanted.block_size)
 
 
+def needs_of(config: Config, epoch: Epoch) -> Needs:
+    """An attention rank's in that epoch."""
+    return Needs(
+        rows=config.pipeline.max_tokens_per_micro_batch,
+        decoding=config.pipeline.most_decoding,
+        slots=epoch.micro_batches,
+        instances=epoch.expert_parallel,
+    )
+
+
 def _compute_for(config: Config) -> Compute:
     narrow = config.ffn.quantises if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
-    return compute_for("attention", config.attention.num_gpus, quantise_experts=config.ffn.quantises, quantise_rows=narrow)
+    return compute_for(
+        "attention",
+        config.attention.num_gpus,
+        quantise_experts=config.ffn.quantises,
+        quantise_rows=narrow,
+        graphs=config.pipeline.cuda_graphs,
+    )
 
 
 def _findings(scheduler: Scheduler, departures: Sequence[Departure]) -> list[str]:

@@ -7,10 +7,12 @@ import torch
 from afd_ray.engine.compute import Compute, HostCompute
 
 
-def compute_for(role: str, num_gpus: float, *, quantise_experts: bool = False, quantise_rows: bool = False) -> Compute:
+def compute_for(
+    role: str, num_gpus: float, *, quantise_experts: bool = False, quantise_rows: bool = False, graphs: bool = False
+) -> Compute:
     """What `num_gpus` of that role's configuration asks for; raises RuntimeError in one line where this actor cannot have it.
 
-    `quantise_experts`, `quantise_rows`: as `GPUCompute` takes them; a CPU needs neither.
+    `quantise_experts`, `quantise_rows`: as `GPUCompute` takes them. `graphs`: steps that decode are captured. A CPU needs none of these.
     """
     if not num_gpus:
         return HostCompute()
@@ -21,4 +23,4 @@ def compute_for(role: str, num_gpus: float, *, quantise_experts: bool = False, q
         raise RuntimeError(f"{asked} needs Triton, which is not installed here (extras cuda12 and cuda13 have it)")
     from afd_ray.engine.gpu.compute import GPUCompute
 
-    return GPUCompute(torch.device("cuda", 0), num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows)
+    return GPUCompute.of_first_gpu(num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows, graphs=graphs)

@@ -78,7 +78,10 @@ class FFNActor(Member):
         return [*([self._loop.half] if self._loop else []), *([self._standby.half] if self._standby else [])]
 
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
-        compute = compute_for("ffn", self._config.ffn.num_gpus, quantise_experts=self._config.ffn.quantises)
+        config = self._config
+        compute = compute_for(
+            "ffn", config.ffn.num_gpus, quantise_experts=config.ffn.quantises, graphs=config.pipeline.cuda_graphs
+        )
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         try:
             if held is None:
@@ -87,7 +90,7 @@ class FFNActor(Member):
                 half = compute.regathered_ffn(
                     held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense)
                 )
-            compute.warm_up_ffn(half)
+            compute.warm_up_ffn(half, _most_decoding(config), narrow=config.handoff.wire_dtype == "fp8")
             return half
         finally:
             give_back()
@@ -131,3 +134,9 @@ class FFNActor(Member):
 
     def _stages(self, steps: int) -> tuple[str, int]:
         return "ffn", steps * self._ready_half().config.num_hidden_layers
+
+
+def _most_decoding(config: Config) -> int:
+    """Rows of a wave, of all attention ranks that there may be without anybody asking for more."""
+    grown = config.autoscaling.max.attention if config.autoscaling.policy != "fixed" else 0
+    return max(config.attention.replicas, grown) * config.pipeline.most_decoding

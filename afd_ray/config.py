@@ -111,6 +111,13 @@ class Pipeline(Section):
     max_tokens_per_micro_batch: Annotated[int, Field(ge=1, le=65_536)] = 512
     max_running_requests: Annotated[int, Field(ge=1, le=65_536)] = 256
     """A attention actor."""
+    cuda_graphs: bool = True
+    """On GPUs, steps that only decode are captured when an actor loads, and replayed."""
+
+    @property
+    def most_decoding(self) -> int:
+        """Rows of a micro-batch."""
+        return min(self.max_tokens_per_micro_batch, self.max_running_requests)
 
 
 class Handoff(Section):

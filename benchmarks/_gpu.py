@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from afd_ray.kernels.gpu.capture import CUDAGraphs
 from afd_ray.planning.measured import AttentionTime, FfnTime, Measured
 
 Run = Callable[[], object]
@@ -98,6 +99,25 @@ def median_us(run: Run) -> float:
         run()
     median: float = triton.testing.do_bench(graph.replay, return_mode="median")
     return median * 1e3
+
+
+def eager_us(run: Run) -> float:
+    """Median time on the device, launched anew each time, with whatever it waits for the host in between; the L2 cache is emptied before each."""
+    run()  # compiles
+    median: float = triton.testing.do_bench(run, return_mode="median")
+    return median * 1e3
+
+
+def replay_us(run: Run) -> float:
+    """As `launch_us`, of one captured graph of it: the engine's own way to capture."""
+    return launch_us(CUDAGraphs(torch.device("cuda", torch.cuda.current_device()))(_without_result(run)))
+
+
+def _without_result(run: Run) -> Callable[[], None]:
+    def called() -> None:
+        run()
+
+    return called
 
 
 def launch_us(run: Run, times: int = 50) -> float:

@@ -1,7 +1,8 @@
 """How long does Step-3's FFN layer take on one rank of 16 (TP8 x EP2), shared expert included, in bfloat16, as one step of an FFN actor runs it?
 
 The layer is the engine's own (`kernels.gpu.halves`), without what ranks of a server exchange. Some rows are checked against the model's layer in the
-same dtype, then the whole is timed: on the device alone, and with rows that come from host memory and go back there, which is how actors hand over for now.
+same dtype, then the whole is timed: on the device alone, captured as a graph ("captured", which the bound is compared with) and launched anew ("eager");
+what the host takes to launch it and to replay it; and with rows that come from host memory and go back there, which is how actors hand over for now.
 The bound is bytes (weights of the experts that are chosen and of the shared one, rows in and out once) over the bandwidth of a large sum,
 or arithmetic over the peak of a large product, both of the same run.
 """
@@ -14,18 +15,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from afd_ray.kernels.gpu.halves import HostFedFFN, gpu_ffn
+from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
+from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
+from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_ffn
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Slice
-from benchmarks._gpu import Limits, Line, answer, error, launch_us, median_us
+from benchmarks._gpu import Limits, Line, answer, eager_us, error, launch_us, median_us, replay_us
 
 STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
 TENSOR, INSTANCES = 8, 2
 ROWS = (64, 256, 1024, 2048, 4096)
 CHECKED = 64
 LARGEST_ERROR = 2e-2
-COLUMNS = "| rows | bound, us | ours, us | of the bound | from and to the host, us | launching, us | error |"
+COLUMNS = (
+    "| rows | bound, us | captured, us | of the bound | eager, us | host launching, us | host replaying, us "
+    "| from and to the host, eager, us | captured, us | error |"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     device = torch.device("cuda")
-    half = half_of(STEP_3, device)
-    plain = half.layers[0]
+    held = half_of(STEP_3, device)
+    plain = held.layers[0]
     assert isinstance(plain, FFNLayer)
-    half = gpu_ffn(half, device)
+    half = gpu_ffn(held, device)
     for rows in ROWS[3:4] if args.quick else ROWS:
         yield line(plain, half, rows_of(STEP_3, rows, device), limits)
 
@@ -62,15 +68,25 @@ def rows_of(config: ModelConfig, rows: int, device: torch.device) -> Routed:
         return Routed(hidden, experts, torch.rand(rows, config.moe_top_k).to(config.dtype))
 
 
-def line(plain: FFNLayer, half: FFNHalf, routed: Routed, limits: Limits) -> Line:
+def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
     bound = limits.bound_us(*cost(plain, routed), torch.bfloat16)
     found = difference(plain, routed, half(0, routed))
-    ours, launching = median_us(lambda: half(0, routed)), launch_us(lambda: half(0, routed))
-    fed = HostFedFFN(half, routed.hidden.device)
+    ours, launched = median_us(lambda: half(0, routed)), eager_us(lambda: half(0, routed))
+    host = launch_us(lambda: half(0, routed)), replay_us(lambda: half(0, routed))
+    device = routed.hidden.device
+    fed, replayed = HostFedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device))
     hosted = Routed(*(None if tensor is None else tensor.cpu() for tensor in routed[:3]))
-    through = launch_us(lambda: fed(0, hosted))
-    figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {through:.0f} | {launching:.0f} | {found:.1e}"
+    through = launch_us(lambda: fed(0, hosted)), launch_us(lambda: replayed(0, hosted))
+    times = " | ".join(f"{us:.0f}" for us in (launched, *host, *through))
+    figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {times} | {found:.1e}"
     return Line(f"| {len(routed.hidden)} | {figures} |", found < LARGEST_ERROR, None)
+
+
+def fed_by_graphs(half: GPUFFN, rows: int, capture: Capture) -> HostFedFFN:
+    """As an actor holds it."""
+    fed = HostFedFFN(half, next(half.parameters()).device)
+    fed.replayed = FFNGraphs(fed, rows, narrow=False, capture=capture)
+    return fed
 
 
 def cost(layer: FFNLayer, routed: Routed) -> tuple[float, float]:

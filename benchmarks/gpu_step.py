@@ -2,32 +2,45 @@
 
 The layer is the engine's own (`kernels.gpu.halves`). Its outputs for some rows are checked against the model's layer in the same dtype, then the whole
 is timed. The bound is bytes (weights, keys and values) over the bandwidth of a large sum, or arithmetic over the peak of a large product, both of the
-same run. The paper's times are of an H800, with FP8 products for the projections (arXiv:2507.19427 Table 9). What the host takes to launch it,
-without a captured graph, stands beside it.
+same run. The paper's times are of an H800, with FP8 products for the projections (arXiv:2507.19427 Table 9). "captured" is what the layer takes as a
+replayed graph, as an actor runs it, and is what the bound and the planner are told; "eager" what it takes launched anew. The last columns are the host's
+own time a layer: to launch it, to replay it, and of an actor's whole turn with a graph: rows returned by the FFN sent to the device, the layer, and what
+it gives fetched to the host, which waits for all of it.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from afd_ray.engine.compute import Needs
+from afd_ray.engine.gpu.captured import AttentionGraphs
+from afd_ray.engine.kv_cache import PagedCache
+from afd_ray.engine.passage import Part
+from afd_ray.engine.sequence import Chunk, Sequence
+from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
 from afd_ray.kernels.gpu.halves import GPUAttentionLayer, Returned, StepRows
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
-from afd_ray.models.step3 import AttentionLayer, rotary_table
+from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed, rotary_table
 from afd_ray.models.step3 import attend as attend_whole
 from afd_ray.planning.measured import AttentionTime
-from benchmarks._gpu import Limits, Line, answer, error, launch_us, median_us
+from afd_ray.request import Request
+from benchmarks._gpu import Limits, Line, answer, eager_us, error, launch_us, median_us, replay_us
 
 STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
 ROWS, CONTEXTS, PAGE, INSTANCES = (64, 128), (4096, 8192, 32768), 64, 2
 PAPER_US = {(64, 8192): 281, (64, 32768): 791}
 LARGEST_ERROR = 2e-2
-COLUMNS = "| rows | context | bound, us | ours, us | of the bound | the paper's (H800), us | launching, us | error |"
+COLUMNS = (
+    "| rows | context | bound, us | captured, us | of the bound | the paper's (H800), us | eager, us "
+    "| host launching, us | host replaying, us | a whole turn, us | error |"
+)
 
 
 class Step(NamedTuple):
@@ -48,7 +61,7 @@ class Output(NamedTuple):
     weights: Tensor  # [N, K]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Many[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the paper's batch and contexts alone")
     return answer(parser, argv, COLUMNS, lines)
@@ -70,11 +83,45 @@ def line(layer: AttentionLayer, step: Step, limits: Limits) -> Line:
     flops = 2 * rows * (parameters + 2 * STEP_3.num_attention_heads * context * STEP_3.head_dim)
     bound = limits.bound_us(nbytes, flops, torch.bfloat16)
     found = difference(run(ours, step), expected(layer, step))
-    took, launching = median_us(lambda: ours(*step)), launch_us(lambda: ours(*step))
+    took, launched = median_us(lambda: ours(*step)), eager_us(lambda: ours(*step))
+    host = (
+        launch_us(lambda: ours(*step)),
+        replay_us(lambda: ours(*step)),
+        launch_us(turn_of(STEP_3, ours, step, CUDAGraphs(step.residual.device))),
+    )
     paper = PAPER_US.get((rows, context), "")
-    text = f"| {rows} | {context} | {bound:.0f} | {took:.0f} | {bound / took:.2f} | {paper} | {launching:.0f} | {found:.1e} |"
+    text = f"| {rows} | {context} | {bound:.0f} | {took:.0f} | {bound / took:.2f} | {paper} | {launched:.0f} |"
+    text += "".join(f" {us:.0f} |" for us in host) + f" {found:.1e} |"
     time = AttentionTime(rows=rows, context=context, cache_bytes=2, part="layer", us=took)
     return Line(text, found < LARGEST_ERROR, time)
+
+
+def turn_of(config: ModelConfig, layer: GPUAttentionLayer, step: Step, capture: Capture) -> Callable[[], Routed]:
+    """A layer of an attention actor's micro-batch by its graph: from what the FFN returned to the layer, to rows in host memory."""
+    rows, context, device = len(step.residual), int(step.rows.contexts[0]), step.residual.device
+    config = replace(config, num_hidden_layers=2, moe_layers=frozenset({0, 1}), vocab_size=64)
+    with torch.device("meta"):
+        half = AttentionHalf(config)
+    half.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=config.dtype)
+    half.layers = torch.nn.ModuleList([layer, layer])
+    half.requires_grad_(False)
+    cache = PagedCache(layers=2, num_blocks=1, block_size=PAGE, head_dim=config.head_dim, dtype=config.dtype, device=device)
+    cache.num_blocks, cache.blocks = len(step.blocks) - 1, step.blocks.expand(2, *step.blocks.shape)
+    pages = step.rows.tables.view(rows, -1).tolist()
+    chunks = []
+    for row, table in enumerate(pages):
+        sequence = Sequence(Request(str(row), (0,) * context))
+        sequence.block_table = table
+        chunks.append(Chunk(sequence, context - 1, 1, samples=True))
+    passage = AttentionGraphs(half, cache, Needs(rows, rows, 1, INSTANCES), capture).begin(0, chunks)
+    assert passage is not None
+    parts = [Part(instance, slice(0, rows), sums.cpu()) for instance, sums in enumerate(step.returned.sums)]
+
+    def turn() -> Routed:
+        passage.add_parts(parts)
+        return passage.to_host(passage.attend(1))
+
+    return turn
 
 
 def layer_of(config: ModelConfig, device: torch.device) -> AttentionLayer:

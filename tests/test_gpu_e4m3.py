@@ -81,7 +81,7 @@ def test_what_the_norm_made_is_what_goes_on_the_wire(checkpoint: Checkpoint) -> 
         cache = compute.cache(WIDE, num_blocks=2, block_size=4, dtype=WIDE.dtype)
         sequence = Sequence(Request("one", (1, 2, 3)))
         sequence.block_table = [1]
-        passage = compute.begin(attention, cache, [Chunk(sequence, 0, 3, samples=True)])
+        passage = compute.begin(attention, cache, [Chunk(sequence, 0, 3, samples=True)], slot=0)
         passage.attend(0)
         passage.add(torch.ones(3, WIDE.hidden_size, device=DEVICE))
         sent.append(pack_rows(passage.to_host(passage.attend(1)), E4M3, torch.uint8))
@@ -128,7 +128,7 @@ def test_chunks_and_decoding_rows_give_the_reference_s_logits(checkpoint: Checkp
     model = rounded_model(checkpoint)
     for step in steps:
         chunks = [Chunk(sequences[index], start, count, samples=True) for index, start, count in step]
-        passage = compute.begin(attention, cache, chunks)
+        passage = compute.begin(attention, cache, chunks, slot=0)
         for layer in range(WIDE.num_hidden_layers):
             passage.add(ffn(layer, passage.attend(layer)))
         right = torch.stack([last_logits(model, prompts[index][: start + count]) for index, start, count in step])

@@ -99,7 +99,7 @@ def test_a_warm_up_leaves_the_blocks_of_requests_alone(checkpoint: Checkpoint) -
     compute = GPUCompute(HERE)
     half = compute.attention(load_attention(checkpoint))
     cache = compute.cache(half.config, num_blocks=3, block_size=2, dtype=half.config.dtype)
-    compute.warm_up_attention(half, cache, Needs(rows=4, slots=1, instances=2))
+    compute.warm_up_attention(half, cache, Needs(rows=4, decoding=4, slots=1, instances=2))
     assert cache.blocks.shape[1] == 4
     assert not cache.blocks[:, :3].any()
     assert cache.blocks[:, 3].any()
@@ -115,4 +115,4 @@ def test_what_cannot_run_is_told_in_one_line(checkpoint: Checkpoint, monkeypatch
     cache = compute.cache(half.config, num_blocks=3, block_size=2, dtype=torch.float32)
     told = r"^attention\.num_gpus: this GPU cannot run the kernels of this model: RuntimeError: ptxas failed$"
     with pytest.raises(RuntimeError, match=told):
-        compute.warm_up_attention(half, cache, Needs(rows=4, slots=1, instances=1))
+        compute.warm_up_attention(half, cache, Needs(rows=4, decoding=4, slots=1, instances=1))

@@ -262,7 +262,7 @@ class AttentionLoop(StepLoop):
         started_ns = time.monotonic_ns()
         self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), started_ns / 1e9)
         self._steps += 1
-        flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks), self._steps)
+        flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks, slot), self._steps)
         self._flights[slot] = flight
         self._parked[slot] = False
         self._announce(slot, flight)

@@ -24,6 +24,8 @@ class Needs(NamedTuple):
 
     rows: int
     """Of one, at most."""
+    decoding: int
+    """Of those, at most, that decode."""
     slots: int
     instances: int
     """Of the FFN; 0: colocated."""
@@ -35,8 +37,8 @@ class Compute(Protocol):
     spare_blocks: int
     """That `cache` makes beyond those asked for."""
 
-    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
-        """A micro-batch's way through what `attention` and `cache` gave."""
+    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
+        """A micro-batch's way through what `attention` and `cache` gave; a slot has one at a time."""
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """For an attention rank."""
@@ -50,8 +52,8 @@ class Compute(Protocol):
     def colocated_ffn(self, half: FFNHalf) -> FFNHalf:
         """For rows that an attention half has where it computes."""
 
-    def cache_bytes(self, config: ModelConfig, rows: int) -> int:
-        """Of the KV cache, at most, beside the halves that are loaded; `rows` in a micro-batch at most."""
+    def cache_bytes(self, config: ModelConfig, needs: Needs) -> int:
+        """Of the KV cache, at most, beside the halves that are loaded."""
 
     def cache(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedCache:
         """Where the halves compute; `num_blocks` may be what `cache_bytes` has room for."""
@@ -62,8 +64,8 @@ class Compute(Protocol):
         Raises RuntimeError in one line where steps could not run.
         """
 
-    def warm_up_ffn(self, half: FFNHalf) -> None:
-        """As `warm_up_attention`, for what `ffn` or `regathered_ffn` gave."""
+    def warm_up_ffn(self, half: FFNHalf, rows: int, narrow: bool) -> None:
+        """As `warm_up_attention`, for what `ffn` or `regathered_ffn` gave; up to so many rows decode in a wave, and may come in 8 bits."""
 
 
 class HostCompute:
@@ -71,7 +73,7 @@ class HostCompute:
 
     spare_blocks = 0
 
-    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
+    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
         return HostPassage(half, cache, chunks)
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
@@ -86,7 +88,7 @@ class HostCompute:
     def colocated_ffn(self, half: FFNHalf) -> FFNHalf:
         return packed_ffn(half)
 
-    def cache_bytes(self, config: ModelConfig, rows: int) -> int:
+    def cache_bytes(self, config: ModelConfig, needs: Needs) -> int:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return min(MAX_CACHE_BYTES, int(free_bytes * CACHE_SHARE))
 
@@ -102,5 +104,5 @@ class HostCompute:
     def warm_up_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
         """Nothing is made later here."""
 
-    def warm_up_ffn(self, half: FFNHalf) -> None:
+    def warm_up_ffn(self, half: FFNHalf, rows: int, narrow: bool) -> None:
         """Nothing is made later here."""

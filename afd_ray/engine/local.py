@@ -188,11 +188,12 @@ class LocalCluster:
 
     def _ffn(self, shard: FFNShard) -> FFNHalf:
         half = self._load_ffn(shard)
-        self._compute.warm_up_ffn(half)
+        rows = self.epoch.attention * min(self._sizes[2:])
+        self._compute.warm_up_ffn(half, rows, narrow=self._wire_dtype is torch.float8_e4m3fn)
         return half
 
     def _warm_up(self, cache: PagedCache, epoch: Epoch, ffn: FFNHalf | None = None) -> None:
-        needs = Needs(self._sizes[2], epoch.micro_batches, epoch.expert_parallel)
+        needs = Needs(self._sizes[2], min(self._sizes[2:]), epoch.micro_batches, epoch.expert_parallel)
         self._compute.warm_up_attention(self._half, cache, needs, ffn)
 
     def _cache_and_scheduler(

@@ -49,13 +49,15 @@ class Passage(Protocol):
         """[S, V] float32 in host memory, after the last layer, in the order of the chunks that choose a token."""
 
 
-Begin = Callable[[AttentionHalf, PagedCache, Many[Chunk]], Passage]
+Begin = Callable[[AttentionHalf, PagedCache, Many[Chunk], int], Passage]
+"""Takes the half, the cache, a micro-batch's chunks and its slot."""
 
 
 class HostPassage:
     """In host memory, by the half's own modules, plain or packed."""
 
-    def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk]) -> None:
+    def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], slot: int = 0) -> None:
+        """In any slot."""
         self._half, self._cache, self._plan = half, cache, plan_attention(chunks, cache)
         self._residual: Tensor = half.embed_tokens(self._plan.token_ids)  # [N, H]
         self._rotary = half.rotary(self._plan.positions)

@@ -1,17 +1,21 @@
 """A CUDA device as what halves compute on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from afd_ray.engine.compute import Needs
-from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, workspace_bytes
+from afd_ray.engine.gpu.captured import AttentionGraphs
+from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, graph_bytes, workspace_bytes
 from afd_ray.engine.gpu.passage import GPUPassage
 from afd_ray.engine.gpu.warm_up import warm_up_attention, warm_up_ffn
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import Chunk
+from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
+from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
 from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_attention, gpu_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
@@ -24,20 +28,38 @@ class GPUCompute:
     spare_blocks = 1
 
     def __init__(
-        self, device: torch.device, share: float = 1.0, *, quantise_experts: bool = False, quantise_rows: bool = False
+        self,
+        device: torch.device,
+        share: float = 1.0,
+        *,
+        quantise_experts: bool = False,
+        quantise_rows: bool = False,
+        capture: Callable[[], Capture] | None = None,
     ) -> None:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
 
         `quantise_experts`: routed experts are held in e4m3, whatever they were read as. `quantise_rows`: attention gives what goes to the
-        FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it.
+        FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it. `capture`: makes what captures a set of graphs, at the end of a warm-up; None: every step
+        is launched anew.
         """
-        self._quantise_rows = quantise_rows
+        self._quantise_rows, self._capture = quantise_rows, capture
+        self._graphs: dict[PagedCache, AttentionGraphs] = {}
         self.device, self._share, self._quantise = device, share, quantise_experts
         self._instances = 0
         """Of the FFN, that attention is warmed up for."""
 
-    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk]) -> Passage:
-        return GPUPassage(half, cache, chunks, self._instances)
+    @classmethod
+    def of_first_gpu(cls, share: float, *, quantise_experts: bool, quantise_rows: bool, graphs: bool) -> "GPUCompute":
+        """On the first CUDA GPU that this process sees; `graphs`: steps that only decode are captured."""
+        device = torch.device("cuda", 0)
+        capture = partial(CUDAGraphs, device) if graphs else None
+        return cls(device, share, quantise_experts=quantise_experts, quantise_rows=quantise_rows, capture=capture)
+
+    def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
+        """By graphs where there are any for these chunks."""
+        graphs = self._graphs.get(cache)
+        captured = None if graphs is None else graphs.begin(slot, chunks)
+        return captured or GPUPassage(half, cache, chunks, self._instances)
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """Raises ValueError in one line for a shape that the kernels do not take."""
@@ -55,11 +77,12 @@ class GPUCompute:
         """As `attention`."""
         return gpu_ffn(half, self.device, quantise=self._quantise)
 
-    def cache_bytes(self, config: ModelConfig, rows: int) -> int:
+    def cache_bytes(self, config: ModelConfig, needs: Needs) -> int:
         torch.cuda.empty_cache()  # of what loading needed in between
         free, total = torch.cuda.mem_get_info(self.device)
         memory = GPUMemory(total, free, torch.cuda.memory_reserved(self.device))
-        return cache_bytes(memory, self._share, workspace_bytes(config, rows))
+        graphs = 0 if self._capture is None else graph_bytes(config, needs)
+        return cache_bytes(memory, self._share, workspace_bytes(config, needs.rows) + graphs)
 
     def cache(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedCache:
         """Raises ValueError in one line for a cache that the kernels do not take, or that has no room."""
@@ -81,15 +104,29 @@ class GPUCompute:
 
     def warm_up_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, ffn: FFNHalf | None = None) -> None:
         """Kernels are compiled, or read from Triton's own cache, by being launched; what rows write goes to the cache's spare block."""
-        instances = max(needs.instances, self._instances)
+        needs = needs._replace(instances=max(needs.instances, self._instances))
         with _told_in_one_line("attention"):
-            warm_up_attention(half, cache, needs._replace(instances=instances), ffn)
-        self._instances = instances
+            warm_up_attention(half, cache, needs, ffn)
+            if self._capture is not None:
+                self._capture_attention(half, cache, needs, self._capture)
+        self._instances = needs.instances
 
-    def warm_up_ffn(self, half: FFNHalf) -> None:
+    def _capture_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, capture: Callable[[], Capture]) -> None:
+        """Unless the graphs that there are do: they serve fewer slots and instances too."""
+        held = self._graphs.get(cache)
+        if held is not None:
+            if needs.slots <= held.needs.slots and needs.instances <= held.needs.instances:
+                return
+            needs = needs._replace(slots=max(needs.slots, held.needs.slots))
+        self._graphs[cache] = AttentionGraphs(half, cache, needs, capture())
+
+    def warm_up_ffn(self, half: FFNHalf, rows: int, narrow: bool) -> None:
         """As `warm_up_attention`."""
+        assert isinstance(half, HostFedFFN)
         with _told_in_one_line("ffn"):
             warm_up_ffn(half)
+            if self._capture is not None and half.replayed is None:
+                half.replayed = FFNGraphs(half, rows, narrow, self._capture())
 
 
 @contextmanager

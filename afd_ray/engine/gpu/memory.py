@@ -2,12 +2,18 @@
 
 from typing import NamedTuple
 
+from afd_ray.engine.compute import Needs
+from afd_ray.kernels.gpu.capture import buckets
 from afd_ray.models.config import ModelConfig
 
 RESERVED = 0.08
 """Share of the GPU that is left alone: the driver's context, compiled kernels, what torch's allocator cannot join."""
 SPLIT_ROWS = 4096
 """Rows times splits of decode attention, about: it takes no more splits than keep the multiprocessors busy."""
+
+
+GRAPH_BYTES = 64 << 10
+"""Of one layer's graph, about a dozen launches."""
 
 
 class GPUMemory(NamedTuple):
@@ -32,6 +38,13 @@ def cache_bytes(memory: GPUMemory, share: float, workspace_bytes: int) -> int:
     allowed = int(min(share, 1.0) * memory.total * (1 - RESERVED)) - memory.held
     free = memory.free - int(min(share, 1.0) * memory.total * RESERVED)
     return max(0, min(allowed, free) - workspace_bytes)
+
+
+def graph_bytes(config: ModelConfig, needs: Needs) -> int:
+    """What captured graphs and their static tensors take, about; a graph's own share is a guess, until a GPU has captured one."""
+    sizes, layers = buckets(needs.decoding), config.num_hidden_layers
+    row = config.hidden_size * config.dtype.itemsize * (4 + needs.instances) + 8 * (config.head_dim + config.moe_top_k + 8)
+    return needs.slots * (sizes[-1] * row + len(sizes) * (layers + 1) * GRAPH_BYTES)
 
 
 def workspace_bytes(config: ModelConfig, rows: int) -> int:

@@ -37,7 +37,7 @@ def warm_up_ffn(half: FFNHalf) -> None:
         for routed in (Routed(hidden, None, None), Routed(narrow.values, None, None, narrow)):
             if half.config.is_moe(index):
                 weights = torch.ones(1, half.config.moe_top_k, dtype=hidden.dtype)
-                for dtype in ID_DTYPES:
+                for dtype in (*ID_DTYPES, torch.int32):  # the last in captured graphs
                     half(index, routed._replace(experts=torch.zeros_like(weights, dtype=dtype), weights=weights))
             else:
                 half(index, routed)
