@@ -92,7 +92,8 @@ def families(policy: str) -> list[list[Settings]]:
         case "balance" | "predictive":
             shares = (0.994, 0.993, 0.992, 0.991, 0.99, 0.989, 0.988, 0.986)
             return [
-                [_options(attainment=share, shrink_after_s=after, shrink_cooldown_s=20) for share in shares] for after in (120, 60)
+                [_options(attainment=share, shrink_after_s=after, shrink_cooldown_s=20) for share in shares]
+                for after in (120, 60)
             ]
         case _:
             return [[()]]
