@@ -25,6 +25,7 @@ from afd_ray.engine.kv_cache import CACHE_DTYPES, BlockAllocator, PagedCache, ch
 from afd_ray.engine.look import look_at_attention
 from afd_ray.engine.loop import Wire
 from afd_ray.engine.moving_in import Moved, MovingIn
+from afd_ray.engine.request_clocks import Targets
 from afd_ray.engine.scheduler import Scheduler
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.handoff.kv_wire import kv_digest
@@ -164,8 +165,11 @@ class AttentionActor(Member):
             eos_token_ids=half.config.eos_token_ids,
         )
         if ffn is None:
-            return AttentionLoop(half, cache, scheduler, self._tokens.publish, pace, compute.begin)
-        return ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, pace, config.ffn.pace, compute.begin)
+            loop = AttentionLoop(half, cache, scheduler, self._tokens.publish, pace, compute.begin)
+        else:
+            loop = ColocatedLoop(half, ffn, cache, scheduler, self._tokens.publish, pace, config.ffn.pace, compute.begin)
+        loop.clocks.targets = Targets(config.autoscaling.ttft_target_ms, config.autoscaling.tpot_target_ms)
+        return loop
 
     def _warm_up(self, epoch: Epoch) -> None:
         """For all steps of that epoch, beside those of the one served."""

@@ -55,6 +55,8 @@ class Measured:
     """Sent."""
     completions: int = 0
     """Requests that ended, not those that clients gave up or that moved out."""
+    late: int = 0
+    """Of these, the ones whose first token, or whose tokens on average, came later than their target."""
     preemptions: int = 0
     steps: int = 0
     """Micro-batches that passed all layers."""
@@ -104,7 +106,7 @@ class Measured:
         return cls(**plain, flights=Flights(**dumped["flights"]), stages=load_stages(dumped["stages"]))
 
 
-_SUMS = ("arrivals", "prompt_tokens", "output_tokens", "completions", "preemptions", "steps")
+_SUMS = ("arrivals", "prompt_tokens", "output_tokens", "completions", "late", "preemptions", "steps")
 _HISTOGRAMS = ("tpot_ms", "ttft_ms", "queue_wait_ms", "tokens_per_step")
 _PRESENT = ("running", "waiting", "oldest_waiting_s", "context_tokens", "kv_used", "kv_total")
 

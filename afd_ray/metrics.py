@@ -58,6 +58,10 @@ _OF_ATTENTION: tuple[Reading, ...] = (
     (_gauge("kv_blocks_total", "KV blocks that there are"), lambda m: m.kv_total),
     (_counter("requests_arrived", "Requests that came new"), lambda m: m.arrivals),
     (_counter("requests_completed", "Requests that ended"), lambda m: m.completions),
+    (
+        _counter("requests_late", "Requests that ended, whose first token or tokens on average came later than their target"),
+        lambda m: m.late,
+    ),
     (_counter("preemptions", "Requests that gave up their KV blocks to older ones"), lambda m: m.preemptions),
     (
         _counter("prompt_tokens_computed", "Prompt tokens computed, again those of requests that start over"),

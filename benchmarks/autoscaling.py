@@ -90,9 +90,9 @@ def families(policy: str) -> list[list[Settings]]:
                 for attention, after, grow in ratios_and_delays
             ]
         case "balance" | "predictive":
-            margins = (0.85, 0.875, 0.9, 0.9125, 0.925, 0.9375, 0.95, 0.9625, 0.975, 0.9875, 1)
+            shares = (0.994, 0.993, 0.992, 0.991, 0.99, 0.989, 0.988, 0.986)
             return [
-                [_options(margin=margin, deviations=0.5, shrink_after_s=after, shrink_cooldown_s=20) for margin in margins]
+                [_options(attainment=share, shrink_after_s=after, shrink_cooldown_s=20) for share in shares]
                 for after in (120, 60)
             ]
         case _:

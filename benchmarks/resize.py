@@ -17,9 +17,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actors.commands.joining import use_token
+from actors.commands.joining import use_own_token
 
-use_token()
+use_own_token()
 
 import psutil  # noqa: E402
 

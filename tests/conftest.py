@@ -1,6 +1,7 @@
 """What every test gets: one torch thread, Triton's interpreter, and no Ray unless it is marked `ray`."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from actors.commands.joining import use_token
-
-# Before any test module imports Ray, which reads it once: a benchmark that is imported later would set it, and clients and clusters of this
-# process would then differ.
-use_token()
+# Before any test module imports Ray, which reads it once. A token of the run's own: on a new machine the first cluster would make one, and what was imported before
+# would go on without.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+if os.environ["RAY_AUTH_MODE"] == "token":
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 pytest.register_assert_rewrite("tests.live_server")
 

@@ -9,6 +9,7 @@ import pytest
 
 from afd_ray.autoscaling import Counts, Goals, Observation, Quantiles, Stages, decide, load_policy
 from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast
+from afd_ray.autoscaling.lateness import ATTAINMENT, LEAST, SPENT, START, learned_margin
 from afd_ray.autoscaling.learning import StageBook
 from afd_ray.autoscaling.policies import DEVIATIONS, MARGIN, SHRINK_MARGIN
 from afd_ray.autoscaling.serve_policy import from_serve, to_serve
@@ -150,6 +151,50 @@ def test_a_load_that_doubles_is_met_and_one_that_goes_is_followed(name: str) -> 
     assert outcome.summary()["reversals"] <= 6
     late = [point.tpot_p95_ms for point in outcome.points if 600 < point.at_s < 900]
     assert sum(ms is not None and ms > 40.0 for ms in late) <= len(late) / 10
+
+
+# --- how near to the target ---------------------------------------------------------------------------------------------------
+
+
+def margins(late: list[float], **options: float) -> list[float]:
+    """After each of these spans of 10 s in which 100 requests ended, so much of them late."""
+    memory: dict[str, object] = {}
+    learned = []
+    for step, share in enumerate([0.0, *late]):
+        looked = seen(goals=Goals(options=options), completions_s=10.0, late_s=10.0 * share)
+        learned.append(learned_margin(looked, memory, 10.0 * step))
+        memory = json.loads(json.dumps(memory))
+    return learned[1:]
+
+
+def test_late_requests_move_ranks_away_from_the_target_and_time_brings_them_back() -> None:
+    calm, burst, after = margins([0.0, 0.3, 0.0])
+    assert calm > START
+    assert burst < calm
+    assert burst < after < calm
+
+
+def test_the_margin_stands_still_where_as_many_are_late_as_may_be() -> None:
+    allowed = SPENT * (1 - ATTAINMENT)
+    assert margins([allowed] * 50)[-1] == pytest.approx(START)
+    assert margins([SPENT * 0.05] * 50, attainment=0.95)[-1] == pytest.approx(START)
+
+
+def test_a_steady_share_of_late_requests_comes_to_what_is_allowed() -> None:
+    """Whatever the margin that a load needs: here more of them are late the nearer to the target ranks are counted."""
+    memory: dict[str, object] = {}
+    margin, late, ended = START, 0.0, 0.0
+    for step in range(2000):
+        share = max(0.0, margin - 0.9)
+        margin = learned_margin(seen(completions_s=10.0, late_s=10.0 * share), memory, 10.0 * step)
+        late, ended = late + 100 * share, ended + 100
+    assert late / ended == pytest.approx(SPENT * (1 - ATTAINMENT), rel=0.1)
+
+
+def test_a_load_that_is_always_late_asks_for_no_more_than_the_least_margin() -> None:
+    assert margins([1.0] * 50)[-1] == LEAST
+    assert margins([1.0] * 50, margin=0.7)[-1] == 0.7, "who starts further away stays there"
+    assert margins([1.0, 0.0], attainment=1.0) == [START, START]
 
 
 # --- forecast --------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Latencies and counts of one attention rank's requests."""
 
-from afd_ray.engine.request_clocks import RequestClocks
+from afd_ray.engine.request_clocks import RequestClocks, Targets
 from afd_ray.request import TokenOutput
 
 
@@ -49,3 +49,24 @@ def test_who_ends_is_counted_and_who_is_given_up_is_not() -> None:
     clocks.forget("b")
     clocks.note([TokenOutput("a", 7, finish_reason="length"), TokenOutput("b", 7, finish_reason="length")], 1.0)
     assert clocks.completions == 1
+
+
+def test_late_is_whose_first_token_or_tokens_on_average_came_beyond_the_targets() -> None:
+    clocks = RequestClocks(Targets(ttft_ms=1000, tpot_ms=100))
+    last_s = {"in time": 1.2, "first late": 2.2, "tokens late": 1.25}
+    for request_id in last_s:
+        clocks.start(request_id, 0.0)
+    clocks.start("moved in, in time", 0.0, continued=True)
+    clocks.note(tokens("in time", "tokens late"), 1.0)
+    clocks.note(tokens("in time", "tokens late"), 1.15)  # one long gap is made up for
+    clocks.note(tokens("first late", "moved in, in time"), 2.0)
+    for request_id, at_s in [*last_s.items(), ("moved in, in time", 2.1)]:
+        clocks.note([TokenOutput(request_id, 7, finish_reason="length")], at_s)
+    assert (clocks.completions, clocks.late) == (4, 2)
+
+
+def test_without_targets_nobody_is_late() -> None:
+    clocks = RequestClocks()
+    clocks.start("a", 0.0)
+    clocks.note([TokenOutput("a", 7, finish_reason="length")], 1e6)
+    assert (clocks.completions, clocks.late) == (1, 0)

@@ -10,3 +10,8 @@ def use_token() -> None:
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if given or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def use_own_token() -> None:
+    """The same for a Ray that this process has somebody start first, as `afd-ray serve` does: on a new machine its token is made then."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -54,6 +54,7 @@ class Observer:
             prompt_tokens_s=sum(span.prompt_tokens / span.span_s for span in spans),
             output_tokens_s=sum(span.output_tokens / span.span_s for span in spans),
             completions_s=sum(span.completions / span.span_s for span in spans),
+            late_s=sum(span.late / span.span_s for span in spans),
             queue_wait_s=max((m.oldest_waiting_s for m in members if m.oldest_waiting_s is not None), default=None),
             tpot_mean_ms=merged(span.tpot_ms for span in spans).mean,
             tpot_ms=quantiles_of(recent.tpot_ms for recent in look.recent),

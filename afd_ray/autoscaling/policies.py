@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 from afd_ray.autoscaling.forecast import forecast
+from afd_ray.autoscaling.lateness import learned_margin
 from afd_ray.autoscaling.settling import JUDGED_AFTER_S, KV_FULL, WAIT_SHARE, Pace, settle, waits_too_long
 from afd_ray.autoscaling.sizing import Demand, Sizing, least_for_kv
 from afd_ray.autoscaling.values import Counts, Decision, Goals, Observation, State
 
 MARGIN = 0.95
-"""The share of the TPOT target that ranks are counted for: the rest is for what comes before the next decision."""
+"""The share of the TPOT target that `tpot` counts ranks for."""
 DEVIATIONS = 1.0
 """Requests come and go: ranks are counted for so many standard deviations more of them than there are."""
 KV_WANTED = 0.75
@@ -94,7 +95,7 @@ def _balanced(observation: Observation, state: State, now: float, expected: Dema
         return _unmeasured(observation, memory, now)
     goals, present = observation.goals, Demand.of(observation)
     kv_growth = max(1.0, expected.context_tokens / max(1.0, present.context_tokens))
-    margin = goals.options.get("margin", MARGIN)
+    margin = learned_margin(observation, memory, now)
 
     def holds(counts: Counts) -> bool:
         kept = counts.attention >= least_for_kv(observation, KV_FULL / kv_growth)

@@ -127,6 +127,8 @@ class Observation:
     """Tokens that went out, a second."""
     completions_s: float = 0.0
     """Requests that ended, a second."""
+    late_s: float = 0.0
+    """Of these, the ones whose first token, or whose tokens on average, came later than their target."""
     queue_wait_s: float | None = None
     """How long the oldest waiting request has waited."""
     tpot_mean_ms: float | None = None

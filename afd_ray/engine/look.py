@@ -16,6 +16,7 @@ def look_at_attention(loop: AttentionLoop) -> Measured:
         prompt_tokens=loop.prompt_tokens,
         output_tokens=clocks.output_tokens,
         completions=clocks.completions,
+        late=clocks.late,
         preemptions=scheduler.preemptions,
         steps=flights.count,
         tpot_ms=clocks.tpot_ms.copy(),

@@ -3,9 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from afd_ray.histogram import Histogram
 from afd_ray.request import TokenOutput
+
+
+class Targets(NamedTuple):
+    """What a request is late beyond, in milliseconds."""
+
+    ttft_ms: float
+    tpot_ms: float
+    """Of its tokens on average."""
 
 
 @dataclass(slots=True)
@@ -14,14 +23,21 @@ class _Clock:
     """When it came, or its last token went; None: it came with tokens from elsewhere, and has had none here."""
     begun: bool = False
     """Whether it has had its first token."""
+    ttft_s: float = 0.0
+    """Zero where that was elsewhere."""
+    gaps_s: float = 0.0
+    """Of its tokens here, each to its next."""
+    gaps: int = 0
 
 
 class RequestClocks:
     """Measures the requests of one attention rank, since its start; belongs to the step loop's thread, others take copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, targets: Targets | None = None) -> None:
+        """`targets`: None where no request is late."""
+        self.targets = targets
         self.ttft_ms, self.tpot_ms, self.queue_wait_ms, self.tokens_per_step = (Histogram() for _ in range(4))
-        self.arrivals = self.output_tokens = self.completions = 0
+        self.arrivals = self.output_tokens = self.completions = self.late = 0
         self._clocks: dict[str, _Clock] = {}
         self._waiting: dict[str, float] = {}
         """When those came that nothing was scheduled of yet; what moved in has waited elsewhere."""
@@ -72,10 +88,20 @@ class RequestClocks:
         if output.token_id is not None:
             if clock.begun:
                 last_s = clock.since_s
+                clock.gaps += 1
+                clock.gaps_s += now_s - last_s if last_s is not None else 0.0
             elif clock.since_s is not None:
-                self.ttft_ms.add((now_s - clock.since_s) * 1000)
+                clock.ttft_s = now_s - clock.since_s
+                self.ttft_ms.add(clock.ttft_s * 1000)
             clock.since_s, clock.begun = now_s, True
         if output.finish_reason is not None:
             self.completions += 1
+            self.late += self._is_late(clock)
             self.forget(output.request_id)
         return last_s
+
+    def _is_late(self, clock: _Clock) -> bool:
+        targets = self.targets
+        if targets is None:
+            return False
+        return clock.ttft_s * 1000 > targets.ttft_ms or clock.gaps_s * 1000 > targets.tpot_ms * clock.gaps

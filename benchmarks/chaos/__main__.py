@@ -16,9 +16,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
-from actors.commands.joining import use_token
+from actors.commands.joining import use_own_token
 
-use_token()
+use_own_token()
 
 from actors.serve import joined  # noqa: E402
 from afd_ray.models.checkpoint import write_checkpoint  # noqa: E402

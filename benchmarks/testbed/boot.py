@@ -24,6 +24,7 @@ def settle(name: str, hosts: str, shared: Sequence[str]) -> None:
     mount("--make-rprivate", "/")
     kept = {path: os.open(path, os.O_PATH) for path in shared}
     for place in OWN:
+        Path(place).mkdir(parents=True, exist_ok=True)  # a home may lie in /tmp
         mount("-t", "tmpfs", "-o", "mode=1777", name, place)
     for path, descriptor in kept.items():
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ class Watch:
             prompt_tokens_s=recent.prompt_tokens / self._period_s,
             output_tokens_s=recent.tokens / self._period_s,
             completions_s=recent.completions / self._period_s,
+            late_s=(recent.completions - recent.within) / self._period_s,
             queue_wait_s=(cluster.now_ps - min(oldest)) / PS_PER_S if oldest else None,
             tpot_mean_ms=recent.tpot_ms.mean,
             tpot_ms=tpot_ms,
