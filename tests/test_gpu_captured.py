@@ -1,4 +1,4 @@
-"""Steps by graphs, with the calls themselves instead of a captured graph: everything about them but the capture, which only a GPU has."""
+"""Steps by graphs: on a GPU captured, elsewhere with the calls themselves for a graph, which is everything about them but the capture."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from afd_ray.engine.gpu.passage import GPUPassage
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.sequence import Chunk, Sequence
 from afd_ray.handoff.quantise import quantise
-from afd_ray.kernels.gpu.capture import Run, buckets
+from afd_ray.kernels.gpu.capture import CUDAGraphs, Run, buckets
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn
 from afd_ray.models.presets import PRESETS
@@ -27,18 +27,22 @@ from tests.gpu_cluster import CONFIG, E4M3, HERE, WIDE, cluster, expected, reque
 from tests.specialisations import recorded
 from tests.triton_device import COMPILED, error, noise
 
-pytestmark = pytest.mark.skipif(COMPILED, reason="the calls themselves are what the interpreter runs")
-
 NEEDS = Needs(rows=10, decoding=6, slots=1, instances=2)
 
 
 class Calls:
-    """A `Capture` that counts, and has every replay launch what the first one did, but for where tensors lie that are made anew."""
+    """A `Capture` that counts, and has every replay launch what the first one did, but for where tensors lie that are made anew.
+
+    Graphs do so by themselves.
+    """
 
     def __init__(self) -> None:
         self.replays = 0
+        self._graphs = CUDAGraphs(HERE) if COMPILED else None
 
     def __call__(self, run: Run) -> Run:
+        if self._graphs is not None:
+            run = self._graphs(run)
         first: list[Any] = []
 
         def replay() -> None:
@@ -142,7 +146,7 @@ class Rank:
         self.compute = GPUCompute(HERE, capture=capture)
         self.half: AttentionHalf = self.compute.attention(load_attention(checkpoint))
         self.cache: PagedCache = self.compute.cache(CONFIG, num_blocks=16, block_size=2, dtype=CONFIG.dtype)
-        self.cache.blocks.normal_(generator=noise(1))
+        self.cache.blocks.copy_(torch.randn(self.cache.blocks.shape, generator=noise(1)))
         self.compute.warm_up_attention(self.half, self.cache, NEEDS)
         self.sequences = []
         for index in range(sequences):
@@ -173,9 +177,9 @@ def test_a_step_gives_what_it_gives_launched_anew_and_touches_nobody_s_blocks(ch
         results.append((rows, passage.logits(), rank.cache.blocks[:, :16].clone()))
     (rows, logits, cached), (other_rows, other_logits, other_cached) = results
     assert [tensor.dtype for tensor in rows] == [tensor.dtype for tensor in other_rows]
-    assert all(error(ours.float(), theirs.float()) < 1e-6 for ours, theirs in zip(rows, other_rows, strict=True))
-    assert error(logits, other_logits) < 1e-6
-    assert torch.equal(cached, other_cached)
+    assert all(error(ours.float(), theirs.float()) < 1e-5 for ours, theirs in zip(rows, other_rows, strict=True))
+    assert error(logits, other_logits) < 1e-5
+    assert error(cached, other_cached) < 1e-5
     assert (cached != before[:, :16]).flatten(2).any(2).sum() == 5 * CONFIG.num_hidden_layers
 
 
@@ -223,7 +227,7 @@ def test_ffn_rows_are_padded_and_more_than_a_graph_has_are_launched_anew(tmp_pat
         for layer, given in ((0, routed._replace(experts=None, weights=None)), (1, routed)):
             right, found = (half(layer, given) for half in halves)
             assert found.shape == right.shape
-            assert error(found, right) < 1e-6
+            assert error(found, right) < 1e-5
         assert calls.replays - before == 2 * replayed
 
 

@@ -39,8 +39,8 @@ class GPUCompute:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
 
         `quantise_experts`: routed experts are held in e4m3, whatever they were read as. `quantise_rows`: attention gives what goes to the
-        FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it. `capture`: makes what captures a set of graphs, at the end of a warm-up; None: every step
-        is launched anew.
+        FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it. `capture`: makes what captures a set of graphs, at the end of a
+        warm-up; None: every step is launched anew.
         """
         self._quantise_rows, self._capture = quantise_rows, capture
         self._graphs: dict[PagedCache, AttentionGraphs] = {}

@@ -42,7 +42,7 @@ class CUDAGraphs:
         with torch.cuda.stream(self._stream):
             run()
             self._stream.synchronize()
-            # Not torch.cuda.graph: it collects garbage and empties the allocator's cache each time, which steps that are served meanwhile would wait for.
+            # Not torch.cuda.graph: it collects garbage and empties the allocator's cache each time, and steps served meanwhile would wait.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
