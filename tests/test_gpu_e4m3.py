@@ -152,7 +152,7 @@ def last_logits(model: Step3Model, tokens: list[int]) -> Tensor:
         pytest.param(Epoch(1, 1, 1, 2, 2, dispatch="routed"), None, marks=pytest.mark.full),
         pytest.param(Epoch(1, 2, 1, 1, 3), E4M3, marks=pytest.mark.full),
         pytest.param(Epoch(1, 1, 1, 2, 2, shared_at_attention=True), E4M3, marks=pytest.mark.full),
-        (Epoch(1, 1, 1, 0, 2), None),
+        pytest.param(Epoch(1, 1, 1, 0, 2), None, marks=pytest.mark.full),
     ],
     ids=["routed", "on a wide wire", "broadcast", "shared at attention", "colocated"],
 )

@@ -30,8 +30,12 @@ def check_equal(checkpoint: Checkpoint, epoch: Epoch, prompts: tuple[int, ...] =
     assert found == expected(checkpoint, asked)
 
 
+@pytest.mark.full
 def test_both_halves_equal_the_reference(checkpoint: Checkpoint) -> None:
-    """Chunked prompts beside rows that decode, two instances that some rows do not go to, shared experts where a row's first expert is."""
+    """Chunked prompts beside rows that decode, two instances that some rows do not go to, shared experts where a row's first expert is.
+
+    The tests of the warm-up and of graphs serve the like.
+    """
     check_equal(checkpoint, Epoch(1, 1, 1, 2, 2, dispatch="routed"))
 
 
