@@ -86,7 +86,7 @@ class Setting:
     async def until(self, wanted: Callable[[], bool]) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             while not wanted():
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # not without a pause: the policy runs on a thread of its own
 
     async def more(self, decisions: int) -> None:
         """Until so many more have been made."""

@@ -214,7 +214,7 @@ def foreseen(
         last = step == len(arrivals_s) - 1
         count, each = (requests, context) if last else (40, CONTEXT)
         looked = seen(arrivals_s=rate, output_tokens_s=1000.0, completions_s=2.0, running=count, context_tokens=count * each)
-        demand, state = forecast(looked, horizon_s, deviations, state, step * 20.0)
+        demand, _, state = forecast(looked, horizon_s, deviations, state, step * 20.0)
     return demand
 
 
@@ -264,7 +264,7 @@ def test_a_load_that_goes_is_foreseen_once_it_is_no_chance() -> None:
 
 def test_without_any_answer_that_ended_the_present_is_expected() -> None:
     looked = seen(arrivals_s=50.0, running=10, context_tokens=7000)
-    demand, _ = forecast(looked, 60.0, 0.0, {}, 0.0)
+    demand, _, _ = forecast(looked, 60.0, 0.0, {}, 0.0)
     assert demand == Demand.of(looked)
 
 

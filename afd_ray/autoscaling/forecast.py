@@ -1,13 +1,17 @@
 """The load to come: what arrivals lead to, for each request stays as long as its answer takes."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from afd_ray.autoscaling.sizing import Demand
 from afd_ray.autoscaling.values import Observation, State
 
 LATEST_S, RECENT_S, USUAL_S = 20.0, 60.0, 600.0
 """Arrivals are averaged over three times, none longer than since the rate changed; what is older than one of them counts less than a third in it."""
+LONG_S = 7200.0
+"""So for the rate that times of more and of less come back to."""
+ABOVE = 1.15
+"""Times that rate: there is more now than there usually is."""
 LENGTH_S = 1200.0
 """So for the length of answers and the context of requests, which change more slowly."""
 UNLIKELY = 3.0
@@ -16,9 +20,17 @@ MOST_GROWTH = 3.0
 """So many times the present load at most: of few answers that ended the length may be wrong."""
 
 
-def forecast(
-    observation: Observation, horizon_s: float, deviations: float, state: State, now: float
-) -> tuple[Demand, dict[str, Any]]:
+class Forecast(NamedTuple):
+    """What is to come."""
+
+    demand: Demand
+    risen: bool
+    """There has been more than usually for a while, and who was late because it came has ended: the load will sooner fall than rise further."""
+    memory: dict[str, Any]
+    """The state to go on with."""
+
+
+def forecast(observation: Observation, horizon_s: float, deviations: float, state: State, now: float) -> Forecast:
     """The demand to be ready for from `horizon_s` on, at the target's pace, and what to remember.
 
     With answers of L tokens, each T after the last, requests stay for W = L T, and by Little's law there will be as many as arrivals times W, with the context
@@ -38,10 +50,11 @@ def forecast(
         "running": observation.running,
     }
     slow = {name: _towards(past[name] if past else 0.0, value, elapsed_s / LENGTH_S) for name, value in seen.items()}
-    memory["forecast"] = {**rates, **slow, "at": now}
+    long = _towards(past["long"], rates["usual"], elapsed_s / LONG_S) if past else rates["usual"]
+    memory["forecast"] = {**rates, **slow, "long": long, "at": now}
     present, target_ms = Demand.of(observation), observation.goals.tpot_ms
     if not slow["tokens"] or not slow["ended"] or present.sequences <= 0:
-        return present.times(present.spare(deviations)), memory
+        return Forecast(present.times(present.spare(deviations)), False, memory)
     stay_s = slow["tokens"] / slow["ended"] * target_ms / 1000
     to_come = rates["usual"] * stay_s * _made_up(rates, horizon_s, stay_s, now)
     mean = min(to_come, MOST_GROWTH * present.sequences)
@@ -51,7 +64,8 @@ def forecast(
     each = slow["context"] / max(slow["running"], 1e-9)
     context = max(sequences * each, _towards(present.context_tokens, mean * each, spans))
     prompts = present.prompt_tokens_s * max(1.0, sequences / present.sequences)
-    return Demand(sequences, context, prompts), memory
+    risen = rates["usual"] > ABOVE * long and not _is_recent(rates, horizon_s, stay_s, now)
+    return Forecast(Demand(sequences, context, prompts), risen, memory)
 
 
 def _rates(past: State | None, arrivals_s: float, now: float) -> dict[str, float]:
@@ -77,10 +91,15 @@ def _rates(past: State | None, arrivals_s: float, now: float) -> dict[str, float
 def _made_up(rates: State, horizon_s: float, stay_s: float, now: float) -> float:
     """How many times the steady load there is to do after a rise: the share of it that was not there before goes unserved for `horizon_s`, and is to be made up for
     while its requests are still here, or they end late however fast their last tokens come."""
-    if now - rates["changed_at"] > horizon_s + stay_s or rates["usual"] <= 0:
+    if not _is_recent(rates, horizon_s, stay_s, now) or rates["usual"] <= 0:
         return 1.0
     risen = max(0.0, 1 - rates["before"] / rates["usual"])
     return float(1 + risen * min(1.0, horizon_s / stay_s))
+
+
+def _is_recent(rates: State, horizon_s: float, stay_s: float, now: float) -> bool:
+    """Whether requests are still here that came before there were ranks for the rate that they came with."""
+    return bool(now - rates["changed_at"] <= horizon_s + stay_s)
 
 
 def _towards(start: float, end: float, spans: float) -> float:

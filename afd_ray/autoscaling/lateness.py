@@ -2,14 +2,15 @@
 
 What comes between two decisions, at the onset of a burst above all, makes some requests late; how many at one share of the target differs from day to day. So that share
 moves with each request that ends: up a little when it was in time, down by much when it was late, in such a proportion that it stands still where as many are late as may be.
-In the long run so many are, whatever the load does (as the level of adaptive conformal inference, Gibbs and Candes 2021, arXiv:2106.00170).
+In the long run so many are, whatever the load does (as the level of adaptive conformal inference, Gibbs and Candes 2021, arXiv:2106.00170). Where the load has risen, and will
+sooner fall than rise further, less has to be left free: that share is another one, learned by itself.
 """
 
 from typing import Any
 
 from afd_ray.autoscaling.values import Observation
 
-START = 0.95
+START, RISEN_START = 0.95, 1.0
 ATTAINMENT = 0.99
 """Share of the requests that is to be in time."""
 SPENT = 0.65
@@ -19,15 +20,18 @@ GAIN = 0.001
 LEAST, MOST = 0.85, 1.0
 
 
-def learned_margin(observation: Observation, memory: dict[str, Any], now: float) -> float:
+def learned_margin(observation: Observation, memory: dict[str, Any], now: float, risen: bool = False) -> float:
     """The share of the TPOT target to count ranks for; `memory` keeps it. Options: `margin` to start with, `attainment` (1: it stays there)."""
     options = observation.goals.options
     start = options.get("margin", START)
-    margin = float(memory.get("margin", start))
+    name = "margin"
+    if risen:
+        name, start = "margin_risen", max(start, RISEN_START)
+    margin = float(memory.get(name, start))
     elapsed_s = max(0.0, now - memory.get("judged_at", now))
     allowed = SPENT * max(0.0, 1 - options.get("attainment", ATTAINMENT))
     if allowed:
         step = GAIN * elapsed_s * (allowed * observation.completions_s - observation.late_s)
         margin = min(max(MOST, start), max(min(LEAST, start), margin + step))
-    memory["margin"], memory["judged_at"] = margin, now
+    memory[name], memory["judged_at"] = margin, now
     return margin

@@ -19,9 +19,8 @@ SHRINK_MARGIN = 0.95
 """Fewer ranks must do so much better than what would do."""
 HARDLY = 1.02
 """Times as long as now."""
-TRIM_GAIN, TRIM_LOSS = 0.05, 0.02
-"""Weight of the newest measurement in what the closed form is off by: when that is more than was thought, and when it is less. It is to be a mean, not
-what a burst between two looks makes of it; but it shows when ranks are busy, and more of them must not make it forgotten at once."""
+TRIM_GAIN = 0.03
+"""Weight of the newest measurement in what the closed form is off by: it is to be a mean, not what a burst between two looks makes of it."""
 MOST_ERROR = 1.5
 
 
@@ -77,8 +76,9 @@ def balance(observation: Observation, state: State, now: float) -> Decision:
 def predictive(observation: Observation, state: State, now: float) -> Decision:
     """As `balance`, for the load that arrivals lead to, from when ranks that are asked for now will serve."""
     horizon_s = observation.start_delay_s + observation.goals.options.get("lookahead_s", 30.0)
-    expected, remembered = forecast(observation, horizon_s, _deviations(observation), state, now)
-    return _balanced(observation, remembered, now, expected, f", {expected} in {horizon_s:.0f} s")
+    to_come = forecast(observation, horizon_s, _deviations(observation), state, now)
+    note = f", {to_come.demand} in {horizon_s:.0f} s"
+    return _balanced(observation, to_come.memory, now, to_come.demand, note, to_come.risen)
 
 
 BUILT_IN = {"fixed": fixed, "queue": queue, "tpot": tpot, "balance": balance, "predictive": predictive}
@@ -88,14 +88,14 @@ def _deviations(observation: Observation) -> float:
     return observation.goals.options.get("deviations", DEVIATIONS)
 
 
-def _balanced(observation: Observation, state: State, now: float, expected: Demand, note: str) -> Decision:
+def _balanced(observation: Observation, state: State, now: float, expected: Demand, note: str, risen: bool = False) -> Decision:
     memory: dict[str, Any] = dict(state)
     sizing = Sizing.of(observation, *_trims(observation, memory))
     if sizing is None or not observation.requests:
         return _unmeasured(observation, memory, now)
     goals, present = observation.goals, Demand.of(observation)
     kv_growth = max(1.0, expected.context_tokens / max(1.0, present.context_tokens))
-    margin = learned_margin(observation, memory, now)
+    margin = learned_margin(observation, memory, now, risen)
 
     def holds(counts: Counts) -> bool:
         kept = counts.attention >= least_for_kv(observation, KV_FULL / kv_growth)
@@ -172,8 +172,7 @@ def _trims(observation: Observation, memory: dict[str, Any]) -> tuple[float, flo
     if sizing is not None and stages is not None and measured is not None and observation.resize is None:
         present = Demand(observation.running, observation.context_tokens, observation.prompt_tokens_s)
         expected = sizing.tpot_ms(observation.counts, present, measured)
-        found = min(MOST_ERROR, max(1.0, measured / expected))
-        error += (TRIM_GAIN if found > error else TRIM_LOSS) * (found - error)
+        error += TRIM_GAIN * (min(MOST_ERROR, max(1 / MOST_ERROR, measured / expected)) - error)
         waits = stages.attention_wait + stages.ffn_wait
         memory["ffn_part"] = stages.attention_wait / waits if waits else 0.5
     memory["error"] = error
