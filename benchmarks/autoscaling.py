@@ -81,7 +81,7 @@ def families(policy: str) -> list[list[Settings]]:
             return [[_ranks(attention, ffn) for attention in range(34, 13, -2)] for ffn in (11, 12, 14)]
         case "queue":
             ongoing = [quarters / 4 for quarters in range(16, 33)]
-            ratios_and_delays = ((4, 120, 30), (4, 300, 30), (4, 120, 0), (4, 300, 0), (4, 600, 0), (5, 300, 0))
+            ratios_and_delays = ((4, 120, 30), (4, 300, 30), (4, 120, 0), (4, 300, 0), (4, 600, 0), (5, 300, 0), (6, 300, 0))
             return [
                 [
                     (*_ranks(attention, 4), *_options(ongoing_per_attention=each, shrink_after_s=after, grow_after_s=grow))
