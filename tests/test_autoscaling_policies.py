@@ -8,8 +8,8 @@ import re
 import pytest
 
 from afd_ray.autoscaling import Counts, Goals, Observation, Quantiles, Stages, decide, load_policy
-from afd_ray.autoscaling.forecast import MOST_GROWTH, forecast
-from afd_ray.autoscaling.lateness import ATTAINMENT, LEAST, SPENT, START, learned_margin
+from afd_ray.autoscaling.forecast import MOST_GROWTH, Forecast, forecast
+from afd_ray.autoscaling.lateness import ATTAINMENT, LEAST, RISEN_START, SPENT, START, learned_margin
 from afd_ray.autoscaling.learning import StageBook
 from afd_ray.autoscaling.policies import DEVIATIONS, MARGIN, SHRINK_MARGIN
 from afd_ray.autoscaling.serve_policy import from_serve, to_serve
@@ -191,6 +191,14 @@ def test_a_steady_share_of_late_requests_comes_to_what_is_allowed() -> None:
     assert late / ended == pytest.approx(SPENT * (1 - ATTAINMENT), rel=0.1)
 
 
+def test_of_a_load_that_has_risen_the_margin_is_another_one() -> None:
+    memory: dict[str, object] = {}
+    for step, risen in enumerate((False, True, True)):
+        learned = learned_margin(seen(completions_s=10.0, late_s=2.0), memory, 10.0 * step, risen)
+    assert memory["margin"] == START
+    assert START < learned == memory["margin_risen"] < RISEN_START
+
+
 def test_a_load_that_is_always_late_asks_for_no_more_than_the_least_margin() -> None:
     assert margins([1.0] * 50)[-1] == LEAST
     assert margins([1.0] * 50, margin=0.7)[-1] == 0.7, "who starts further away stays there"
@@ -209,13 +217,20 @@ def foreseen(
     arrivals_s: list[float], requests: int, *, context: int = CONTEXT, horizon_s: float = 60.0, deviations: float = 0.0
 ) -> Demand:
     """After looks every 20 s at a cluster that has 40 requests and at last `requests`, with so much context each."""
+    return seen_to_come(arrivals_s, requests, context, horizon_s, deviations).demand
+
+
+def seen_to_come(
+    arrivals_s: list[float], requests: int = 40, context: int = CONTEXT, horizon_s: float = 60.0, deviations: float = 0.0
+) -> Forecast:
     state: State = {}
     for step, rate in enumerate(arrivals_s):
         last = step == len(arrivals_s) - 1
         count, each = (requests, context) if last else (40, CONTEXT)
         looked = seen(arrivals_s=rate, output_tokens_s=1000.0, completions_s=2.0, running=count, context_tokens=count * each)
-        demand, _, state = forecast(looked, horizon_s, deviations, state, step * 20.0)
-    return demand
+        to_come = forecast(looked, horizon_s, deviations, state, step * 20.0)
+        state = to_come.memory
+    return to_come
 
 
 USUAL = [2.0] * 60
@@ -234,6 +249,14 @@ def test_what_a_rise_leaves_unserved_until_there_are_ranks_is_made_up_for() -> N
         "half of it is new, and is not served for as long as it stays"
     )
     assert foreseen([*USUAL, *[0.5] * 3], 40, horizon_s=0.0).sequences == pytest.approx(2 * STAY_S), "a fall leaves nothing"
+
+
+def test_the_load_has_risen_once_those_who_were_late_because_it_came_have_ended() -> None:
+    assert not seen_to_come(USUAL).risen
+    assert not seen_to_come([*USUAL, *[4.0] * 4]).risen
+    assert seen_to_come([*USUAL, *[4.0] * 10]).risen
+    assert not seen_to_come([*USUAL, *[4.0] * 10, *[2.0] * 10]).risen
+    assert not seen_to_come([*USUAL, *[4.0] * 2000]).risen, "what there is for hours is usual"
 
 
 def test_a_burst_is_counted_with_the_context_that_its_requests_will_have() -> None:
