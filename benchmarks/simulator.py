@@ -48,9 +48,10 @@ PARTS = {
         ("pipeline.micro_batches=2", "handoff.wire_dtype=bfloat16"),
         (Counts(1, 1), Counts(2, 1)),
         {
-            "poisson": f"poisson:rate=4,duration_s=20,{SMALL}",
-            "bursty": f"bursty:rate=4,duration_s=20,burst_s=4,calm_s=6,{SMALL}",
-            "drift": "drift:rate=3,duration_s=20,prompt=200,output=48,drift=4,spread=0.3",
+            # So many that actors are at work most of the time: what it takes to wake up one that is not, no profile says.
+            "poisson": f"poisson:rate=10,duration_s=20,{SMALL}",
+            "bursty": f"bursty:rate=8,duration_s=20,burst_s=4,calm_s=6,{SMALL}",
+            "drift": "drift:rate=4,duration_s=20,prompt=200,output=48,drift=4,spread=0.3",
         },
         "step3-92m",
     ),
