@@ -91,8 +91,8 @@ class Controller(Inquiry):
         if change is None:
             return "ready" if self._transition.roster else ""
         doing = NAMES[change.phase]
-        if self._crew.lack is not None:
-            return f"waiting for nodes: {self._crew.lack}"
+        if self._transition.waiting_for is not None:
+            return f"waiting for {self._transition.waiting_for}"
         if change.phase != "load":
             return doing
         try:

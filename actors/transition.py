@@ -117,6 +117,11 @@ class Transition:
         silent = [name for name in serving if name not in coordinator.takers and name not in coordinator.leaving]
         return [*(hand.name for hand in self.departed), *silent]
 
+    @property
+    def waiting_for(self) -> str | None:
+        """The nodes that a change in progress needs and the cluster lacks."""
+        return None if self.crew.lack is None else f"nodes: {self.crew.lack}"
+
     def state_of(self, hand: Hand) -> str:
         """As the status shows it."""
         coordinator = self.coordinator
@@ -158,8 +163,9 @@ class Transition:
         ask_id, before, started_s = ask_id or new_ask_id(), self.roster, time.monotonic()
         self._asked[ask_id] = asyncio.get_running_loop().create_future()
         self.tell(Asked(ask_id, shape, anew))
-        late = Withdrawn(ask_id, f"not over in {timeout_s:g} s") if timeout_s is not None else None
-        alarm = asyncio.get_running_loop().call_later(timeout_s or 0.0, self.tell, late) if late else None
+        alarm = None
+        if timeout_s is not None:
+            alarm = asyncio.get_running_loop().call_later(timeout_s, self.withdraw, ask_id, f"not over in {timeout_s:g} s")
         done = await self._asked[ask_id]
         if alarm is not None:
             alarm.cancel()
@@ -178,8 +184,10 @@ class Transition:
         return answer
 
     def withdraw(self, ask_id: str, reason: str) -> None:
-        """Roll back what was asked for; too late once it has committed."""
-        self.tell(Withdrawn(ask_id, reason))
+        """Roll back what was asked for, and say what it waited for; too late once it has committed."""
+        change, lack = self.coordinator.change, self.waiting_for
+        waited = lack is not None and change is not None and change.ask_id == ask_id
+        self.tell(Withdrawn(ask_id, f"{reason}; waiting for {lack}" if waited else reason))
 
     def close(self) -> None:
         """Watch nobody any more."""

@@ -246,6 +246,11 @@ def test_the_lost_are_told_below_the_table_and_not_counted() -> None:
     assert f"a-2 is lost: {reason}" in text.splitlines()[-3].rstrip()
 
 
+def test_what_a_resize_waits_for_is_told() -> None:
+    lines = shown(STATUS | {"state": "resizing", "waiting_for": "nodes: needed: 98 CPUs [pool]"}, 80).splitlines()
+    assert [line.strip() for line in lines[:2]] == ["demo: resizing, epoch 3", "waiting for nodes: needed: 98 CPUs [pool]"]
+
+
 def test_no_figure_is_torn_apart() -> None:
     stages = {"attention": 1234.5, "ffn": 2345.6, "a2f": 345.7, "f2a": 45.8, "attention_wait": 1999.9, "ffn_wait": 1888.8}
     lines = shown(STATUS | {"stages_us": stages}, 40).splitlines()

@@ -184,6 +184,8 @@ class Status(BaseModel):
     tpot_ms: Quantiles | None
     ttft_ms: Quantiles | None
     stages_us: dict[str, float | None]
+    waiting_for: str | None = None
+    """What a change in progress cannot go on without."""
     last_resize: Resize | None
 
 
