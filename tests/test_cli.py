@@ -46,6 +46,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("cancel"):
+            self.answer(200, {"outcome": "rolled_back", "reason": "called off by an operator"})
+            return
         if self.path == "/admin/scale":
             self.answer(409, {"outcome": "rolled_back", "reason": "no room", "error": {"message": "rolled_back: no room"}})
             return
@@ -220,6 +223,24 @@ def test_a_resize_that_did_not_happen_says_why(url: str, capsys: pytest.CaptureF
     assert fails(capsys, 1, "scale", "--url", url, "--attention", "9") == "afd-ray: rolled_back: no room\n"
     assert main(["scale", "--url", url, "--attention", "9", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"outcome": "rolled_back", "reason": "no room"}
+
+
+def test_a_resize_can_be_called_off(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--url", url, "--cancel"]) == 0
+    assert capsys.readouterr().out == "rolled_back: called off by an operator\n"
+    assert "--cancel stands alone" in fails(capsys, 2, "scale", "--url", url, "--cancel", "--ffn", "2")
+
+
+def test_who_stops_waiting_for_a_resize_is_told_that_it_goes_on(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actors.commands.scale.ask", interrupted)
+    said = "afd-ray: the resize goes on; to call it off: afd-ray scale --cancel"
+    assert fails(capsys, 130, "scale", "--url", url, "--ffn", "2") == f"{said} --url {url}\n"
+    assert fails(capsys, 130, "scale", "--ffn", "2") == f"{said}\n"
 
 
 def test_a_wrong_key_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,10 +135,13 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     async def scale(request: Request) -> Response:
         options.admin_keys.check(request)
         body = parse_json(await _body(request, options))
-        _refuse_unknown_keys(body, (*SCALED, "timeout_s"))
+        _refuse_unknown_keys(body, (*SCALED, "timeout_s", "cancel"))
+        if body.get("cancel") is not None:
+            _check_cancels_alone(body)
+            return json_response(await _asked(backend.scale({"cancel": True})))
         wanted = {name: _count(body, name, MAX_RANKS) for name in SCALED}
         if not any(wanted.values()):
-            raise bad_request("body must give attention, ffn or ffn_tensor_parallel")
+            raise bad_request("body must give attention, ffn or ffn_tensor_parallel, or cancel")
         wanted["timeout_s"] = _count(body, "timeout_s", MAX_TIMEOUT_S)
         return _resized(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
 
@@ -210,6 +213,13 @@ def _resized(answer: dict[str, Any]) -> Response:
         return json_response(answer)
     failure = ApiError(409, f"{answer['outcome']}: {answer.get('reason')}", code=answer["outcome"])
     return json_response(answer | failure.body(), status=failure.status)
+
+
+def _check_cancels_alone(body: dict[str, Any]) -> None:
+    if body["cancel"] is not True:
+        raise bad_request(f"cancel must be true, got {json.dumps(body['cancel'])[:30]}", param="cancel")
+    if any(value is not None for key, value in body.items() if key != "cancel"):
+        raise bad_request("cancel must stand alone", param="cancel")
 
 
 def _refuse_unknown_keys(body: dict[str, Any], known: tuple[str, ...]) -> None:

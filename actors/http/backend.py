@@ -54,7 +54,10 @@ class Backend(Protocol):
     async def status(self) -> dict[str, Any]: ...
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """`wanted`: what of attention, ffn, ffn_tensor_parallel and timeout_s is given; Rejected when a resize is in progress."""
+        """`wanted`: what of attention, ffn, ffn_tensor_parallel and timeout_s is given, or `cancel` for the resize in progress.
+
+        Rejected when a resize is in progress; for `cancel`, when there is none, or it has committed.
+        """
         ...
 
     async def decisions(self, after: int) -> dict[str, Any]:
