@@ -4,14 +4,17 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
+from ray.serve._private.long_poll import LongPollClient, LongPollState
 
 from actors.cluster import ClusterError
-from actors.draining import Replicas, _chosen, drain
+from actors.draining import Replicas, _chosen, drain, polling_ended
 from actors.http.app import create_app
 from actors.ingress import ClusterBackend
 from actors.serve import finish, stop_signals
@@ -122,6 +125,36 @@ def test_an_ingress_that_does_not_answer_is_an_error_to_a_drain_and_none_to_a_st
     with pytest.raises(ClusterError):
         drain(replicas, threading.Event(), TIMEOUT_S)
     finish(replicas, threading.Event(), TIMEOUT_S)
+
+
+class FakeServeController:
+    """Answers a poll when the test says so."""
+
+    def __init__(self) -> None:
+        self.polls: list[Callable[[Any], None]] = []
+        self.polled = threading.Event()
+        self.listen_for_change = Method(self._listen)  # type: ignore[arg-type]
+
+    def _listen(self, snapshots: object) -> Any:
+        self.polled.set()
+        return SimpleNamespace(_on_completed=self.polls.append)
+
+
+def test_nothing_of_serve_polls_when_the_drain_is_over() -> None:
+    controller, loop = FakeServeController(), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        with polling_ended():
+            client = LongPollClient(controller, {}, call_in_event_loop=loop, client_id="a router")
+            assert controller.polled.wait(TIMEOUT_S)
+        controller.polls[0](LongPollState.TIME_OUT)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(TIMEOUT_S)
+        assert (client.is_running, len(controller.polls)) == (False, 1)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 @pytest.mark.parametrize(("there", "name"), [(["default"], None), (["afd", "other"], "afd")])
