@@ -59,6 +59,7 @@ class FakeBackend:
         self.reply = reply
         self.end = end
         self.is_ready = True
+        self.stopping = False
         self.gate: asyncio.Semaphore | None = None
         self.failure: Exception | None = None
         self.fail_choice: int | None = None

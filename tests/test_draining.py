@@ -35,8 +35,14 @@ async def test_an_ingress_that_drains(tmp_path: Path) -> None:
         await eventually(lambda: len(actor.running) == 1)
         actor.step()
         backend.drain()
-        for answer in (await client.post("/v1/completions", json=body), await client.get("/ready")):
+        for answer in (
+            await client.post("/v1/completions", json=body),
+            await client.get("/ready"),
+            await client.post("/admin/scale", json={"attention": 2}),
+            await client.post("/admin/rebalance"),
+        ):
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json()["error"]["message"] == "the server is stopping"
         assert (await client.get("/health")).status_code == 200
         actor.finish()
         assert (await finishing).json()["usage"]["completion_tokens"] == 3
@@ -54,6 +60,18 @@ async def test_its_status_says_that_it_is_stopping(tmp_path: Path) -> None:
     assert await backend.status() == {"state": "ready"}
     backend.drain()
     assert await backend.status() == {"state": "stopping"}
+    await backend.close()
+
+
+async def test_a_resize_that_is_under_way_can_still_be_called_off(tmp_path: Path) -> None:
+    async def scale(cancel: bool) -> dict[str, bool]:
+        return {"cancelled": cancel}
+
+    controller = FakeController(tmp_path, {})
+    controller.scale = Method(scale)
+    backend = ClusterBackend(lambda: controller, ingress_id="i", max_queued=4)
+    backend.drain()
+    assert await backend.scale({"cancel": True}) == {"cancelled": True}
     await backend.close()
 
 

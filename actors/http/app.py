@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.http.auth import Keys
-from actors.http.backend import Backend
+from actors.http.backend import STOPPING, Backend
 from actors.http.errors import ApiError, as_refusal, bad_request, install_error_handlers
 from actors.http.generation import Generation
 from actors.http.limits import HeaderLimit, RequestRate
@@ -113,7 +113,8 @@ def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, o
 
     async def ready(request: Request) -> Response:
         if not backend.ready():
-            raise ApiError(503, "the cluster is not ready", code="unavailable", headers={"Retry-After": "1"})
+            reason = STOPPING if backend.stopping else "the cluster is not ready"
+            raise ApiError(503, reason, code="unavailable", headers={"Retry-After": "1"})
         return json_response({"status": "ready"})
 
     async def scrape(request: Request) -> Response:

@@ -8,6 +8,9 @@ from afd_ray.metrics import Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
 
+STOPPING = "the server is stopping"
+"""What everybody is told from then on."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -46,6 +49,11 @@ class Backend(Protocol):
     def model(self) -> ModelCard: ...
 
     def ready(self) -> bool: ...
+
+    @property
+    def stopping(self) -> bool:
+        """For good: it will not be ready again."""
+        ...
 
     def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
         """Closing the iterator early aborts the request. ValueError for one that can never run, Overloaded, Unavailable."""
