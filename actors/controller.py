@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 NAME = "afd-controller"
 NAMESPACE = "afd"
 STOP_TIMEOUT_S = 10.0
+CALLED_OFF = "called off by an operator"
 
 
 class Controller(Inquiry):
@@ -91,8 +92,8 @@ class Controller(Inquiry):
         if change is None:
             return "ready" if self._transition.roster else ""
         doing = NAMES[change.phase]
-        if self._crew.lack is not None:
-            return f"waiting for nodes: {self._crew.lack}"
+        if self._transition.waiting_for is not None:
+            return f"waiting for {self._transition.waiting_for}"
         if change.phase != "load":
             return doing
         try:
@@ -109,11 +110,18 @@ class Controller(Inquiry):
         ffn: int | None = None,
         ffn_tensor_parallel: int | None = None,
         timeout_s: float | None = None,
+        cancel: bool = False,
     ) -> dict[str, Any]:
         """Resize while serving; returns when that is over, what `last_resize` in the status says. None: as it is.
 
-        `ffn` counts ranks. Raises ValueError for a shape that cannot be, RuntimeError when a resize is in progress already.
+        `ffn` counts ranks. `cancel`: roll back the resize that is in progress instead, whoever asked for it.
+        Raises ValueError for a shape that cannot be, RuntimeError when a resize is in progress already, or none that could be rolled back.
         """
+        if cancel:
+            answer = await self._transition.call_off(CALLED_OFF)
+            if answer["outcome"] == "committed":
+                raise RuntimeError("the resize could not be called off any more: it has committed")
+            return answer
         shape = self._wanted().scaled(attention, ffn, ffn_tensor_parallel)
         return await self._autoscaler.by_hand(shape, lambda: self._resize(shape, timeout_s=timeout_s))
 

@@ -1,11 +1,17 @@
 """The end of serving: no new request, and those in progress are waited for."""
 
+import asyncio
+import gc
+import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.long_poll import LongPollClient
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -51,9 +57,25 @@ def drain(replicas: Replicas, at_once: threading.Event, timeout_s: float) -> int
 
 def drain_application(address: str, name: str | None, timeout_s: float) -> int:
     """As `drain`, of a Serve application in the Ray cluster at `address`: of that name, or the only one. Raises ClusterError (one line)."""
-    with joined(address):
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with joined(address), polling_ended():
         chosen = _chosen(list(serve.status().applications), name, address)
         return drain(Replicas(serve.get_app_handle(chosen)), threading.Event(), timeout_s)
+
+
+@contextmanager
+def polling_ended() -> Iterator[None]:
+    """At the end no router of Serve polls its controller any more: after `ray.shutdown` the next poll would start a Ray of its own, and fail at length."""
+
+    async def stop(client: LongPollClient) -> None:
+        client.stop()
+
+    try:
+        yield
+    finally:
+        for client in [found for found in gc.get_objects() if type(found) is LongPollClient]:
+            # On its own loop: a poll that has begun is through before.
+            asyncio.run_coroutine_threadsafe(stop(client), client.event_loop).result(ANSWER_TIMEOUT_S)
 
 
 def _chosen(there: list[str], name: str | None, address: str) -> str:

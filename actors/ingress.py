@@ -22,7 +22,7 @@ from actors.cluster_view import ANSWER_TIMEOUT_S, ClusterView
 from actors.heap import freeze_heap
 from actors.http.app import Options, create_app
 from actors.http.auth import Keys
-from actors.http.backend import ModelCard, Unavailable
+from actors.http.backend import STOPPING, ModelCard, Unavailable
 from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
 from actors.request_log import log_requests
@@ -39,7 +39,6 @@ NAMESPACE = "afd"
 SHARE_METRICS_S = 5.0
 STATUS_TIMEOUT_S = 35.0
 """Longer than the controller waits for its actors."""
-STOPPING = "the server is stopping"
 
 # One event loop for the replica and our code: a hop between threads less for each request and each token.
 SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
@@ -78,11 +77,14 @@ class ClusterBackend:
     def ready(self) -> bool:
         """Of a controller that does not answer, the last word counts."""
         serving = self._view.state in ("ready", "resizing", "recovering")
-        return serving and self._card is not None and self._view.pool.live > 0 and not self._draining
+        return serving and self._card is not None and self._view.pool.live > 0 and not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        return self._draining or self._view.state == "stopping"
 
     def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
-        if self._draining:
-            raise Unavailable(STOPPING)
+        self._require_no_end()
         return self._view.pool.generate(request)
 
     async def status(self) -> dict[str, Any]:
@@ -91,6 +93,8 @@ class ClusterBackend:
         return status | {"state": "stopping"} if self._draining else status
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if not wanted.get("cancel"):
+            self._require_no_end()
         return dict(await self._view.ask("scale", named=wanted))
 
     async def decisions(self, after: int) -> dict[str, Any]:
@@ -100,6 +104,7 @@ class ClusterBackend:
         return dict(await self._view.ask("measured", timeout_s=ANSWER_TIMEOUT_S))
 
     async def rebalance(self) -> dict[str, Any]:
+        self._require_no_end()
         return dict(await self._view.ask("rebalance"))
 
     async def trace(self, steps: int) -> dict[str, Any]:
@@ -134,6 +139,11 @@ class ClusterBackend:
 
     async def close(self) -> None:
         await self._view.pool.close()
+
+    def _require_no_end(self) -> None:
+        """Raises Unavailable for what would begin anew on a server that comes to its end."""
+        if self._draining:
+            raise Unavailable(STOPPING)
 
     async def _take_model(self, view: dict[str, Any]) -> None:
         if self._card is None:

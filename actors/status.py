@@ -72,6 +72,7 @@ def _describe(config: Config, transition: Transition, shown: Shown) -> dict[str,
         "expert_loads": [sum(counts) for counts in zip(*(a["expert_loads"] for a in attention), strict=True)],
         "moved_in": _summed([answer["moved_in"] for answer in attention]),
         "reason": coordinator.broken or None,
+        "waiting_for": transition.waiting_for,
         "last_resize": transition.last_resize,
     }
 

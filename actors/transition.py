@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -70,6 +70,15 @@ def deadlines_of(config: Config) -> Deadlines:
     )
 
 
+class Asking(NamedTuple):
+    """A shape that somebody asked for, and waits for."""
+
+    shape: Shape
+    before: Roster | None
+    started_s: float
+    answer: asyncio.Future[dict[str, Any]]
+
+
 class Transition:
     """One cluster's way through its epochs. Everything happens on one event loop."""
 
@@ -82,7 +91,7 @@ class Transition:
         self.last_resize: dict[str, Any] | None = None
         self._model, self._store = model, store
         self._vigil = Vigil(crew, config.failure.detect_timeout_s, self.tell)
-        self._asked: dict[str, asyncio.Future[Done]] = {}
+        self._asked: dict[str, Asking] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: deque[Event] = deque()
         self._endpoints: dict[int, dict[int, dict[str, Any]]] = {}
@@ -116,6 +125,11 @@ class Transition:
         serving = self.roster.attention if self.roster else ()
         silent = [name for name in serving if name not in coordinator.takers and name not in coordinator.leaving]
         return [*(hand.name for hand in self.departed), *silent]
+
+    @property
+    def waiting_for(self) -> str | None:
+        """The nodes that a change in progress needs and the cluster lacks."""
+        return None if self.crew.lack is None else f"nodes: {self.crew.lack}"
 
     def state_of(self, hand: Hand) -> str:
         """As the status shows it."""
@@ -155,31 +169,31 @@ class Transition:
         `ask_id`: for `withdraw`. Raises ValueError for a shape that cannot be.
         """
         self.epochs.check(shape)
-        ask_id, before, started_s = ask_id or new_ask_id(), self.roster, time.monotonic()
-        self._asked[ask_id] = asyncio.get_running_loop().create_future()
+        ask_id = ask_id or new_ask_id()
+        asking = self._asked[ask_id] = Asking(shape, self.roster, time.monotonic(), asyncio.get_running_loop().create_future())
         self.tell(Asked(ask_id, shape, anew))
-        late = Withdrawn(ask_id, f"not over in {timeout_s:g} s") if timeout_s is not None else None
-        alarm = asyncio.get_running_loop().call_later(timeout_s or 0.0, self.tell, late) if late else None
-        done = await self._asked[ask_id]
+        alarm = None
+        if timeout_s is not None:
+            alarm = asyncio.get_running_loop().call_later(timeout_s, self.withdraw, ask_id, f"not over in {timeout_s:g} s")
+        answer = await asking.answer
         if alarm is not None:
             alarm.cancel()
-        del self._asked[ask_id]
-        entered = self.roster.number if self.roster and self.roster != before else 0
-        answer = {
-            "from": _counts(before.shape) if before else None,
-            "to": _counts(shape),
-            "outcome": done.outcome,
-            "reason": done.reason or None,
-            "pause_ms": max(self._pauses_ms.get(entered, ()), default=None) if done.outcome == "committed" else None,
-            "total_s": round(time.monotonic() - started_s, 3),
-        }
-        if done.outcome != "refused":
-            self.last_resize = answer
         return answer
 
+    async def call_off(self, reason: str) -> dict[str, Any]:
+        """Roll back the resize that somebody asked for; gives how that ended, once it has. Raises RuntimeError where there is none."""
+        ask_id = self.coordinator.asked
+        asking = self._asked.get(ask_id or "")
+        if ask_id is None or asking is None:
+            raise RuntimeError("no resize is in progress, so there is none to call off")
+        self.withdraw(ask_id, reason)
+        return await asyncio.shield(asking.answer)
+
     def withdraw(self, ask_id: str, reason: str) -> None:
-        """Roll back what was asked for; too late once it has committed."""
-        self.tell(Withdrawn(ask_id, reason))
+        """Roll back what was asked for, and say what it waited for; too late once it has committed."""
+        change, lack = self.coordinator.change, self.waiting_for
+        waited = lack is not None and change is not None and change.ask_id == ask_id
+        self.tell(Withdrawn(ask_id, f"{reason}; waiting for {lack}" if waited else reason))
 
     def close(self) -> None:
         """Watch nobody any more."""
@@ -204,11 +218,28 @@ class Transition:
         elif isinstance(effect, Deadline):
             asyncio.get_running_loop().call_later(effect.seconds, self.tell, Late(effect.number, effect.phase))
         elif isinstance(effect, Done):
-            waiting = self._asked.get(effect.ask_id)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(effect)
+            self._answer(effect)
         elif isinstance(effect, Publish):
             self._begin(self._publish())
+
+    def _answer(self, done: Done) -> None:
+        """To whoever asked; nobody does any more after a restart."""
+        asking = self._asked.pop(done.ask_id, None)
+        if asking is None:
+            return
+        entered = self.roster.number if self.roster and self.roster != asking.before else 0
+        answer = {
+            "from": _counts(asking.before.shape) if asking.before else None,
+            "to": _counts(asking.shape),
+            "outcome": done.outcome,
+            "reason": done.reason or None,
+            "pause_ms": max(self._pauses_ms.get(entered, ()), default=None) if done.outcome == "committed" else None,
+            "total_s": round(time.monotonic() - asking.started_s, 3),
+        }
+        if done.outcome != "refused":
+            self.last_resize = answer
+        if not asking.answer.done():
+            asking.answer.set_result(answer)
 
     @property
     def _numbers(self) -> set[int]:

@@ -51,6 +51,7 @@ class FakeCrew:
     """In place of `Crew`; members come up at once."""
 
     uid, secret = "fake", b"s"
+    lack: str | None = None
 
     def __init__(self) -> None:
         self.hands: dict[str, Hand] = {}

@@ -59,6 +59,7 @@ class FakeBackend:
         self.reply = reply
         self.end = end
         self.is_ready = True
+        self.stopping = False
         self.gate: asyncio.Semaphore | None = None
         self.failure: Exception | None = None
         self.fail_choice: int | None = None
@@ -120,7 +121,8 @@ class FakeBackend:
         return {"state": "ready", "epoch": 1, "model": self.model.name} | actors | nothing
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {"outcome": "committed", "reason": None, "pause_ms": 1.0, "total_s": 2.0, "to": wanted}
+        outcome = "rolled_back" if wanted.get("cancel") else "committed"
+        return {"outcome": outcome, "reason": None, "pause_ms": 1.0, "total_s": 2.0, "to": wanted}
 
     async def decisions(self, after: int) -> dict[str, Any]:
         return {"policy": "balance", "decisions": [{"number": after + 1}]}

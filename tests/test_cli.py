@@ -46,6 +46,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("cancel"):
+            self.answer(200, {"outcome": "rolled_back", "reason": "called off by an operator"})
+            return
         if self.path == "/admin/scale":
             self.answer(409, {"outcome": "rolled_back", "reason": "no room", "error": {"message": "rolled_back: no room"}})
             return
@@ -222,6 +225,24 @@ def test_a_resize_that_did_not_happen_says_why(url: str, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == {"outcome": "rolled_back", "reason": "no room"}
 
 
+def test_a_resize_can_be_called_off(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--url", url, "--cancel"]) == 0
+    assert capsys.readouterr().out == "rolled_back: called off by an operator\n"
+    assert "--cancel stands alone" in fails(capsys, 2, "scale", "--url", url, "--cancel", "--ffn", "2")
+
+
+def test_who_stops_waiting_for_a_resize_is_told_that_it_goes_on(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actors.commands.scale.ask", interrupted)
+    said = "afd-ray: the resize goes on; to call it off: afd-ray scale --cancel"
+    assert fails(capsys, 130, "scale", "--url", url, "--ffn", "2") == f"{said} --url {url}\n"
+    assert fails(capsys, 130, "scale", "--ffn", "2") == f"{said}\n"
+
+
 def test_a_wrong_key_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, 1, "status", "--url", url, "--api-key", "x") == f"afd-ray: {url}/admin/status: 401, wrong admin key\n"
 
@@ -244,6 +265,11 @@ def test_the_lost_are_told_below_the_table_and_not_counted() -> None:
     text = shown(STATUS | {"attention": [*STATUS["attention"], dead]}, 80)  # type: ignore[misc]
     assert "attention (1)" in text
     assert f"a-2 is lost: {reason}" in text.splitlines()[-3].rstrip()
+
+
+def test_what_a_resize_waits_for_is_told() -> None:
+    lines = shown(STATUS | {"state": "resizing", "waiting_for": "nodes: needed: 98 CPUs [pool]"}, 80).splitlines()
+    assert [line.strip() for line in lines[:2]] == ["demo: resizing, epoch 3", "waiting for nodes: needed: 98 CPUs [pool]"]
 
 
 def test_no_figure_is_torn_apart() -> None:

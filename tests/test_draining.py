@@ -4,14 +4,17 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
+from ray.serve._private.long_poll import LongPollClient, LongPollState
 
 from actors.cluster import ClusterError
-from actors.draining import Replicas, _chosen, drain
+from actors.draining import Replicas, _chosen, drain, polling_ended
 from actors.http.app import create_app
 from actors.ingress import ClusterBackend
 from actors.serve import finish, stop_signals
@@ -32,8 +35,14 @@ async def test_an_ingress_that_drains(tmp_path: Path) -> None:
         await eventually(lambda: len(actor.running) == 1)
         actor.step()
         backend.drain()
-        for answer in (await client.post("/v1/completions", json=body), await client.get("/ready")):
+        for answer in (
+            await client.post("/v1/completions", json=body),
+            await client.get("/ready"),
+            await client.post("/admin/scale", json={"attention": 2}),
+            await client.post("/admin/rebalance"),
+        ):
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json()["error"]["message"] == "the server is stopping"
         assert (await client.get("/health")).status_code == 200
         actor.finish()
         assert (await finishing).json()["usage"]["completion_tokens"] == 3
@@ -51,6 +60,18 @@ async def test_its_status_says_that_it_is_stopping(tmp_path: Path) -> None:
     assert await backend.status() == {"state": "ready"}
     backend.drain()
     assert await backend.status() == {"state": "stopping"}
+    await backend.close()
+
+
+async def test_a_resize_that_is_under_way_can_still_be_called_off(tmp_path: Path) -> None:
+    async def scale(cancel: bool) -> dict[str, bool]:
+        return {"cancelled": cancel}
+
+    controller = FakeController(tmp_path, {})
+    controller.scale = Method(scale)
+    backend = ClusterBackend(lambda: controller, ingress_id="i", max_queued=4)
+    backend.drain()
+    assert await backend.scale({"cancel": True}) == {"cancelled": True}
     await backend.close()
 
 
@@ -122,6 +143,36 @@ def test_an_ingress_that_does_not_answer_is_an_error_to_a_drain_and_none_to_a_st
     with pytest.raises(ClusterError):
         drain(replicas, threading.Event(), TIMEOUT_S)
     finish(replicas, threading.Event(), TIMEOUT_S)
+
+
+class FakeServeController:
+    """Answers a poll when the test says so."""
+
+    def __init__(self) -> None:
+        self.polls: list[Callable[[Any], None]] = []
+        self.polled = threading.Event()
+        self.listen_for_change = Method(self._listen)  # type: ignore[arg-type]
+
+    def _listen(self, snapshots: object) -> Any:
+        self.polled.set()
+        return SimpleNamespace(_on_completed=self.polls.append)
+
+
+def test_nothing_of_serve_polls_when_the_drain_is_over() -> None:
+    controller, loop = FakeServeController(), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        with polling_ended():
+            client = LongPollClient(controller, {}, call_in_event_loop=loop, client_id="a router")
+            assert controller.polled.wait(TIMEOUT_S)
+        controller.polls[0](LongPollState.TIME_OUT)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(TIMEOUT_S)
+        assert (client.is_running, len(controller.polls)) == (False, 1)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 @pytest.mark.parametrize(("there", "name"), [(["default"], None), (["afd", "other"], "afd")])

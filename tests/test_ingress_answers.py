@@ -261,6 +261,8 @@ async def test_models(client: httpx.AsyncClient) -> None:
 async def test_admin(client: httpx.AsyncClient) -> None:
     assert (await client.get("/admin/status")).json()["state"] == "ready"
     assert (await client.post("/admin/scale", json={"ffn": 2, "timeout_s": 9})).json()["to"] == {"ffn": 2, "timeout_s": 9}
+    cancelled = await client.post("/admin/scale", json={"cancel": True})
+    assert (cancelled.status_code, cancelled.json()["outcome"], cancelled.json()["to"]) == (200, "rolled_back", {"cancel": True})
     assert (await client.get("/admin/decisions?after=7")).json() == {"policy": "balance", "decisions": [{"number": 8}]}
     assert (await client.post("/admin/rebalance")).json() == {"epoch": 2, "experts": [[0, 1], [1, 2]]}
     assert (await client.post("/admin/trace", json={"steps": 3})).json() == {"traceEvents": [], "steps": 3}

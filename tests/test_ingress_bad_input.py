@@ -231,6 +231,8 @@ async def test_not_ready(client: httpx.AsyncClient, backend: FakeBackend) -> Non
         ("/admin/scale", b'{"attention": 4097}', "from 1 to 4096, got 4097"),
         ("/admin/scale", b'{"ffn": true}', "from 1 to 4096, got true"),
         ("/admin/scale", b'{"timeout": -1, "attention": 1}', "timeout: unknown key, did you mean timeout_s?"),
+        ("/admin/scale", b'{"cancel": false}', "cancel must be true, got false"),
+        ("/admin/scale", b'{"cancel": true, "ffn": 1}', "cancel must stand alone"),
         ("/admin/scale", b'{"attention": 1, "timeout_s": 86401}', "timeout_s must be an integer from 1 to 86400"),
         ("/admin/rebalance", b'{"now": 1}', "now: unknown key, the body takes none"),
         ("/admin/trace", b'{"steps": -1}', "from 1 to 10000"),

@@ -60,7 +60,7 @@ ITEMS = [
     Bad("2 MB body", b'{"prompt": "%s"}' % (b"x" * 2_000_000), 413, "body must be at most 1048576 bytes"),
     Bad("unknown route", b"{}", 404, "unknown route /v1/embeddings", path="/v1/embeddings"),
     Bad("wrong method", b"", 405, "method GET is not allowed", method="GET"),
-    Bad("admin scale without counts", b"{}", 400, "attention, ffn or ffn_tensor_parallel", path="/admin/scale"),
+    Bad("admin scale without counts", b"{}", 400, "attention, ffn or ffn_tensor_parallel, or cancel", path="/admin/scale"),
     Bad("admin trace of no steps", b'{"steps": 0}', 400, "steps must be an integer", "steps", "/admin/trace"),
 ]
 

@@ -159,7 +159,10 @@ def test_a_second_resize_is_refused_with_a_reason() -> None:
     world.tell(Asked("one", shape(2, 1, 1)), Asked("two", shape(3, 1, 1)))
     (done,) = world.done
     assert done.outcome == "refused"
-    assert "a resize to 2 attention and 1 x 1 FFN ranks is in progress (starting new actors, epoch 2)" in done.reason
+    assert done.reason == (
+        "a resize to 2 attention and 1 x 1 FFN ranks is in progress (starting new actors, epoch 2): "
+        "try again after it, or call it off (afd-ray scale --cancel)"
+    )
 
 
 def test_who_asks_for_what_is_there_is_answered_at_once() -> None:
@@ -169,6 +172,21 @@ def test_who_asks_for_what_is_there_is_answered_at_once() -> None:
     world.tell(Asked("anew", shape(1, 1, 1), anew=True))
     assert world.done[-1] == Done("anew", "committed")
     assert world.number == 2
+
+
+def test_it_knows_which_resize_somebody_asked_for() -> None:
+    world = cluster(1, 1, 1)
+    assert world.coordinator.asked is None
+    world.held = {("provide", "*")}
+    world.tell(Asked("one", shape(2, 1, 1)))
+    assert world.coordinator.asked == "one"
+    world.tell(Withdrawn("one", "in a hurry"))
+    assert world.coordinator.asked is None
+    world.held = {("load", "*")}
+    world.tell(Lost("ffn-1", "killed"))
+    assert (world.coordinator.state, world.coordinator.asked) == ("recovering", None)
+    world.tell(Asked("kept", shape(2, 1, 1)))
+    assert world.coordinator.asked == "kept"
 
 
 def test_who_withdraws_is_rolled_back_and_disturbs_nobody_else() -> None:

@@ -47,7 +47,9 @@ async def test_an_actor_that_left_while_the_status_was_asked_for_is_not_dead(mon
         roster=None,
         departed=[],
         last_resize=None,
+        waiting_for="nodes: none is there",
         state_of=lambda hand: "running" if hand.name in crew else "dead",
     )
     status = await cluster_status(Config(), cast(Transition, transition))
     assert [(actor["id"], actor["state"]) for actor in status["attention"]] == [("attention-0", "running")]
+    assert status["waiting_for"] == "nodes: none is there"

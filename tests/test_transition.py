@@ -125,6 +125,43 @@ async def test_a_resize_that_is_not_over_in_time_is_rolled_back_wherever_it_is(s
     await check_serves_on(setting, answer)
 
 
+async def test_a_resize_that_waits_for_nodes_when_its_time_is_over_says_for_which(setting: Setting) -> None:
+    transition, crew = setting.transition, setting.crew
+    crew.hold("provide")
+    growing = asyncio.ensure_future(transition.ask(LARGE, timeout_s=0.05))
+    await setting.until_phase("provide")
+    crew.lack = "needed: 98 CPUs; free: 5 CPUs"
+    assert transition.waiting_for == "nodes: needed: 98 CPUs; free: 5 CPUs"
+    answer = await growing
+    assert answer["reason"] == "not over in 0.05 s; waiting for nodes: needed: 98 CPUs; free: 5 CPUs"
+    crew.lack = None
+    await check_serves_on(setting, answer)
+
+
+async def test_an_operator_can_call_a_resize_off(setting: Setting) -> None:
+    transition = setting.transition
+    with pytest.raises(RuntimeError, match="no resize is in progress"):
+        await transition.call_off("in a hurry")
+    setting.crew.hold("provide")
+    growing = asyncio.ensure_future(transition.ask(LARGE))
+    await setting.until_phase("provide")
+    called_off = await transition.call_off("in a hurry")
+    assert (called_off["outcome"], called_off["reason"]) == ("rolled_back", "in a hurry")
+    assert await growing == called_off
+    await check_serves_on(setting, called_off)
+
+
+async def test_what_has_committed_is_not_called_off(setting: Setting) -> None:
+    retired = setting.crew.hold("retire")
+    growing = asyncio.ensure_future(setting.transition.ask(LARGE))
+    await setting.until_phase("retire")
+    calling_off = asyncio.ensure_future(setting.transition.call_off("in a hurry"))
+    await asyncio.sleep(0)
+    retired.set()
+    assert (await calling_off)["outcome"] == "committed"
+    assert (await growing)["outcome"] == "committed"
+
+
 async def check_serves_on(setting: Setting, answer: dict[str, Any]) -> None:
     transition, crew = setting.transition, setting.crew
     assert transition.last_resize == answer

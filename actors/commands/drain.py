@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
 
     left = drain_application(args.address, args.application, args.timeout)
     if left == 0:
-        print("nothing is in progress, and nothing is taken any more until the next deployment")
+        print("nothing is in progress, and nothing is taken any more: not before the next serve deploy, or a new afd-ray serve")
     return 1 if left else 0

@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from actors.commands.admin import ServerError, ask
-from actors.commands.arguments import add_json, add_server, integer
+from actors.commands.arguments import DEFAULT_URL, add_json, add_server, integer
 
 TIMEOUT_S = 600.0
 ANSWER_MARGIN_S = 60.0
@@ -25,6 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--timeout", type=integer(1, 86_400), default=int(TIMEOUT_S), metavar="S", help="roll back when not over by then (600)"
     )
+    parser.add_argument("--cancel", action="store_true", help="roll back the resize that is in progress instead")
     add_json(parser)
     add_server(parser)
     parser.set_defaults(run=run)
@@ -33,10 +35,15 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     wanted = {"attention": args.attention, "ffn": args.ffn, "ffn_tensor_parallel": args.ffn_tensor_parallel}
     body: dict[str, Any] = {name: count for name, count in wanted.items() if count is not None}
+    if args.cancel:
+        return _cancel(args, body)
     if not body:
-        raise ValueError("scale needs --attention, --ffn or --ffn-tensor-parallel")
+        raise ValueError("scale needs --attention, --ffn or --ffn-tensor-parallel, or --cancel")
     try:
         answer = ask(args, "/admin/scale", body | {"timeout_s": args.timeout}, args.timeout + ANSWER_MARGIN_S)
+    except KeyboardInterrupt:
+        print(f"afd-ray: the resize goes on; to call it off: afd-ray scale --cancel{_where(args)}", file=sys.stderr)
+        raise
     except ServerError as refusal:
         if "outcome" not in refusal.answer:
             raise
@@ -52,3 +59,18 @@ def run(args: argparse.Namespace) -> int:
             f"{counts.get('attention')} attention and {counts.get('ffn')} FFN ranks, after {answer.get('total_s'):.1f} s{pause}"
         )
     return 0
+
+
+def _cancel(args: argparse.Namespace, body: dict[str, Any]) -> int:
+    if body:
+        raise ValueError("--cancel stands alone: it rolls back the resize that is in progress")
+    answer = ask(args, "/admin/scale", {"cancel": True}, ANSWER_MARGIN_S)
+    print(json.dumps(answer, indent=2) if args.as_json else f"{answer.get('outcome')}: {answer.get('reason')}")
+    return 0
+
+
+def _where(args: argparse.Namespace) -> str:
+    """The server, as it was given."""
+    if args.address is not None:
+        return f" --address {args.address}"
+    return f" --url {args.url}" if args.url != DEFAULT_URL else ""

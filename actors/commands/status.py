@@ -79,6 +79,8 @@ def render(status: Status) -> "list[RenderableType]":
     """The status as lines and tables; who died is told below them."""
     attention, ffn = status.get("attention") or [], status.get("ffn") or []
     parts: list[RenderableType] = [f"{status.get('model')}: {status.get('state')}, epoch {status.get('epoch')}"]
+    if status.get("waiting_for"):
+        parts.append(_escaped(f"waiting for {status['waiting_for']}"))
     parts.append(_table("attention", ATTENTION_COLUMNS, [_attention_row(actor) for actor in _living(attention)]))
     parts.append(_table("ffn", FFN_COLUMNS, [_ffn_row(rank) for rank in _living(ffn)]))
     parts += [_escaped(f"{actor['id']} is lost: {actor.get('reason')}") for actor in (*attention, *ffn) if _is_dead(actor)]

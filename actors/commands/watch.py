@@ -122,6 +122,8 @@ def _changes(status: Status, decisions: Sequence[Status]) -> list[RenderableType
     """The last resize, who was lost, and what the autoscaler decided: what it changed, and its last word."""
     lost = [actor for role in ("attention", "ffn") for actor in status.get(role) or [] if actor.get("state") == "dead"]
     parts: list[RenderableType] = [Text(f"{actor['id']} is lost: {actor.get('reason')}", "red") for actor in lost]
+    if status.get("waiting_for"):
+        parts.append(Text(f"waiting for {status['waiting_for']}", "yellow"))
     if status.get("last_resize"):
         parts.append(Text(f"last resize: {', '.join(resize_words(status['last_resize']))}"))
     acted = [decision for decision in decisions[:-1] if decision["action"] != "hold"]

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.http.auth import Keys
-from actors.http.backend import Backend
+from actors.http.backend import STOPPING, Backend
 from actors.http.errors import ApiError, as_refusal, bad_request, install_error_handlers
 from actors.http.generation import Generation
 from actors.http.limits import HeaderLimit, RequestRate
@@ -113,7 +113,8 @@ def _add_watch_routes(app: FastAPI, backend: Backend, metrics: IngressMetrics, o
 
     async def ready(request: Request) -> Response:
         if not backend.ready():
-            raise ApiError(503, "the cluster is not ready", code="unavailable", headers={"Retry-After": "1"})
+            reason = STOPPING if backend.stopping else "the cluster is not ready"
+            raise ApiError(503, reason, code="unavailable", headers={"Retry-After": "1"})
         return json_response({"status": "ready"})
 
     async def scrape(request: Request) -> Response:
@@ -135,10 +136,13 @@ def _add_admin_routes(app: FastAPI, backend: Backend, options: Options) -> None:
     async def scale(request: Request) -> Response:
         options.admin_keys.check(request)
         body = parse_json(await _body(request, options))
-        _refuse_unknown_keys(body, (*SCALED, "timeout_s"))
+        _refuse_unknown_keys(body, (*SCALED, "timeout_s", "cancel"))
+        if body.get("cancel") is not None:
+            _check_cancels_alone(body)
+            return json_response(await _asked(backend.scale({"cancel": True})))
         wanted = {name: _count(body, name, MAX_RANKS) for name in SCALED}
         if not any(wanted.values()):
-            raise bad_request("body must give attention, ffn or ffn_tensor_parallel")
+            raise bad_request("body must give attention, ffn or ffn_tensor_parallel, or cancel")
         wanted["timeout_s"] = _count(body, "timeout_s", MAX_TIMEOUT_S)
         return _resized(await _asked(backend.scale({name: value for name, value in wanted.items() if value is not None})))
 
@@ -210,6 +214,13 @@ def _resized(answer: dict[str, Any]) -> Response:
         return json_response(answer)
     failure = ApiError(409, f"{answer['outcome']}: {answer.get('reason')}", code=answer["outcome"])
     return json_response(answer | failure.body(), status=failure.status)
+
+
+def _check_cancels_alone(body: dict[str, Any]) -> None:
+    if body["cancel"] is not True:
+        raise bad_request(f"cancel must be true, got {json.dumps(body['cancel'])[:30]}", param="cancel")
+    if any(value is not None for key, value in body.items() if key != "cancel"):
+        raise bad_request("cancel must stand alone", param="cancel")
 
 
 def _refuse_unknown_keys(body: dict[str, Any], known: tuple[str, ...]) -> None:

@@ -8,6 +8,9 @@ from afd_ray.metrics import Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
 
+STOPPING = "the server is stopping"
+"""What everybody is told from then on."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -47,6 +50,11 @@ class Backend(Protocol):
 
     def ready(self) -> bool: ...
 
+    @property
+    def stopping(self) -> bool:
+        """For good: it will not be ready again."""
+        ...
+
     def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
         """Closing the iterator early aborts the request. ValueError for one that can never run, Overloaded, Unavailable."""
         ...
@@ -54,7 +62,10 @@ class Backend(Protocol):
     async def status(self) -> dict[str, Any]: ...
 
     async def scale(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """`wanted`: what of attention, ffn, ffn_tensor_parallel and timeout_s is given; Rejected when a resize is in progress."""
+        """`wanted`: what of attention, ffn, ffn_tensor_parallel and timeout_s is given, or `cancel` for the resize in progress.
+
+        Rejected when a resize is in progress; for `cancel`, when there is none, or it has committed.
+        """
         ...
 
     async def decisions(self, after: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Ranks = Annotated[int, Field(ge=1, le=MAX_RANKS)]
 
 
 class ScaleBody(BaseModel):
-    """Ranks wanted, of at least one role; what is not given stays as it is."""
+    """Ranks wanted, of at least one role; what is not given stays as it is. Or `cancel` alone."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
     attention: Ranks | None = None
@@ -22,6 +22,8 @@ class ScaleBody(BaseModel):
     ffn_tensor_parallel: Ranks | None = None
     timeout_s: Annotated[int, Field(ge=1, le=MAX_TIMEOUT_S)] | None = None
     """After which the resize is rolled back."""
+    cancel: Literal[True] | None = None
+    """Roll back the resize in progress; answered with how it ended."""
 
 
 class RebalanceBody(BaseModel):
@@ -184,13 +186,18 @@ class Status(BaseModel):
     tpot_ms: Quantiles | None
     ttft_ms: Quantiles | None
     stages_us: dict[str, float | None]
+    waiting_for: str | None = None
+    """What a change in progress cannot go on without."""
     last_resize: Resize | None
 
 
-class RefusedResize(Resize):
-    """Of a resize that was rolled back."""
+class RefusedResize(Error):
+    """Of a resize that did not happen; the error alone where none was begun."""
 
-    error: ErrorDetail
+    outcome: Literal["rolled_back", "refused"] | None = None
+    reason: str | None = None
+    pause_ms: float | None = None
+    total_s: float | None = None
 
 
 class Decisions(BaseModel):

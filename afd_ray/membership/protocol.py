@@ -34,6 +34,9 @@ from afd_ray.membership.pool import Pool
 from afd_ray.membership.shape import Shape
 from afd_ray.membership.steps import NAMES, STEPS, Deadlines
 
+INSTEAD = "try again after it, or call it off (afd-ray scale --cancel)"
+"""Of another resize."""
+
 
 class Coordinator(Changes):
     """Decides every step of forming, resizing and recovering a cluster; its shell does the effects, in the order given.
@@ -109,6 +112,13 @@ class Coordinator(Changes):
         return self._change
 
     @property
+    def asked(self) -> str | None:
+        """The `ask_id` of the resize that somebody asked for and that is not over: in progress, or kept until a recovery is."""
+        if self._change is not None and self._change.kind == "resize" and self._change.ask_id is not None:
+            return self._change.ask_id
+        return self._queued.ask_id if self._queued else None
+
+    @property
     def wanted(self) -> Shape | None:
         """What was asked for last and committed: what the coordinator gets back to after a loss."""
         return self._wanted
@@ -173,12 +183,14 @@ class Coordinator(Changes):
         elif change is not None and (change.ask_id is not None or change.kind == "form"):
             doing = f"{NAMES[change.phase]}, epoch {change.number}"
             self._effects.append(
-                Done(asked.ask_id, "refused", f"a resize to {change.roster.shape} is in progress ({doing}): try again after it")
+                Done(asked.ask_id, "refused", f"a resize to {change.roster.shape} is in progress ({doing}): {INSTEAD}")
             )
         elif self._queued is not None:
             self._effects.append(
                 Done(
-                    asked.ask_id, "refused", f"a recovery is in progress, and a resize to {self._queued.shape} waits for its end"
+                    asked.ask_id,
+                    "refused",
+                    f"a recovery is in progress, and a resize to {self._queued.shape} waits for its end: {INSTEAD}",
                 )
             )
         else:
