@@ -56,16 +56,17 @@ PARTS = {
         "step3-92m",
     ),
     "paced": Part(
+        # So slow that what nine actors compute besides is little on two cores: who waits for a core is not on schedule.
         (
             "pipeline.micro_batches=2",
-            "attention.pace={base_us: 3000, per_row_us: 60, per_context_token_us: 0.5}",
-            "ffn.pace={base_us: 3000, per_row_us: 30}",
+            "attention.pace={base_us: 12000, per_row_us: 240, per_context_token_us: 2}",
+            "ffn.pace={base_us: 12000, per_row_us: 120}",
         ),
         (Counts(3, 2), Counts(6, 3)),
         {
-            "poisson": f"poisson:rate=4,duration_s=20,{SMALL}",
-            "bursty": f"bursty:rate=4,duration_s=20,burst_s=4,calm_s=6,{SMALL}",
-            "drift": "drift:rate=3,duration_s=20,prompt=200,output=48,drift=4,spread=0.3",
+            "poisson": f"poisson:rate=1.5,duration_s=40,{SMALL}",
+            "bursty": f"bursty:rate=1.5,duration_s=40,burst_s=8,calm_s=12,{SMALL}",
+            "drift": "drift:rate=1,duration_s=40,prompt=200,output=48,drift=4,spread=0.3",
         },
     ),
 }

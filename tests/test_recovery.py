@@ -11,6 +11,7 @@ from afd_ray.membership.events import (
     Provided,
     Unlinked,
 )
+from afd_ray.membership.protocol import INSTEAD
 from afd_ray.membership.shape import Shape
 from tests.protocol_world import cluster, shape
 
@@ -132,7 +133,8 @@ def test_a_resize_asked_for_in_a_recovery_is_kept_and_only_one() -> None:
     world.held = {("load", "*")}
     world.tell(Lost("attention-0", "killed"), Asked("one", shape(1, 1, 2)), Asked("two", shape(3, 1, 1)))
     assert [done.ask_id for done in world.done] == ["two"]
-    assert world.done[0].reason == "a recovery is in progress, and a resize to 1 attention and 2 x 1 FFN ranks waits for its end"
+    waits = "a resize to 1 attention and 2 x 1 FFN ranks waits for its end"
+    assert world.done[0].reason == f"a recovery is in progress, and {waits}: {INSTEAD}"
     world.held = set()
     world.tell(*(Answered(2, "load", member) for member in ("attention-1", "ffn-2")))
     assert world.done[-1] == Done("one", "committed")
