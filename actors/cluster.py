@@ -358,7 +358,10 @@ def create_controller(config: Config, name: str = NAME, *, detached: bool = Fals
     try:
         return ray.remote(Controller).options(**options, lifetime=lifetime).remote(config, name)
     except ValueError as error:
-        raise ClusterError(f"a controller named {name} is running already in this Ray cluster") from error
+        raise ClusterError(
+            f"a controller named {name} is running already in this Ray cluster, which holds one at a time: resize it with afd-ray scale, "
+            "or end what started it (afd-ray serve, or its Ray after a serve deploy) and begin anew"
+        ) from error
 
 
 def _seeded(params: SamplingParams) -> SamplingParams:

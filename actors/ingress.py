@@ -27,6 +27,7 @@ from actors.http.limits import RequestRate
 from actors.http.metrics import IngressMetrics, Snapshot
 from actors.request_log import log_requests
 from afd_ray.config import Config, ConfigError, Server, check_supported, load_config, model_directory
+from afd_ray.config_reading import overrides_of
 from afd_ray.metrics import READY, STALE_EPOCH_TOKENS, Sample
 from afd_ray.request import Request, TokenOutput
 from afd_ray.text import Tokenizer
@@ -279,8 +280,7 @@ def _application(args: dict[str, str]) -> serve.Application:
     from actors.roster import first_line
     from afd_ray.models.checkpoint import Checkpoint
 
-    overrides = [f"{key}={value}" for key, value in args.items() if key != "config"]
-    config = load_config(args.get("config"), overrides)
+    config = load_config(args.get("config"), overrides_of(args))
     check_supported(config)
     check_port(config.server.port, _serve_port())
     check_fits(config, Checkpoint.open(model_directory(config.model)))

@@ -12,11 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
+from types import FrameType
 from typing import Any, TextIO
 from urllib.parse import parse_qsl, urlsplit
 
 import ray
 from ray import serve as ray_serve
+from ray._private import services
 
 from actors.cluster import Cluster, ClusterError, start_ray
 from actors.controller import NAME, NAMESPACE
@@ -72,7 +75,7 @@ def serve(config: Config, address: str | None = None) -> int:
         progress = Progress(stop)
         with Cluster.start(config, on_progress=progress) as cluster:
             progress("starting the ingress")
-            with ingress(config, host, port, keeps_ray=address is not None) as replicas:
+            with ingress(config, host, port, at_once, keeps_ray=address is not None) as replicas:
                 await_ready(host, port, progress)
                 report(f"up in {time.monotonic() - started_s:.1f} s")
                 print(f"ready http://{bracketed(host)}:{port}", file=stdout, flush=True)
@@ -148,7 +151,7 @@ def ray_cluster(config: Config, address: str | None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    with hangup_held():
+    with hangup_held(), group_of_its_own():
         start_ray(config)
     report(f"Ray is at {ray.get_runtime_context().gcs_address}")
     try:
@@ -168,15 +171,29 @@ def hangup_held() -> Iterator[None]:
 
 
 @contextmanager
-def ingress(config: Config, host: str, port: int, *, keeps_ray: bool) -> Iterator[Replicas]:
-    """The Serve application, in front of the cluster that is up. Serve is shut down where Ray goes on without us (`keeps_ray`).
+def group_of_its_own() -> Iterator[None]:
+    """Ray's processes that are started in here are in process groups of their own: what is sent to ours, as by `timeout`, would end Ray before us."""
+    ray_services: Any = services
+    before = ray_services.ConsolePopen
+    ray_services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        ray_services.ConsolePopen = before
+
+
+@contextmanager
+def ingress(config: Config, host: str, port: int, at_once: threading.Event, *, keeps_ray: bool) -> Iterator[Replicas]:
+    """The Serve application, in front of the cluster that is up; Stopped where a signal has set `at_once` before it is there. Serve is shut down where Ray goes on without us (`keeps_ray`).
 
     A Ray that ends takes Serve with it. Serve's own shutdown kills its controller while calls to it are pending, and Ray prints each as a failure.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it has a `ready` line of its own
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     try:
-        yield Replicas(ray_serve.run(build_ingress(NAME, config), name=APPLICATION, route_prefix="/"))
+        with cut_short_by(at_once):
+            ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            replicas = Replicas(ray_serve.run(build_ingress(NAME, config), name=APPLICATION, route_prefix="/"))
+        yield replicas
     finally:
         if keeps_ray:
             ray_serve.shutdown()
@@ -197,6 +214,28 @@ def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield stop, at_once
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def cut_short_by(at_once: threading.Event) -> Iterator[None]:
+    """Raises Stopped out of whatever goes on in here as soon as a signal sets `at_once`: for what cannot be asked to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+        if at_once.is_set():
+            raise Stopped
+
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, note)
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
-from afd_ray.config_reading import ConfigError, apply_override, one_line, read_source, refuse_unknown_keys, shown
+from afd_ray.config_reading import ConfigError, apply_override, of_application, one_line, read_source, refuse_unknown_keys, shown
 
-__all__ = ["Config", "ConfigError", "Pace", "check_supported", "load_config", "model_directory", "parse_config"]
+__all__ = ["Config", "ConfigError", "Pace", "check_supported", "load_config", "load_deployed", "model_directory", "parse_config"]
 
 BUNDLED_MODEL = "demo"
 
@@ -263,6 +263,15 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, origin)
+
+
+def load_deployed(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """As load_config, and also of a file for `serve deploy`: what its application comes to. Raises ConfigError in one line."""
+    raw, origin = read_source(source)
+    if not isinstance(raw, dict) or "applications" not in raw:
+        return load_config(source, overrides)
+    config, own = of_application(raw, origin)
+    return load_config(config, [*own, *overrides])
 
 
 def parse_config(raw: object, origin: str = "configuration") -> Config:

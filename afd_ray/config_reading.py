@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 MAX_FILE_BYTES = 1 << 20
+APPLICATION = "actors.ingress:app"
+"""The import path of our Serve application."""
 
 
 class ConfigError(ValueError):
@@ -41,6 +43,28 @@ def read_source(source: str | Path | None) -> tuple[Any, str]:
         file = resources.files("configs") / f"{name}.yaml"
         return _mapping(_parse_yaml(file.read_bytes(), f"configs/{name}.yaml")), f"configs/{name}.yaml"
     raise ConfigError(f"{source}: no such file, and no bundled configuration of that name ({', '.join(bundled_names())})")
+
+
+def of_application(raw: dict[str, Any], origin: str) -> tuple[str | None, list[str]]:
+    """What a file for `serve deploy` deploys: the source in our application's args (None: none), and the overrides there, Serve's host and port first.
+
+    Raises ConfigError in one line where it does not hold one application of ours.
+    """
+    applications = raw["applications"] if isinstance(raw["applications"], list) else []
+    ours = [one for one in applications if isinstance(one, dict) and one.get("import_path") == APPLICATION]
+    if len(ours) != 1:
+        raise ConfigError(f"{origin}: applications: must hold one with import_path: {APPLICATION}, got {len(ours)}")
+    args, listens = ours[0].get("args") or {}, raw.get("http_options") or {}
+    for name, value in (("args", args), ("http_options", listens)):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {name}: must be a mapping of keys, got {shown(value)}")
+    own = [f"server.{key}={listens[key]}" for key in ("host", "port") if key in listens]
+    return args.get("config"), own + overrides_of(args)
+
+
+def overrides_of(args: dict[str, Any]) -> list[str]:
+    """The args of our Serve application, but for `config`, as `--set` takes them."""
+    return [f"{key}={value}" for key, value in args.items() if key != "config"]
 
 
 def _mapping(raw: Any) -> Any:

@@ -267,6 +267,15 @@ def test_the_lost_are_told_below_the_table_and_not_counted() -> None:
     assert f"a-2 is lost: {reason}" in text.splitlines()[-3].rstrip()
 
 
+def test_a_trace_of_an_idle_server_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"traceEvents": [{"ph": "M", "name": "process_name"}], "otherData": {"overlap": None}}
+    monkeypatch.setattr("actors.commands.trace.ask", lambda *_: names)
+    assert fails(capsys, 1, "trace", "-o", str(tmp_path / "trace.json")).startswith("afd-ray: no request was in progress")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_resize_waits_for_is_told() -> None:
     lines = shown(STATUS | {"state": "resizing", "waiting_for": "nodes: needed: 98 CPUs [pool]"}, 80).splitlines()
     assert [line.strip() for line in lines[:2]] == ["demo: resizing, epoch 3", "waiting for nodes: needed: 98 CPUs [pool]"]

@@ -3,7 +3,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from afd_ray.config import Config, ConfigError, Model, Pace, check_supported, load_config, model_directory, parse_config
+from afd_ray.config import (
+    Config,
+    ConfigError,
+    Model,
+    Pace,
+    check_supported,
+    load_config,
+    load_deployed,
+    model_directory,
+    parse_config,
+)
 from afd_ray.config_reading import bundled_names
 
 
@@ -207,3 +217,32 @@ def test_the_model_directory_is_bundled_or_must_hold_a_checkpoint(tmp_path: Path
 def test_a_bound_of_one_role_leaves_the_other_s() -> None:
     bounds = parse_config({"autoscaling": {"min": {"attention": 2}, "max": {"ffn": 8}}}).autoscaling
     assert (bounds.min.attention, bounds.min.ffn, bounds.max.attention, bounds.max.ffn) == (2, 1, 4, 8)
+
+
+def test_a_serve_file_is_read_as_what_it_deploys(tmp_path: Path) -> None:
+    demo = Path(__file__).parent.parent / "configs" / "serve" / "demo.yaml"
+    config = load_deployed(demo, ["server.port=9000"])
+    assert (config.attention.labels, config.ffn.labels) == ({"pool": "attention"}, {"pool": "ffn"})
+    assert (config.server.host, config.server.port, config.placement.wait_for_nodes_s) == ("0.0.0.0", 9000, 600)
+    moved = tmp_path / "moved.yaml"
+    moved.write_text(demo.read_text().replace("port: 8000", "port: 8123"))
+    assert load_deployed(moved).server.port == 8123
+    assert load_deployed("demo") == load_config("demo")
+
+
+@pytest.mark.parametrize(
+    ("applications", "said"),
+    [
+        ([], "applications: must hold one with import_path: actors.ingress:app, got 0"),
+        ([{"import_path": "other:app"}], "applications: must hold one with import_path: actors.ingress:app, got 0"),
+        ([{"import_path": "actors.ingress:app"}] * 2, "got 2"),
+        ([{"import_path": "actors.ingress:app", "args": [1]}], "args: must be a mapping of keys"),
+        ([{"import_path": "actors.ingress:app", "args": {"ffn.lables": "{}"}}], "did you mean ffn.labels"),
+    ],
+)
+def test_what_a_serve_file_must_hold(applications: object, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump({"applications": applications}))
+    with pytest.raises(ConfigError) as caught:
+        load_deployed(file)
+    assert said in str(caught.value)

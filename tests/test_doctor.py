@@ -80,7 +80,7 @@ PLANTED = {
         with_f(labels={"pool": "fnn"}),
         "labels",
         "the cluster",
-        "pool=ffn, which ffn.labels asks for; there is pool=fnn",
+        "pool=ffn, which ffn.labels asks for; there are pool=attention, pool=fnn",
     ),
     "a cut": (
         replace(SOUND, meetings=(Meeting("a", "f", "tcp", "no answer"),)),
@@ -117,6 +117,11 @@ def test_of_two_hosts_one_clock_is_told_of() -> None:
 def test_a_host_alone_needs_no_token() -> None:
     alone = replace(SOUND, hosts=(replace(A, token=False, address="127.0.0.1"),))
     assert diagnose(Config(), alone) == []
+
+
+def test_a_label_that_nobody_has_is_told_with_the_nearest() -> None:
+    finding = found(with_f(labels={"raack": "r1"}), "ffn.labels={rack: r1}")
+    assert finding.found == "no host carries rack=r1, which ffn.labels asks for; there is raack=r1"
 
 
 def test_missing_labels_say_why_there_is_no_room() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import services
 
 from actors import serve
 from actors.cluster import ClusterError, start_ray
-from actors.serve import News, check_room, stop_signals
+from actors.serve import News, Stopped, check_room, cut_short_by, group_of_its_own, stop_signals
 from afd_ray.config import Config, parse_config
 from afd_ray.request import SamplingParams
 from benchmarks._server import Server
@@ -80,6 +81,46 @@ def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "init", timed_out)
     with pytest.raises(ClusterError, match=r"^Ray did not start: The current node timed out during startup\.$"):
         start_ray(Config())
+
+
+def test_a_second_signal_cuts_short_what_cannot_be_asked_to_end() -> None:
+    with stop_signals() as (stop, at_once):
+        with cut_short_by(at_once):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+        with pytest.raises(Stopped), cut_short_by(at_once):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_to_our_process_group_does_not_reach_the_processes_of_ray() -> None:
+    def group() -> int:
+        with services.ConsolePopen(["sleep", "60"]) as child:
+            try:
+                return os.getpgid(child.pid)
+            finally:
+                child.kill()
+
+    with group_of_its_own():
+        assert group() != os.getpgrp()
+    assert group() == os.getpgrp()
+
+
+@pytest.mark.full
+@pytest.mark.ray
+def test_two_signals_of_which_one_goes_to_the_whole_group() -> None:
+    server = Server([], {**os.environ, "OMP_NUM_THREADS": "1"})
+    until(lambda: "starting the ingress" in "".join(server.errors))
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.send_signal(signal.SIGTERM)
+    os.killpg(server.process.pid, signal.SIGTERM)
+    assert server.process.wait(DEADLINE_S / 2) == 130
+    server.stop()
+    _, left = psutil.wait_procs(children, timeout=DEADLINE_S)
+    assert (left, server.output) == ([], [])
+    said = "".join(server.errors)
+    assert "stopped before it was ready" in said
+    assert not any(word in said for word in ("Unhandled", "Traceback", "raylet", "GCS"))
 
 
 @pytest.mark.full

@@ -29,9 +29,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from afd_ray.config import check_supported, load_config
+    from afd_ray.config import check_supported, load_deployed
 
-    config = load_config(args.config, args.overrides)
+    config = load_deployed(args.config, args.overrides)
     check_supported(config)
     if args.address is not None:
         use_token()

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     events = trace.get("traceEvents")
     if not isinstance(events, list):
         raise ServerError("the server's answer holds no traceEvents")
+    if not any(event.get("ph") != "M" for event in events):
+        raise ServerError("no request was in progress, so there was no step to record: trace while the server has requests")
     output.write_text(json.dumps(trace), encoding="utf-8")
     print(f"{output}: {len(events)} events, open it in https://ui.perfetto.dev", file=sys.stderr)
     figures = trace.get("otherData") or {}

@@ -125,16 +125,19 @@ def _labels(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
         if any(wanted.items() <= dict(host.labels).items() for host in hosts):
             continue
         asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
-        found = f"no host carries {asked}, which {role}.labels asks for{_nearest(asked, hosts)}"
+        found = f"no host carries {asked}, which {role}.labels asks for{_present(wanted, hosts)}"
         yield Finding(
             "labels", "error", "the cluster", found, f"`ray start --labels={asked}` on hosts for {role}, or change {role}.labels"
         )
 
 
-def _nearest(asked: str, hosts: Iterable[HostFacts]) -> str:
-    present = {f"{key}={value}" for host in hosts for key, value in host.labels.items()}
-    near = difflib.get_close_matches(asked, sorted(present), n=1)
-    return f"; there is {near[0]}" if near else ""
+def _present(wanted: Mapping[str, str], hosts: Iterable[HostFacts]) -> str:
+    """What there is of these labels, whatever its value; of a label that nobody has, the one nearest to it."""
+    present = sorted({f"{key}={value}" for host in hosts for key, value in host.labels.items()})
+    same = [label for label in present if label.partition("=")[0] in wanted]
+    asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    shown = same or difflib.get_close_matches(asked, present, n=1)
+    return f"; there {'is' if len(shown) == 1 else 'are'} {', '.join(shown)}" if shown else ""
 
 
 def _model(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
