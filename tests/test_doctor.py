@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from actors.doctor.examination import examine_here
 from actors.doctor.host import listen_error, unmet
 from actors.doctor.meetings import meet_here
 from afd_ray.config import Config, load_config
@@ -117,6 +118,12 @@ def test_of_two_hosts_one_clock_is_told_of() -> None:
 def test_a_host_alone_needs_no_token() -> None:
     alone = replace(SOUND, hosts=(replace(A, token=False, address="127.0.0.1"),))
     assert diagnose(Config(), alone) == []
+
+
+def test_a_host_alone_may_be_given_any_label() -> None:
+    facts = examine_here(load_config("demo", ["attention.labels={pool: a}", "ffn.labels={pool: b}"]), "127.0.0.1")
+    alone = replace(SOUND, hosts=(replace(A, labels=facts.hosts[0].labels),))
+    assert diagnose(load_config(None, ["attention.labels={pool: a}", "ffn.labels={pool: b}"]), alone) == []
 
 
 def test_a_label_that_nobody_has_is_told_with_the_nearest() -> None:

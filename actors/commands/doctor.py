@@ -71,7 +71,7 @@ def describe(facts: "ClusterFacts") -> dict[str, Any]:
             "name": host.name,
             "address": host.address,
             "versions": dict(host.versions),
-            "labels": dict(host.labels),
+            "labels": dict(host.labels or {}),
             "clock_ahead_s": round(host.clock_ahead_s, 3),
             "shm_free_bytes": host.shm_free_bytes,
         }

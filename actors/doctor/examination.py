@@ -53,8 +53,7 @@ def examine_here(config: Config, address: str) -> ClusterFacts:
     """This host alone, without Ray; `address`: the one that others know it by."""
     facts = host_facts(config, address)
     return ClusterFacts(
-        # Labels are given to a node when Ray starts there: it may carry any.
-        hosts=(replace(facts, labels={**config.attention.labels, **config.ffn.labels}),),
+        hosts=(replace(facts, labels=None),),
         meetings=tuple(Meeting(facts.name, facts.name, kind, meet_here(kind, address)) for kind in _kinds(config, within=True)),
         shm_needed_bytes=shared_bytes(config, hosts=1),
         port_error=listen_error(config.server.host, config.server.port),

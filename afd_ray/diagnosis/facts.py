@@ -29,7 +29,8 @@ class HostFacts:
     model_error: str | None
     token: bool
     """Whether Ray asks for a token there."""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] | None = field(default_factory=dict)
+    """None: Ray gives them when it starts there, and they may be any."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.address})"

@@ -122,7 +122,7 @@ def _token(hosts: Iterable[HostFacts]) -> Iterator[Finding]:
 def _labels(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
     hosts = list(hosts)
     for role, wanted in (("attention", config.attention.labels), ("ffn", config.ffn.labels)):
-        if any(wanted.items() <= dict(host.labels).items() for host in hosts):
+        if any(host.labels is None or wanted.items() <= dict(host.labels).items() for host in hosts):
             continue
         asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
         found = f"no host carries {asked}, which {role}.labels asks for{_present(wanted, hosts)}"
@@ -133,7 +133,7 @@ def _labels(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
 
 def _present(wanted: Mapping[str, str], hosts: Iterable[HostFacts]) -> str:
     """What there is of these labels, whatever its value; of a label that nobody has, the one nearest to it."""
-    present = sorted({f"{key}={value}" for host in hosts for key, value in host.labels.items()})
+    present = sorted({f"{key}={value}" for host in hosts for key, value in (host.labels or {}).items()})
     same = [label for label in present if label.partition("=")[0] in wanted]
     asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
     shown = same or difflib.get_close_matches(asked, present, n=1)
