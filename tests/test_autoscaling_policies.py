@@ -202,7 +202,12 @@ def test_of_a_load_that_has_risen_the_margin_is_another_one() -> None:
 def test_a_load_that_is_always_late_asks_for_no_more_than_the_least_margin() -> None:
     assert margins([1.0] * 50)[-1] == LEAST
     assert margins([1.0] * 50, margin=0.7)[-1] == 0.7, "who starts further away stays there"
-    assert margins([1.0, 0.0], attainment=1.0) == [START, START]
+
+
+def test_who_allows_nobody_to_be_late_keeps_the_margin() -> None:
+    assert margins([1.0, 0.0], attainment=1.0, margin=0.9) == [0.9, 0.9]
+    looked = seen(goals=Goals(options={"attainment": 1.0, "margin": 0.9}), completions_s=10.0)
+    assert learned_margin(looked, {}, 0.0, risen=True) == 0.9
 
 
 # --- forecast --------------------------------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ def learned_margin(observation: Observation, memory: dict[str, Any], now: float,
     """The share of the TPOT target to count ranks for; `memory` keeps it. Options: `margin` to start with, `attainment` (1: it stays there)."""
     options = observation.goals.options
     start = options.get("margin", START)
+    allowed = SPENT * max(0.0, 1 - options.get("attainment", ATTAINMENT))
+    if not allowed:
+        return start
     name = "margin"
     if risen:
         name, start = "margin_risen", max(start, RISEN_START)
-    margin = float(memory.get(name, start))
     elapsed_s = max(0.0, now - memory.get("judged_at", now))
-    allowed = SPENT * max(0.0, 1 - options.get("attainment", ATTAINMENT))
-    if allowed:
-        step = GAIN * elapsed_s * (allowed * observation.completions_s - observation.late_s)
-        margin = min(max(MOST, start), max(min(LEAST, start), margin + step))
+    step = GAIN * elapsed_s * (allowed * observation.completions_s - observation.late_s)
+    margin = min(max(MOST, start), max(min(LEAST, start), float(memory.get(name, start)) + step))
     memory[name], memory["judged_at"] = margin, now
     return margin
