@@ -32,6 +32,6 @@ def learned_margin(observation: Observation, memory: dict[str, Any], now: float,
         name, start = "margin_risen", max(start, RISEN_START)
     elapsed_s = max(0.0, now - memory.get("judged_at", now))
     step = GAIN * elapsed_s * (allowed * observation.completions_s - observation.late_s)
-    margin = min(max(MOST, start), max(min(LEAST, start), float(memory.get(name, start)) + step))
+    margin = float(min(max(MOST, start), max(min(LEAST, start), memory.get(name, start) + step)))
     memory[name], memory["judged_at"] = margin, now
     return margin
