@@ -208,6 +208,8 @@ class FailureAt(Section):
 class Simulation(Section):
     """What `afd-ray simulate` needs to know beyond what a server does."""
 
+    detail: Literal["rounds", "layers"] = "rounds"
+    """rounds: a token of every sequence at a time, in closed form. layers: every layer of every micro-batch, as step loops do it; slow."""
     layers: PositiveInt | None = None
     """None: the model's."""
     profile: str | None = None

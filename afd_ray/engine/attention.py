@@ -375,7 +375,8 @@ class AttentionLoop(StepLoop):
         times, rows, context = flight.observed, flight.rows, flight.context_tokens
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
-        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried))
+        by_layer_us = tuple(times.attention_by_layer), tuple(times.ffn_by_layer)
+        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us))
         self.prompt_tokens += flight.batch.prompt_tokens
         self._count_experts(flight)
 

@@ -139,19 +139,30 @@ class FlightTimes:
     """What one micro-batch took on its way through the layers, in microseconds."""
 
     def __init__(self) -> None:
-        self.attention = self.ffn = self.transfer = 0.0
+        self.attention_by_layer: list[float] = []
+        """Layer after layer, and then the head."""
+        self.ffn_by_layer: list[float] = []
+        self.transfer = 0.0
         self.transfers = 0
         self.carried = 0.0
         """The sum of `mean_transfer_us` over `carries` layers."""
         self.carries = 0
 
+    @property
+    def attention(self) -> float:
+        return sum(self.attention_by_layer)
+
+    @property
+    def ffn(self) -> float:
+        return sum(self.ffn_by_layer)
+
     def attended(self, duration_us: float) -> None:
-        """The attention rank worked on it."""
-        self.attention += duration_us
+        """The attention rank worked on its next layer, or on the head."""
+        self.attention_by_layer.append(duration_us)
 
     def fed(self, duration_us: float) -> None:
-        """An FFN worked on a layer of it."""
-        self.ffn += duration_us
+        """An FFN worked on its next layer."""
+        self.ffn_by_layer.append(duration_us)
 
     def returned(self, round_trip_us: float, busy_us: float, unseen_us: float) -> None:
         """A layer came back from the FFN (`transfer_us`), which worked on it for `busy_us`."""
