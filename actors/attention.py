@@ -290,11 +290,13 @@ def needs_of(config: Config, epoch: Epoch) -> Needs:
 
 
 def _compute_for(config: Config) -> Compute:
-    narrow = config.ffn.quantises if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
+    narrow = config.ffn.quantises or config.ffn.quantises_dense if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
     return compute_for(
         "attention",
         config.attention.num_gpus,
         quantise_experts=config.ffn.quantises,
+        quantise_dense=config.ffn.quantises_dense,
+        quantise_projections=config.attention.quantises,
         quantise_rows=narrow,
         graphs=config.pipeline.cuda_graphs,
     )

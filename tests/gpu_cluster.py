@@ -11,7 +11,7 @@ from torch import Tensor
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.local import LocalCluster
 from afd_ray.handoff.quantise import dequantise, quantise
-from afd_ray.kernels.quantised import quantised
+from afd_ray.kernels.quantised import quantise_attention, quantise_dense, quantise_experts
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
 from afd_ray.models.config import ModelConfig
@@ -30,8 +30,8 @@ CONFIG = replace(
     share_expert_dim=128,
     vocab_size=128,
 )
-WIDE = replace(CONFIG, hidden_size=128)
-"""Whose experts can be held in e4m3."""
+WIDE = replace(CONFIG, hidden_size=128, share_q_dim=128, head_dim=64)
+"""Whose weights can be held in e4m3."""
 E4M3 = torch.float8_e4m3fn
 HERE = torch.device(DEVICE)
 PROMPTS = (1, 14, 6)
@@ -88,15 +88,18 @@ def expected(checkpoint: Checkpoint, asked: list[Request]) -> dict[str, list[int
     }
 
 
-def rounded_model(checkpoint: Checkpoint, *, wire: bool = False) -> Step3Model:
-    """The reference with keys, values and routed experts in e4m3; `wire`: all rows that go to an FFN too."""
+def rounded_model(checkpoint: Checkpoint, *, wire: bool = False, whole: bool = False, cache: bool = True) -> Step3Model:
+    """The reference with routed experts in e4m3, and, unless `cache` is false, keys and values; `wire`: all rows that go to an FFN too; `whole`: all other layers too."""
     model = load_model(checkpoint)
     for index, ffn in enumerate(model.ffn.layers):
         assert isinstance(ffn, FFNLayer)
-        if ffn.moe is not None:
-            ffn.moe = quantised(ffn.moe)
         layer = model.attention.layer(index)
-        layer.before = rounding(layer.before)  # type: ignore[method-assign]
+        quantise_experts(ffn)
+        if whole:
+            quantise_dense(ffn)
+            quantise_attention(layer)
+        if cache:
+            layer.before = rounding(layer.before)  # type: ignore[method-assign]
         if wire:
             layer.after = rounding_rows(layer.after)  # type: ignore[method-assign]
     return model
