@@ -151,10 +151,14 @@ class AttentionActor(Member):
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
-        half = compute.attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
+        keep, wanted = compute.narrow_parts, config.attention.kv_cache
+        read = load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared, keep=keep)
+        read.scale_cache(wanted.key_scale, wanted.value_scale)
+        half = compute.attention(read)
         ffn = None
         if colocated:
-            ffn = compute.colocated_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
+            whole = FFNShard.whole(half.config)
+            ffn = compute.colocated_ffn(load_ffn(checkpoint, whole, dtype, self._progress(1, 2), keep=keep))
         cache, allocator = build_cache(config, half.config, compute)
         scheduler = Scheduler(
             allocator=allocator,

@@ -15,6 +15,7 @@ BUNDLED_MODEL = "demo"
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
+Scale = Annotated[float, Field(ge=2.0**-64, le=2.0**64)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -63,6 +64,10 @@ class KVCache(Section):
     num_blocks: Literal["auto"] | Annotated[int, Field(ge=1, le=1 << 24)] = "auto"
     dtype: CacheDtype = "auto"
     """fp8: e4m3, on GPUs only."""
+    key_scale: Scale | None = None
+    """With fp8: keys are divided by it when they are written. None: the checkpoint's, of each layer, or 1."""
+    value_scale: Scale | None = None
+    """As key_scale, of values."""
 
     @property
     def tokens(self) -> int | None:

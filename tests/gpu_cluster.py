@@ -16,7 +16,8 @@ from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
+from afd_ray.models.scaled import scaled_tensors
+from afd_ray.models.step3 import CacheScales, FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
 from afd_ray.request import Request, SamplingParams
 from tests.triton_device import DEVICE
 
@@ -43,8 +44,9 @@ CHUNK = 10
 
 
 def written(directory: Path, config: ModelConfig = CONFIG) -> Checkpoint:
-    """Random weights."""
-    write_checkpoint(directory, config, random_tensors(config, seed=0))
+    """Random weights, in e4m3 where the configuration says so."""
+    tensors = random_tensors(config, seed=0)
+    write_checkpoint(directory, config, scaled_tensors(tensors) if config.scaled else tensors)
     return Checkpoint.open(directory)
 
 
@@ -99,18 +101,21 @@ def rounded_model(checkpoint: Checkpoint, *, wire: bool = False, whole: bool = F
             quantise_dense(ffn)
             quantise_attention(layer)
         if cache:
-            layer.before = rounding(layer.before)  # type: ignore[method-assign]
+            layer.before = rounding(layer.before, layer.self_attn.cache_scales)  # type: ignore[method-assign]
         if wire:
             layer.after = rounding_rows(layer.after)  # type: ignore[method-assign]
     return model
 
 
-def rounding(before: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def rounding(
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]], scales: CacheScales
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`AttentionLayer.before` with keys and values as a cache in e4m3 has them."""
 
     def rounded(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = before(*arguments)
-        return q, k.clamp(-448, 448).to(E4M3).to(k.dtype), v.clamp(-448, 448).to(E4M3).to(v.dtype)
+        held = (x.div(scale).clamp(-448, 448).to(E4M3).to(x.dtype) * scale for x, scale in zip((k, v), scales, strict=True))
+        return q, *held
 
     return rounded
 

@@ -1,9 +1,11 @@
 """Keys, values and experts in e4m3 through the engine: the reference with the same rounding, interpreted on a CPU or on a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
@@ -16,7 +18,7 @@ from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, read_ffn
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Narrow, Routed, Slice, Step3Model
 from afd_ray.request import Request
-from tests.gpu_cluster import E4M3, HERE, MAX_TOKENS, PROMPTS, WIDE, cluster, requests, rounded_model, served, written
+from tests.gpu_cluster import E4M3, HERE, MAX_TOKENS, PROMPTS, WIDE, cluster, requests, rounded_model, rounding, served, written
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 
 CLOSE_ENOUGH = CLOSE[E4M3]
@@ -206,6 +208,63 @@ def test_the_engine_s_tokens_are_those_that_the_reference_finds_likeliest(
             assert token is not None
             assert logits[token] > logits.max() - CLOSE_ENOUGH * logits.norm()
             tokens.append(token)
+
+
+def test_a_checkpoint_in_e4m3_is_computed_as_it_is_stored(tmp_path: Path) -> None:
+    """Nothing is quantised again: what the device holds are the bytes of the files."""
+    held = written(tmp_path, replace(WIDE, scaled=True))
+    compute = narrowest()
+    attention = compute.attention(load_attention(held, keep=compute.narrow_parts))
+    ffn = compute.colocated_ffn(load_ffn(held, whole(), keep=compute.narrow_parts))
+    stored = load_file(tmp_path / "model.safetensors")
+    down, wq = stored["model.layers.1.moe.down_proj.weight"], stored["model.layers.0.self_attn.wq.weight"]
+    assert torch.equal(ffn.layers[1].moe.down_proj.cpu().view(torch.uint8), down.view(torch.uint8))
+    assert torch.equal(attention.layers[0].projections.wide_q.values.cpu().view(torch.uint8), wq.view(torch.uint8))
+    cache = compute.cache(held.config, num_blocks=4, block_size=4, dtype=held.config.dtype)
+    sequence = Sequence(Request("one", (5, 6, 7, 8, 9)))
+    sequence.block_table = [2, 0]
+    passage = compute.begin(attention, cache, [Chunk(sequence, 0, 5, samples=True)], slot=0)
+    for layer in range(held.config.num_hidden_layers):
+        passage.add(ffn(layer, passage.attend(layer)))
+    right = last_logits(rounded_model(held, whole=True, cache=False), [5, 6, 7, 8, 9])
+    assert error(passage.logits(), right[None]) < CLOSE_ENOUGH
+
+
+def test_a_half_for_another_shard_takes_bytes_from_a_checkpoint_in_e4m3(tmp_path: Path) -> None:
+    held, compute, wanted = written(tmp_path, replace(WIDE, scaled=True)), narrowest(), FFNShard((0, 3), first_id=2)
+    keep = compute.narrow_parts
+    served = compute.ffn(load_ffn(held, FFNShard((1, 3)), keep=keep))
+    half = compute.regathered_ffn(served, wanted, lambda shard, dense: read_ffn(held, shard, WIDE.dtype, dense=dense, keep=keep))
+    ours, theirs = dict(half.named_parameters()), dict(compute.ffn(load_ffn(held, wanted, keep=keep)).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 200.0])
+def test_keys_and_values_in_e4m3_have_scales(checkpoint: Checkpoint, scale: float | None) -> None:
+    """200: most of them lose digits then, and the reference's the same ones."""
+    read, model = load_attention(checkpoint), rounded_model(checkpoint, cache=False)
+    for half in (read, model.attention):
+        half.scale_cache(scale, scale)
+    for index in range(WIDE.num_hidden_layers):
+        layer = model.attention.layer(index)
+        layer.before = rounding(layer.before, layer.self_attn.cache_scales)  # type: ignore[method-assign]
+    compute = narrow()
+    attention, ffn = compute.attention(read), compute.colocated_ffn(load_ffn(checkpoint, whole()))
+    cache = compute.cache(WIDE, num_blocks=4, block_size=4, dtype=E4M3)
+    sequence = Sequence(Request("one", (5, 6, 7, 8, 9)))
+    sequence.block_table = [2, 0]
+    logits = []
+    for start, count in ((0, 4), (4, 1)):
+        passage = compute.begin(attention, cache, [Chunk(sequence, start, count, samples=True)], slot=0)
+        for layer in range(WIDE.num_hidden_layers):
+            passage.add(ffn(layer, passage.attend(layer)))
+        logits.append(passage.logits())
+    for found, count in zip(logits, (4, 5), strict=True):
+        assert error(found, last_logits(model, [5, 6, 7, 8, 9][:count])[None]) < CLOSE_ENOUGH
+    unscaled = error(logits[1], last_logits(rounded_model(checkpoint), [5, 6, 7, 8, 9])[None])
+    assert (unscaled > 5 * CLOSE_ENOUGH) is (scale == 200.0)
 
 
 def test_experts_on_the_device_are_in_e4m3(checkpoint: Checkpoint) -> None:

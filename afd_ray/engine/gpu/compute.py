@@ -19,6 +19,7 @@ from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
 from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_attention, gpu_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
+from afd_ray.models.layout import Part
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
 
@@ -58,6 +59,16 @@ class GPUCompute:
         device = torch.device("cuda", 0)
         capture = partial(CUDAGraphs, device) if graphs else None
         return cls(device, share, capture=capture, **quantise)
+
+    @property
+    def narrow_parts(self) -> frozenset[Part]:
+        asked: dict[Part, bool] = {
+            "attention": self._projections,
+            "experts": self._experts,
+            "shared": self._dense,
+            "dense": self._dense,
+        }
+        return frozenset(part for part, is_asked in asked.items() if is_asked)
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
         """By graphs where there are any for these chunks."""

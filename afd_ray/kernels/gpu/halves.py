@@ -34,6 +34,7 @@ from afd_ray.models.config import ModelConfig
 from afd_ray.models.step3 import (
     AttentionHalf,
     AttentionLayer,
+    CacheScales,
     DenseFFN,
     FFNHalf,
     FFNLayer,
@@ -135,7 +136,7 @@ class GPUAttentionLayer(nn.Module):
         self.scales = "block" if quantise else None
         attention = plain.self_attn
         self.heads, self.dim, self.epsilon = attention.heads, attention.head_dim, plain.input_layernorm.eps
-        self.top_k, self.normalise = plain.top_k, plain.normalise
+        self.top_k, self.normalise, self.cache_scales = plain.top_k, plain.normalise, attention.cache_scales
         self.input_norm, self.output_norm = plain.input_layernorm.weight, plain.post_attention_layernorm.weight
         is_narrow = isinstance(attention.q_proj, QuantisedLinear)
         self.projections = NarrowProjections(attention) if is_narrow else Projections(attention)
@@ -151,7 +152,7 @@ class GPUAttentionLayer(nn.Module):
         wanted = "block" if self.projections.narrow else None
         given = add_norm_quantise(residual, sums, self.input_norm, self.epsilon, places=places, scales=wanted)
         q, k, v = self.projections.project(given)
-        rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1))
+        rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1), **self._scales(blocks))
         updates, parts = self.projections.out(self._attend(q, blocks, rows))
         normed = add_norm_quantise(given.residual, updates, self.output_norm, self.epsilon, product=parts, scales=self.scales)
         narrow = None if normed.values is None or normed.exponents is None else Narrow(normed.values, normed.exponents)
@@ -167,6 +168,11 @@ class GPUAttentionLayer(nn.Module):
             return _dense(self.share_expert, quantise_rows(hidden)).to(hidden.dtype)
         return None if self.share_expert is None else self.share_expert(hidden)
 
+    def _scales(self, blocks: Tensor) -> dict[str, float]:
+        """Of e4m3 alone: all else is held as it is."""
+        key, value = self.cache_scales if blocks.dtype == torch.float8_e4m3fn else CacheScales()
+        return {"key_scale": key, "value_scale": value}
+
     def _attend(self, q: Tensor, blocks: Tensor, rows: StepRows) -> Tensor:
         """[N, A, D]; rows that decode and chunks of prompts take a kernel each, and a copy that joins them where there are both."""
         keys = blocks.view(*blocks.shape[:2], 1, 2, self.dim)
@@ -174,11 +180,12 @@ class GPUAttentionLayer(nn.Module):
             Rows(q[part], keys, rows.tables, rows.starts[part], rows.contexts[part])
             for part in (slice(rows.decoding), slice(rows.decoding, None))
         )
-        attended = []
+        attended, scales = [], self._scales(blocks)
         if len(decoding.q):
-            attended.append(decode_attention.attend(decoding, splits=_splits(len(decoding.q), self.heads, blocks)))
+            splits = _splits(len(decoding.q), self.heads, blocks)
+            attended.append(decode_attention.attend(decoding, splits=splits, **scales))
         if len(chunked.q):
-            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts))
+            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts, **scales))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
