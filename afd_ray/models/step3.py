@@ -120,8 +120,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     total = k.shape[0]
     mask = None
     if n > 1:
-        positions = torch.arange(start, start + n)
-        mask = (torch.arange(total) <= positions[:, None]).repeat_interleave(heads, dim=0)  # [N*A, T]
+        positions = torch.arange(start, start + n, device=q.device)
+        mask = (torch.arange(total, device=q.device) <= positions[:, None]).repeat_interleave(heads, dim=0)  # [N*A, T]
     out = F.scaled_dot_product_attention(q.reshape(1, 1, n * heads, dim), k[None, None], v[None, None], attn_mask=mask)
     return out.view(n, heads, dim)
 
@@ -327,7 +327,7 @@ class Step3Model(nn.Module):
         """
         start = cache[0][0].shape[0] if cache else 0
         residual = self.attention.embed_tokens(token_ids)
-        cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0]))
+        cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0], device=token_ids.device))
         for index in range(self.config.num_hidden_layers):
             layer = self.attention.layer(index)
             q, k, v = layer.before(residual, cos, sin)
