@@ -1,7 +1,7 @@
 """How many tokens a second do an attention and an FFN process make together on one GPU, and are they the right ones?
 
 Two processes, each with its half, its step loop and its graphs as an actor of that role has them, meet over shared memory as actors on one host do;
-Ray, which only starts and watches actors, is left out. `step3-92m` in float32, and four layers of Step-3 at full size in e4m3 (weights and rows
+Ray, which only starts and watches actors, is left out. `step3-92m` in float32 and in bfloat16, and four layers of Step-3 at full size in e4m3 (weights and rows
 towards the FFN; keys and values in bfloat16), random weights. The tokens are checked against the reference: each must be the likeliest, or nearly,
 after those before it ("off" is how far below the likeliest its logit lay at most, in standard deviations of the logits). Beside it plain torch with a
 captured decode step, on the same GPU, alone, in bfloat16 where the model is in e4m3. Tokens/s and the time of a token are of the decoding after the last prompt;
@@ -52,6 +52,7 @@ class Case(NamedTuple):
 
 CASES = {
     "step3-92m": Case("step3-92m", replace(PRESETS["step3-92m"], dtype=torch.float32), False, 64, 128, 128, 1e-2),
+    "step3-92m-bf16": Case("step3-92m", PRESETS["step3-92m"], False, 64, 128, 128, 0.5),
     "step3-slice": Case("4 layers of Step-3", SLICE, True, 64, 512, 64, 0.5),
 }
 TINY = Case("step3-tiny", PRESETS["step3-tiny"], False, 3, 8, 6, 1e-3)

@@ -273,3 +273,9 @@ def test_experts_on_the_device_are_in_e4m3(checkpoint: Checkpoint) -> None:
     held = sum(tensor.nbytes for name, tensor in half.named_parameters() if ".moe." in name)
     wide = sum(tensor.nbytes for name, tensor in load_ffn(checkpoint, whole()).named_parameters() if ".moe." in name)
     assert wide / 4 <= held < wide / 3.9
+
+
+def test_projections_on_the_device_are_in_e4m3_and_counted_among_the_weights(checkpoint: Checkpoint) -> None:
+    held, wide = (compute.attention(load_attention(checkpoint)) for compute in (narrowest(), GPUCompute(HERE)))
+    sizes = [sum(tensor.nbytes for tensor in half.layers[0].projections.parameters()) for half in (held, wide)]
+    assert sizes[1] / 4 <= sizes[0] < sizes[1] / 3.8

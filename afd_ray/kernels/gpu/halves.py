@@ -115,6 +115,9 @@ class NarrowProjections(Projections):
         pairs = {name: _pair(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "wq", "o_proj")}
         self.qkv = joined([pairs["q_proj"], pairs["k_proj"], pairs["v_proj"]])
         self.wide_q, self.output = joined([pairs["wq"]]), joined([pairs["o_proj"]])
+        for name, weight in (("qkv", self.qkv), ("wide_q", self.wide_q), ("output", self.output)):
+            self.register_parameter(f"{name}_values", nn.Parameter(weight.values, requires_grad=False))
+            self.register_parameter(f"{name}_scales", nn.Parameter(weight.scales, requires_grad=False))
 
     def project(self, rows: Normalised) -> Projected:
         together, (latents, dim) = product(_narrow(rows), self.qkv), self.sizes

@@ -48,8 +48,9 @@ class Parts(NamedTuple):
         return Parts(self.sums[:, :, first : first + count])
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
-        """[N, .]"""
-        return self.sums.sum(0).to(dtype)
+        """[N, .]; added up in the order in which kernels do it."""
+        total: Tensor = functools.reduce(torch.add, self.sums)
+        return total.to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
