@@ -316,6 +316,9 @@ def check_supported(config: Config) -> None:
         raise ConfigError(
             "attention.kv_cache.dtype: fp8 needs a GPU, set attention.num_gpus above 0 or use auto, float32, bfloat16"
         )
+    for key in ("key_scale", "value_scale"):
+        if getattr(attention.kv_cache, key) is not None and attention.kv_cache.dtype != "fp8":
+            raise ConfigError(f"attention.kv_cache.{key}: needs attention.kv_cache.dtype: fp8, got {attention.kv_cache.dtype}")
     holder = "attention" if ffn.colocated else "ffn"
     needed = {
         ("attention.projection_dtype", "attention"): attention.quantises,
