@@ -3,7 +3,8 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 from actors.cluster import Cluster
@@ -64,36 +65,56 @@ class Served:
         ask_url(self._url, "/v1/completions", body, self._key, TRIAL_TIMEOUT_S)
 
 
+class Profiler:
+    """Measures one cluster, whose numbers of actors stay."""
+
+    def __init__(self, subject: Subject) -> None:
+        """Raises RuntimeError, one line, when it has no stages to measure."""
+        self._subject, self._drawn = subject, random.Random(0)
+        self._facts = facts = Facts(**subject.measured()["facts"])
+        if not facts.ffn:
+            raise RuntimeError("a colocated cluster has no stages apart to measure")
+        self._points = Points(facts)
+        self.trials = list(trials(facts, self._steps()))
+        """Of a round."""
+
+    def round(self) -> Iterator[None]:
+        """Every trial once; something is yielded before each."""
+        for trial in self.trials:
+            yield
+            self._points.add(trial, span_of(trial, run_trial(self._subject, trial, self._facts, self._drawn)))
+
+    def dump(self, about: dict[str, Any]) -> dict[str, Any]:
+        """The profile (`simulation.profile`) by all rounds so far, as JSON values; raises RuntimeError, one line, when nothing could be measured."""
+        if not self._points:
+            raise RuntimeError("nothing was measured: the cluster served other requests, or was resized, all the while")
+        return self._points.dump(about | {"attention": self._facts.attention, "ffn": self._facts.ffn})
+
+    def _steps(self) -> int:
+        """How many tokens make a trial long enough."""
+        facts = self._facts
+        least, most = (min(steps, facts.context_limit // 2) for steps in STEPS)
+        pilot = next(trials(facts, least), None)
+        if pilot is None:
+            return least
+        began_s = time.perf_counter()
+        run_trial(self._subject, pilot, facts, self._drawn)
+        return max(least, min(most, round(TRIAL_S * least / (time.perf_counter() - began_s))))
+
+
 def profile(
     subject: Subject,
     about: dict[str, Any],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """The profile of a cluster (`simulation.profile`), as JSON values, every trial run in each of `rounds`; raises RuntimeError, one line, when nothing could be measured."""
-    facts = Facts(**subject.measured()["facts"])
-    if not facts.ffn:
-        raise RuntimeError("a colocated cluster has no stages apart to measure")
-    drawn, points = random.Random(0), Points(facts)
-    planned = list(trials(facts, _steps(subject, facts, drawn))) * rounds
-    for done, trial in enumerate(planned):
-        on_progress(done, len(planned))
-        points.add(trial, span_of(trial, run_trial(subject, trial, facts, drawn)))
-    on_progress(len(planned), len(planned))
-    if not points:
-        raise RuntimeError("nothing was measured: the cluster served other requests, or was resized, all the while")
-    return points.dump(about | {"attention": facts.attention, "ffn": facts.ffn})
-
-
-def _steps(subject: Subject, facts: Facts, drawn: random.Random) -> int:
-    """How many tokens make a trial long enough."""
-    least, most = (min(steps, facts.context_limit // 2) for steps in STEPS)
-    pilot = next(trials(facts, least), None)
-    if pilot is None:
-        return least
-    began_s = time.perf_counter()
-    run_trial(subject, pilot, facts, drawn)
-    return max(least, min(most, round(TRIAL_S * least / (time.perf_counter() - began_s))))
+    """The profile of a cluster, every trial run in each of `rounds`; raises as `Profiler` does."""
+    profiler = Profiler(subject)
+    total = len(profiler.trials) * rounds
+    for done, _ in enumerate(chain.from_iterable(profiler.round() for _ in range(rounds))):
+        on_progress(done, total)
+    on_progress(total, total)
+    return profiler.dump(about)
 
 
 def run_trial(subject: Subject, trial: Trial, facts: Facts, drawn: random.Random) -> list[Look]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actors.cluster import Cluster
-from actors.profiling import Started, profile
+from actors.profiling import Profiler, Started
 from afd_ray.autoscaling import Counts, load_policy
 from afd_ray.config import Config, load_config
 from afd_ray.models.checkpoint import write_checkpoint
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     preset: str | None = None
     """Of a checkpoint with random weights; None: the bundled model."""
     rounds: int = 1
-    """Of the profile."""
+    """Of the profile, each time."""
 
 
 SMALL = "prompt=64,output=48,spread=0.3"
@@ -56,7 +56,7 @@ PARTS = {
             "drift": "drift:rate=4,duration_s=20,prompt=200,output=48,drift=4,spread=0.3",
         },
         "step3-92m",
-        rounds=5,
+        rounds=2,
     ),
     "paced": Part(
         # So slow that what nine actors compute besides is little on two cores: who waits for a core is not on schedule.
@@ -124,20 +124,24 @@ def run_part(name: str, seed: int, quick: bool) -> Iterator[Row]:
             config = load_config("demo", [*settings, *ranks(counts)])
             with Cluster.start(config) as cluster:
                 path = Path(directory) / f"{counts}.json"
-                path.write_text(json.dumps(profile(Started(cluster), {"of": name}, rounds=part.rounds)))
-                print(path.read_text(), file=sys.stderr)
+                profiler, served = Profiler(Started(cluster)), []
                 for trace, text in islice(part.traces.items(), 1 if quick else None):
                     arrivals = list(draw(parse_synthetic(text), seed))
-                    live = replay(cluster, arrivals)
-                    yield told(
-                        Row(
-                            name,
-                            counts,
-                            trace,
-                            live,
-                            *(simulated(config, path, arrivals, detail) for detail in ("layers", "rounds")),
-                        )
-                    )
+                    measure(profiler, part.rounds)
+                    served.append((trace, arrivals, replay(cluster, arrivals)))
+                measure(profiler, part.rounds)
+                path.write_text(json.dumps(profiler.dump({"of": name})))
+                print(path.read_text(), file=sys.stderr)
+            for trace, arrivals, live in served:
+                figures = (simulated(config, path, arrivals, detail) for detail in ("layers", "rounds"))
+                yield told(Row(name, counts, trace, live, *figures))
+
+
+def measure(profiler: Profiler, rounds: int) -> None:
+    """A machine is not as fast at one time as at another: stages are profiled before, between and after the traces."""
+    for _ in range(rounds):
+        for _ in profiler.round():
+            pass
 
 
 def checkpoint_of(preset: str | None, directory: Path) -> list[str]:
@@ -185,7 +189,7 @@ def _of_latencies(rows: Sequence[Row]) -> Iterator[str]:
     asked = ", ".join(f"{name} within {share:.0%}" for name, share in zip(NAMES.values(), ALLOWED.values(), strict=True))
     yield from ("", "## On the same trace", "")
     yield (
-        "Live, then simulated layer by layer (`simulation.detail: layers`) with the stage times that were profiled on that cluster just before; TPOT is a request's mean. "
+        "Live, then simulated layer by layer (`simulation.detail: layers`) with the stage times that were profiled on that cluster before, between and after; TPOT is a request's mean. "
         f"Asked: {asked}. The last columns are the same three by rounds, in closed form, which is not judged here."
     )
     yield ""
