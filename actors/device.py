@@ -8,11 +8,17 @@ from afd_ray.engine.compute import Compute, HostCompute
 
 
 def compute_for(
-    role: str, num_gpus: float, *, quantise_experts: bool = False, quantise_rows: bool = False, graphs: bool = False
+    role: str,
+    num_gpus: float,
+    *,
+    quantise_experts: bool = False,
+    quantise_rows: bool = False,
+    graphs: bool = False,
+    stays: bool = False,
 ) -> Compute:
     """What `num_gpus` of that role's configuration asks for; raises RuntimeError in one line where this actor cannot have it.
 
-    `quantise_experts`, `quantise_rows`: as `GPUCompute` takes them. `graphs`: steps that decode are captured. A CPU needs none of these.
+    `quantise_experts`, `quantise_rows`, `stays`: as `GPUCompute` takes them. `graphs`: steps that decode are captured. A CPU needs none of these.
     """
     if not num_gpus:
         return HostCompute()
@@ -23,4 +29,6 @@ def compute_for(
         raise RuntimeError(f"{asked} needs Triton, which is not installed here (extras cuda12 and cuda13 have it)")
     from afd_ray.engine.gpu.compute import GPUCompute
 
-    return GPUCompute.of_first_gpu(num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows, graphs=graphs)
+    return GPUCompute.of_first_gpu(
+        num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows, graphs=graphs, stays=stays
+    )

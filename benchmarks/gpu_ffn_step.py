@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
 from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
-from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_ffn
+from afd_ray.kernels.gpu.halves import GPUFFN, FedFFN, gpu_ffn
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Slice
@@ -74,7 +74,7 @@ def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
     ours, launched = median_us(lambda: half(0, routed)), eager_us(lambda: half(0, routed))
     host = launch_us(lambda: half(0, routed)), replay_us(lambda: half(0, routed))
     device = routed.hidden.device
-    fed, replayed = HostFedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device))
+    fed, replayed = FedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device))
     hosted = Routed(*(None if tensor is None else tensor.cpu() for tensor in routed[:3]))
     through = launch_us(lambda: fed(0, hosted)), launch_us(lambda: replayed(0, hosted))
     times = " | ".join(f"{us:.0f}" for us in (launched, *host, *through))
@@ -82,9 +82,9 @@ def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
     return Line(f"| {len(routed.hidden)} | {figures} |", found < LARGEST_ERROR, None)
 
 
-def fed_by_graphs(half: GPUFFN, rows: int, capture: Capture) -> HostFedFFN:
+def fed_by_graphs(half: GPUFFN, rows: int, capture: Capture) -> FedFFN:
     """As an actor holds it."""
-    fed = HostFedFFN(half, next(half.parameters()).device)
+    fed = FedFFN(half, next(half.parameters()).device)
     fed.replayed = FFNGraphs(fed, rows, narrow=False, capture=capture)
     return fed
 

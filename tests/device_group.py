@@ -1,5 +1,6 @@
 """Members of a group between devices that are not there: `host_device` in their place."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,12 +15,19 @@ CONTROL_BYTES = 1 << 16
 PLACES = 4
 WAIT_S = 20.0
 
-MakeCarrier = Callable[[HostDevice, int, Mapping[int, int]], Carrier]
-"""Of a rank, with the longest frame from each peer."""
+MakeCarrier = Callable[[HostDevice, int, Mapping[int, int], int], Carrier]
+"""Of a rank, with the longest frame from each peer, and how many places an edge has."""
 
 
-def ipc(device: HostDevice, rank: int, peers: Mapping[int, int]) -> Carrier:
-    return IpcCarrier(device, peers, PLACES)
+def ipc(device: HostDevice, rank: int, peers: Mapping[int, int], places: int) -> Carrier:
+    return IpcCarrier(device, peers, places)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came about"
+        time.sleep(1e-3)
 
 
 def member(
@@ -30,11 +38,12 @@ def member(
     carrier: MakeCarrier = ipc,
     control: LinkKind = "auto",
     epoch: int = 0,
+    places: int = PLACES,
 ) -> DeviceMesh:
     """Not connected yet; `peers`: the longest frame from each."""
     rings = dict.fromkeys(peers, CONTROL_BYTES)
     mesh = open_mesh(rank, world_size, epoch, secret=b"s", host="127.0.0.1", peers=rings, kind=control)
-    return DeviceMesh(mesh, carrier(device, rank, peers), device)
+    return DeviceMesh(mesh, carrier(device, rank, peers, places), device)
 
 
 @contextmanager

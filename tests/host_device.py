@@ -39,8 +39,10 @@ class HostStream:
         """`holds_up`: the thread that orders to wait, or to follow, is held up too."""
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lateness_s, self._holds_up, self._random = lateness_s, holds_up, random.Random(7)
+        self.waits = False
         threading.Thread(target=self._work, name="host-stream", daemon=True).start()
 
+    @torch.inference_mode()  # as step loops, whose tensors it writes into
     def _work(self) -> None:
         while True:
             order = self._orders.get()
@@ -61,7 +63,12 @@ class HostStream:
         self.run(lambda: _store(address, value))
 
     def wait(self, address: int, value: int) -> None:
-        self._hold_up(lambda: _until(lambda: reached(_load(address), value)))
+        def wait() -> None:
+            self.waits = True
+            _until(lambda: reached(_load(address), value))
+            self.waits = False
+
+        self._hold_up(wait)
 
     def mark(self) -> HostMark:
         mark = HostMark()
@@ -78,6 +85,13 @@ class HostStream:
         self.run(order)
         if self._holds_up:
             self.synchronize()
+
+
+def stalled(device: "HostDevice", going: threading.Event | None = None) -> threading.Event:
+    """Its stream comes no further than the next copy, until the event."""
+    stream, going = device.stream(), going or threading.Event()
+    stream.copy = lambda to, given: stream.run(lambda: going.wait() and None)  # type: ignore[method-assign]
+    return going
 
 
 class HostDevice:

@@ -5,7 +5,7 @@ import multiprocessing
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,21 +20,14 @@ from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.device.ipc import IpcCarrier
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.message import Header, Kind, LinkError, Message, layout_for
-from tests.device_group import PLACES, WAIT_S, connected, ipc, member
-from tests.host_device import HostDevice
+from tests.device_group import PLACES, WAIT_S, MakeCarrier, connected, ipc, member, until
+from tests.host_device import HostDevice, stalled
 
 FRAME_BYTES = 1 << 14
 LATE_S = 1e-3
 SHM = Path("/dev/shm")
 CARRIERS = [ipc]
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came about"
-        time.sleep(1e-3)
 
 
 def next_message(mesh: DeviceMesh) -> Message:
@@ -51,13 +44,6 @@ def drawn(rng: random.Random) -> list[Tensor]:
     dtype = rng.choice(DTYPES)
     values = torch.tensor([rng.randint(0, 50) for _ in range(rows * 64)], dtype=torch.uint8)
     return [values.to(dtype).view(rows, 64), torch.full((rows, 2), rng.randint(0, 99), dtype=torch.int16)]
-
-
-def stalled(device: HostDevice) -> threading.Event:
-    """Its stream comes no further than the next copy, until the event."""
-    stream, going = device.stream(), threading.Event()
-    stream.copy = lambda to, given: stream.run(lambda: going.wait() and None)  # type: ignore[method-assign]
-    return going
 
 
 def pair(first: HostDevice, second: HostDevice) -> list[IpcCarrier]:
@@ -159,7 +145,7 @@ def test_frames_lie_as_in_host_memory() -> None:
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_streams_that_wait_for_a_member_that_left_go_on_and_their_reader_is_told(carrier: Callable[..., IpcCarrier]) -> None:
+def test_streams_that_wait_for_a_member_that_left_go_on_and_their_reader_is_told(carrier: MakeCarrier) -> None:
     """Its header had come, its rows had not: the stream is let go, and what it then read is not believed."""
     devices = [HostDevice(), HostDevice()]
     meshes = [member(rank, 2, {1 - rank: FRAME_BYTES}, device, carrier) for rank, device in enumerate(devices)]

@@ -145,16 +145,24 @@ class IpcCarrier:
     def post(self, peer: int, layout: Layout, tensors: Sequence[Tensor]) -> Ticket:
         outlet = self._outlets[peer]
         check_length(peer, layout, outlet.place_bytes)
-        place = self._await_place(peer, outlet)
-        line, start = outlet.first_line + place, place * outlet.place_bytes
-        to = frame_views(outlet.memory[start : start + outlet.place_bytes], layout)
-        with self._orders:
-            stream, before = self._stream(), outlet.posted[place]
-            number = outlet.posted[place] = (before + 1) % ROUND
-            stream.wait(outlet.words.address(line, FREE), before)
-            for view, tensor in zip(to, tensors, strict=True):
-                stream.copy(view, tensor)
-            stream.write(outlet.words.address(line, FULL), number)
+        until_s: float | None = None
+        while True:
+            with self._orders:
+                stream, place = self._stream(), outlet.free_place()
+                if place is not None:
+                    return self._put(stream, outlet, place, layout, tensors)
+            until_s = until_s or time.monotonic() + self._send_timeout_s
+            if time.monotonic() > until_s:
+                raise LinkError(peer, f"its places stayed full for {self._send_timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+    def _put(self, stream: Stream, outlet: Outlet, place: int, layout: Layout, tensors: Sequence[Tensor]) -> Ticket:
+        line, start, before = outlet.first_line + place, place * outlet.place_bytes, outlet.posted[place]
+        number = outlet.posted[place] = (before + 1) % ROUND
+        stream.wait(outlet.words.address(line, FREE), before)
+        for view, tensor in zip(frame_views(outlet.memory[start : start + outlet.place_bytes], layout), tensors, strict=True):
+            stream.copy(view, tensor)
+        stream.write(outlet.words.address(line, FULL), number)
         return Ticket(place, number)
 
     def take(self, peer: int, layout: Layout, ticket: Ticket) -> Delivery:
@@ -182,11 +190,12 @@ class IpcCarrier:
         return Delivery(frame_views(inlet.place(place), layout), arrive, release)
 
     def check(self) -> None:
-        if self._over is not None:
-            raise self._over
-        for peer, words in self._theirs.items():
-            if words.abandoned:
-                raise LinkError(peer, "it has abandoned the epoch")
+        with self._orders:
+            if self._over is not None:
+                raise self._over
+            for peer, words in self._theirs.items():
+                if words.abandoned:
+                    raise LinkError(peer, "it has abandoned the epoch")
 
     def abandon(self, reason: LinkError) -> None:
         with self._ending:
@@ -213,18 +222,6 @@ class IpcCarrier:
         stream = self._device.stream()
         self._used.add(stream)
         return stream
-
-    def _await_place(self, peer: int, outlet: Outlet) -> int:
-        place, until_s = outlet.free_place(), None
-        while place is None:
-            if self._over is not None:
-                raise self._over
-            until_s = until_s or time.monotonic() + self._send_timeout_s
-            if time.monotonic() > until_s:
-                raise LinkError(peer, f"its places stayed full for {self._send_timeout_s:g} s")
-            time.sleep(_POLL_S)
-            place = outlet.free_place()
-        return place
 
     def _wind_up(self) -> None:
         self._let_go()
