@@ -46,7 +46,7 @@ bench: $(STAMP)
 
 # Where there is a GPU.
 bench-gpu: $(STAMP)
-	@for name in gpu_attention gpu_experts gpu_step gpu_ffn_step; do $(BIN)/python -m "benchmarks.$$name" || exit 1; done
+	@for name in gpu_attention gpu_experts gpu_step gpu_ffn_step gpu_handoff; do $(BIN)/python -m "benchmarks.$$name" || exit 1; done
 
 chaos: $(STAMP)
 	$(BIN)/python -m benchmarks.chaos --kills 100 --pauses 20

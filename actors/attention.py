@@ -297,6 +297,7 @@ def _compute_for(config: Config) -> Compute:
         quantise_experts=config.ffn.quantises,
         quantise_rows=narrow,
         graphs=config.pipeline.cuda_graphs,
+        stays=config.handoff.between_devices is not None,
     )
 
 

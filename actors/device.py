@@ -1,10 +1,17 @@
-"""Which device an actor computes on: the one place that may load the GPU's part, for without a GPU Triton need not be installed."""
+"""Which device an actor computes on and hands over from: the one place that may load the GPU's part, for without a GPU none of it need be installed."""
 
 import importlib.util
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from afd_ray.engine.compute import Compute, HostCompute
+from afd_ray.handoff.device.carrier import Carrier
+from afd_ray.handoff.device.ipc import IpcCarrier
+from afd_ray.handoff.device.nccl import NcclCarrier
+from afd_ray.handoff.device.streams import Device
+from afd_ray.handoff.terms import DeviceLinkKind
 
 
 def compute_for(
@@ -32,3 +39,37 @@ def compute_for(
     return GPUCompute.of_first_gpu(
         num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows, graphs=graphs, stays=stays
     )
+
+
+class DeviceLinks(NamedTuple):
+    """What a group needs for rows that stay on the GPU."""
+
+    carrier: Carrier
+    device: Device
+
+
+def links_for(kind: DeviceLinkKind, rank: int, peers: Mapping[int, int], places: int, *, shares_gpu: bool) -> DeviceLinks:
+    """`peers`: the longest frame in bytes from each; raises RuntimeError in one line where this actor cannot have such links.
+
+    `shares_gpu`: actors may be on one GPU.
+    """
+    _require("cuda.bindings", "cuda-bindings", kind)
+    from afd_ray.handoff.gpu.cuda import CudaDevice
+
+    place = torch.device("cuda", 0)
+    device = CudaDevice(place)
+    if kind == "ipc":
+        return DeviceLinks(IpcCarrier(device, peers, places), device)
+    _require("cupy", "CuPy", kind)
+    from afd_ray.handoff.gpu.nccl import CupyNccl
+
+    return DeviceLinks(NcclCarrier(device, rank, peers, places, CupyNccl(place, shares_gpu=shares_gpu)), device)
+
+
+def _require(module: str, name: str, kind: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a package above it
+        found = None
+    if found is None:
+        raise RuntimeError(f"handoff.kind: {kind} needs {name}, which is not installed here (extras cuda12 and cuda13 have it)")

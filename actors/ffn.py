@@ -80,7 +80,11 @@ class FFNActor(Member):
     def _build(self, shard: FFNShard, held: FFNHalf | None) -> FFNHalf:
         config = self._config
         compute = compute_for(
-            "ffn", config.ffn.num_gpus, quantise_experts=config.ffn.quantises, graphs=config.pipeline.cuda_graphs
+            "ffn",
+            config.ffn.num_gpus,
+            quantise_experts=config.ffn.quantises,
+            graphs=config.pipeline.cuda_graphs,
+            stays=config.handoff.between_devices is not None,
         )
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         try:

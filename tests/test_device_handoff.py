@@ -22,7 +22,7 @@ from afd_ray.kernels.gpu.capture import Capture, eagerly
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.experts import place_experts
 from afd_ray.models.checkpoint import Checkpoint
-from tests.device_group import MakeCarrier, connected, ipc, member, until
+from tests.device_group import MakeCarrier, connected, ipc, member, nccl, until
 from tests.gpu_cluster import CHUNK, CONFIG, E4M3, HERE, WIDE, cluster, expected, requests, served, written
 from tests.host_device import HostDevice, stalled
 from tests.triton_device import COMPILED
@@ -78,6 +78,13 @@ def test_tokens_are_the_reference_s(checkpoint: Checkpoint, epoch: Epoch, captur
         assert served(local, asked) == expected(checkpoint, asked)
 
 
+def test_so_they_are_by_nccl(checkpoint: Checkpoint) -> None:
+    """What the ranks of an instance send each other passes through host memory."""
+    epoch, asked = Epoch(1, 2, 2, 1, 2), requests(max_tokens=3)
+    with group(epoch, nccl) as meshes, cluster(checkpoint, epoch, compute(eagerly), meshes=meshes) as local:
+        assert served(local, asked) == expected(checkpoint, asked)
+
+
 def test_rows_in_8_bits_are_those_that_pass_through_the_host(tmp_path: Path) -> None:
     held, epoch, asked, found = written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), requests(prompts=(1, 5), max_tokens=2), []
     with cluster(
@@ -92,14 +99,15 @@ def test_rows_in_8_bits_are_those_that_pass_through_the_host(tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
-def test_rows_that_never_came_make_no_token(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("carrier", [ipc, nccl])
+def test_rows_that_never_came_make_no_token(checkpoint: Checkpoint, carrier: MakeCarrier) -> None:
     """An FFN rank tells of its rows of the last layer and is gone before they are there: they are computed again in the next epoch."""
     epoch, asked, going = Epoch(1, 1, 1, 1, 2), requests(max_tokens=6), threading.Event()
     lost: list[int] = []
     devices = [HostDevice(LATE_S) for _ in range(2)]
     with (
-        group(epoch, devices=devices) as meshes,
-        group(replace(epoch, number=2)) as after,
+        group(epoch, carrier, devices=devices) as meshes,
+        group(replace(epoch, number=2), carrier) as after,
         cluster(checkpoint, epoch, compute(), meshes=meshes, on_lost=lambda number, _: lost.append(number)) as local,
     ):
         send, stuck = meshes[1].send, threading.Event()
@@ -114,7 +122,7 @@ def test_rows_that_never_came_make_no_token(checkpoint: Checkpoint) -> None:
         for request in asked:
             local.attention[0].submit(request).result(20)
         assert stuck.wait(20)
-        until(lambda: devices[0].stream().waits)
+        until(lambda: carrier is nccl or devices[0].stream().waits)
         meshes[1].close()
         until(lambda: bool(lost))  # the attention rank's stream went on
         going.set()

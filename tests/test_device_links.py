@@ -20,13 +20,13 @@ from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.device.ipc import IpcCarrier
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.message import Header, Kind, LinkError, Message, layout_for
-from tests.device_group import PLACES, WAIT_S, MakeCarrier, connected, ipc, member, until
+from tests.device_group import PLACES, WAIT_S, MakeCarrier, connected, ipc, member, nccl, until
 from tests.host_device import HostDevice, stalled
 
 FRAME_BYTES = 1 << 14
 LATE_S = 1e-3
 SHM = Path("/dev/shm")
-CARRIERS = [ipc]
+CARRIERS = [ipc, nccl]
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn)
 
 
@@ -190,8 +190,8 @@ def test_memory_is_freed_only_when_nobody_has_it_open() -> None:
 # --- real processes -------------------------------------------------------------------------------------------------------
 
 
-def join(rank: int, pipe: Connection, device: HostDevice) -> DeviceMesh:
-    mesh = member(rank, 2, {1 - rank: FRAME_BYTES}, device)
+def join(rank: int, pipe: Connection, device: HostDevice, carrier: MakeCarrier) -> DeviceMesh:
+    mesh = member(rank, 2, {1 - rank: FRAME_BYTES}, device, carrier)
     pipe.send(mesh.endpoint.to_dict())
     mesh.connect({1 - rank: Endpoint.from_dict(pipe.recv())}, timeout_s=WAIT_S)
     return mesh
@@ -200,7 +200,7 @@ def join(rank: int, pipe: Connection, device: HostDevice) -> DeviceMesh:
 def echo(pipe: Connection) -> None:
     """Echo what comes, through a late stream; once told "stall", send a header whose rows never come."""
     device = HostDevice(LATE_S)
-    mesh = join(1, pipe, device)
+    mesh = join(1, pipe, device, pipe.recv())
     with suppress(LinkError):
         while True:
             message = next_message(mesh)
@@ -225,12 +225,16 @@ def peer() -> Iterator[tuple[Connection, BaseProcess]]:
     process.close()
 
 
-def test_two_processes_hand_rows_over_and_one_that_is_killed_holds_nobody_up(peer: tuple[Connection, BaseProcess]) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_two_processes_hand_rows_over_and_one_that_is_killed_holds_nobody_up(
+    peer: tuple[Connection, BaseProcess], carrier: MakeCarrier
+) -> None:
     """Rows there and back; then a header whose rows never come, from a process that dies."""
     pipe, process = peer
     rng, device = random.Random(5), HostDevice(LATE_S)
-    mesh = join(0, pipe, device)
-    assert mesh.edge_kinds() == {1: "ipc"}
+    pipe.send(carrier)
+    mesh = join(0, pipe, device, carrier)
+    assert mesh.edge_kinds() == {1: carrier.__name__}
     for step in range(100):
         tensors = drawn(rng)
         mesh.send(1, Header(Kind.DISPATCH, epoch=0, source=0, step=step), tensors)

@@ -6,7 +6,6 @@ message may take a place again the sender's host learns from the receiver's: so 
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,12 +13,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from afd_ray.handoff.device.carrier import Delivery, Ticket, check_length, frame_views
+from afd_ray.handoff.device.ending import Ending
 from afd_ray.handoff.device.streams import Device, Stream, reached
 from afd_ray.handoff.device.words import CREDIT, FREE, FULL, Words, attach_words, create_words
 from afd_ray.handoff.message import Kind, Layout, LinkError
 
 ROUND = 1 << 32
-CLOSED = "this member has closed its links"
 _POLL_S = 20e-6
 _LET_GO_S = 1e-3
 _LEAVE_S = 60.0
@@ -86,7 +85,7 @@ class Offer(NamedTuple):
     """Hexadecimal."""
 
 
-class IpcCarrier:
+class IpcCarrier(Ending):
     """A `Carrier` for peers on this host. Peers give and take alike: each opens what the other offers."""
 
     name = "ipc"
@@ -94,7 +93,8 @@ class IpcCarrier:
 
     def __init__(self, device: Device, peers: Mapping[int, int], places: int, send_timeout_s: float = 10.0) -> None:
         """`peers`: the longest frame in bytes from each rank, 0 for one that sends none."""
-        self._device, self._places, self._send_timeout_s = device, places, send_timeout_s
+        super().__init__(device)
+        self._places, self._send_timeout_s = places, send_timeout_s
         senders = sorted(peer for peer, frame_bytes in peers.items() if frame_bytes)
         self._peers = sorted(peers)
         self._own = create_words(device, len(senders) * places)
@@ -110,16 +110,12 @@ class IpcCarrier:
             raise
         self._outlets: dict[int, Outlet] = {}
         self._theirs: dict[int, Words] = {}
-        self._used: set[Stream] = set()
-        self._over: LinkError | None = None
-        self._orders, self._ending = threading.Lock(), threading.Lock()
-        self._end: threading.Thread | None = None
 
     def offer(self, peer: int) -> bytes:
         inlet = self._inlets.get(peer)
         given = Offer(self._own.name, 0, 0, 0, "")
         if inlet is not None:
-            handle = self._device.export(inlet.memory).hex()
+            handle = self.device.export(inlet.memory).hex()
             given = Offer(self._own.name, inlet.first_line, self._places, len(inlet.memory), handle)
         return json.dumps(given._asdict()).encode()
 
@@ -127,9 +123,9 @@ class IpcCarrier:
         for peer in self._peers:
             offer = Offer(**json.loads(offers[peer]))
             try:
-                words = self._theirs[peer] = attach_words(self._device, offer.words)
+                words = self._theirs[peer] = attach_words(self.device, offer.words)
                 if offer.places:
-                    memory = self._device.open(bytes.fromhex(offer.handle), offer.size_bytes)
+                    memory = self.device.open(bytes.fromhex(offer.handle), offer.size_bytes)
                     self._outlets[peer] = Outlet(memory, words, offer.first_line, offer.places)
             except (OSError, RuntimeError) as error:
                 raise LinkError(peer, f"its device memory cannot be opened: {error}") from None
@@ -147,8 +143,8 @@ class IpcCarrier:
         check_length(peer, layout, outlet.place_bytes)
         until_s: float | None = None
         while True:
-            with self._orders:
-                stream, place = self._stream(), outlet.free_place()
+            with self.orders:
+                stream, place = self.stream(), outlet.free_place()
                 if place is not None:
                     return self._put(stream, outlet, place, layout, tensors)
             until_s = until_s or time.monotonic() + self._send_timeout_s
@@ -174,66 +170,43 @@ class IpcCarrier:
         held = True
 
         def arrive() -> None:
-            with self._orders:
-                stream = self._stream()
+            with self.orders:
+                stream = self.stream()
                 inlet.taken[place] = number
                 stream.wait(inlet.words.address(line, FULL), number)
 
         def release() -> None:
             nonlocal held
-            with self._orders:
-                if held and self._over is None:
+            with self.orders:
+                if held and self.over is None:
                     held = False
-                    self._stream().write(inlet.words.address(line, FREE), number)
+                    self.stream().write(inlet.words.address(line, FREE), number)
                     inlet.words.store(line, CREDIT, number)
 
         return Delivery(frame_views(inlet.place(place), layout), arrive, release)
 
     def check(self) -> None:
-        with self._orders:
-            if self._over is not None:
-                raise self._over
+        with self.orders:
+            if self.over is not None:
+                raise self.over
             for peer, words in self._theirs.items():
                 if words.abandoned:
                     raise LinkError(peer, "it has abandoned the epoch")
 
-    def abandon(self, reason: LinkError) -> None:
-        with self._ending:
-            if self._end is not None:
-                return
-            self._over = reason
-            self._own.words.abandon()  # before any stream goes on: whoever reads what it then writes can know
-            self._end = threading.Thread(target=self._wind_up, name="device-links-end", daemon=True)
-            self._end.start()
+    def warn(self) -> None:
+        self._own.words.abandon()
 
-    def close(self) -> None:
-        self.abandon(LinkError(-1, CLOSED))
-
-    def wait_closed(self, timeout_s: float) -> bool:
-        """Whether all memory has been given back by then."""
-        if self._end is not None:
-            self._end.join(timeout_s)
-        return self._end is not None and not self._end.is_alive()
-
-    def _stream(self) -> Stream:
-        """This thread's, for orders given under the lock; LinkError once all is over: nothing may wait then."""
-        if self._over is not None:
-            raise self._over
-        stream = self._device.stream()
-        self._used.add(stream)
-        return stream
-
-    def _wind_up(self) -> None:
+    def wind_up(self) -> None:
         self._let_go()
-        while not self._orders.acquire(timeout=_LET_GO_S):
+        while not self.orders.acquire(timeout=_LET_GO_S):
             self._let_go()
-        marks = [stream.mark() for stream in self._used]
-        self._orders.release()
+        marks = self.marks()
+        self.orders.release()
         while not all(mark.passed() for mark in marks):
             self._let_go()  # again and again: what a peer had ordered before may still store less
             time.sleep(_LET_GO_S)
         for outlet in self._outlets.values():
-            self._device.close(outlet.memory)
+            self.device.close(outlet.memory)
         self._own.unlink()
         self._own.words.close()
         self._give_back()
@@ -255,4 +228,4 @@ class IpcCarrier:
         for words in self._theirs.values():
             words.close()
         for inlet in self._inlets.values():
-            self._device.free(inlet.memory)
+            self.device.free(inlet.memory)
