@@ -41,6 +41,10 @@ def compute_for(
     )
 
 
+LINGER_S = 1.0
+"""From the end of an epoch until NCCL lets an FFN rank's streams go: for attention ranks to notice that its links are closed."""
+
+
 class DeviceLinks(NamedTuple):
     """What a group needs for rows that stay on the GPU."""
 
@@ -48,10 +52,12 @@ class DeviceLinks(NamedTuple):
     device: Device
 
 
-def links_for(kind: DeviceLinkKind, rank: int, peers: Mapping[int, int], places: int, *, shares_gpu: bool) -> DeviceLinks:
+def links_for(
+    kind: DeviceLinkKind, rank: int, peers: Mapping[int, int], places: int, *, shares_gpu: bool, lingers: bool
+) -> DeviceLinks:
     """`peers`: the longest frame in bytes from each; raises RuntimeError in one line where this actor cannot have such links.
 
-    `shares_gpu`: actors may be on one GPU.
+    `shares_gpu`: actors may be on one GPU. `lingers`: it is an FFN rank.
     """
     _require("cuda.bindings", "cuda-bindings", kind)
     from afd_ray.handoff.gpu.cuda import CudaDevice
@@ -63,7 +69,8 @@ def links_for(kind: DeviceLinkKind, rank: int, peers: Mapping[int, int], places:
     _require("cupy", "CuPy", kind)
     from afd_ray.handoff.gpu.nccl import CupyNccl
 
-    return DeviceLinks(NcclCarrier(device, rank, peers, places, CupyNccl(place, shares_gpu=shares_gpu)), device)
+    library = CupyNccl(place, shares_gpu=shares_gpu)
+    return DeviceLinks(NcclCarrier(device, rank, peers, places, library, LINGER_S if lingers else 0.0), device)
 
 
 def _require(module: str, name: str, kind: str) -> None:

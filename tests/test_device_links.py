@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,9 +19,10 @@ from torch import Tensor
 from afd_ray.handoff.device.carrier import Ticket, frame_views, places_for
 from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.device.ipc import IpcCarrier
+from afd_ray.handoff.device.nccl import NcclCarrier
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.message import Header, Kind, LinkError, Message, layout_for
-from tests.device_group import PLACES, WAIT_S, MakeCarrier, connected, ipc, member, nccl, until
+from tests.device_group import PLACES, WAIT_S, MakeCarrier, Pipes, connected, ipc, member, nccl, until
 from tests.host_device import HostDevice, stalled
 
 FRAME_BYTES = 1 << 14
@@ -174,6 +176,30 @@ def test_who_abandons_is_known_before_its_streams_go_on() -> None:
     with pytest.raises(LinkError, match="edge to rank 7: somebody else is gone"):
         second.post(0, layout_for([]), [])
     closed(first, second)
+
+
+def test_by_nccl_a_rank_that_others_may_believe_closes_its_links_before_it_lets_its_stream_go() -> None:
+    devices, told = [HostDevice(holds_up=False) for _ in range(2)], threading.Event()
+    library = Pipes()
+    carriers = [NcclCarrier(device, rank, {1 - rank: FRAME_BYTES}, PLACES, library, 0.1) for rank, device in enumerate(devices)]
+    offers = [carrier.offer(1 - rank) for rank, carrier in enumerate(carriers)]
+    with ThreadPoolExecutor(2) as pool:
+        joins = [
+            pool.submit(carrier.join, {1 - rank: offers[1 - rank]}, time.monotonic() + WAIT_S)
+            for rank, carrier in enumerate(carriers)
+        ]
+    assert [join.result() for join in joins] == [None, None]
+    rows = [torch.ones(5)]
+    delivery = carriers[1].take(0, layout_for(rows), Ticket(0, 1))  # which is never sent
+    delivery.arrive()
+    through = devices[1].stream().mark()
+    carriers[1].farewell = lambda: told.set() or None if not through.passed() else None
+    carriers[1].abandon(LinkError(0, "gone"))
+    until(through.passed)
+    assert told.is_set(), "its stream went on first"
+    carriers[0].close()
+    assert all(carrier.wait_closed(WAIT_S) for carrier in carriers)
+    assert [device.allocated for device in devices] == [0, 0]
 
 
 def test_memory_is_freed_only_when_nobody_has_it_open() -> None:

@@ -34,6 +34,8 @@ class Carrier(Protocol):
     """Of the kind of link."""
     kinds: frozenset[Kind]
     """Of the messages whose tensors it carries; those of others pass through host memory."""
+    farewell: Callable[[], None]
+    """To be set: closes the host's links."""
 
     def offer(self, peer: int) -> bytes:
         """What the peer needs for `join`."""

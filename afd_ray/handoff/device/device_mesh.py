@@ -32,6 +32,7 @@ class DeviceMesh:
         self._early: list[Message] = []
         self._tell: Callable[[LinkError], None] = lambda error: None
         control.on_broken(self._on_broken)
+        carrier.farewell = control.close
 
     @property
     def endpoint(self) -> Endpoint:

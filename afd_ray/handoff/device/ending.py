@@ -2,6 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from afd_ray.handoff.device.streams import Device, Mark, Stream
 from afd_ray.handoff.message import LinkError
@@ -17,6 +18,8 @@ class Ending(ABC):
     def __init__(self, device: Device) -> None:
         self.device, self.orders = device, threading.Lock()
         self.over: LinkError | None = None
+        self.farewell: Callable[[], None] = lambda: None
+        """Closes the host's links, if they are not yet."""
         self._used: set[Stream] = set()
         self._ending = threading.Lock()
         self._end: threading.Thread | None = None

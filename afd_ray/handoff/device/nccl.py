@@ -71,16 +71,22 @@ class Way:
 class NcclCarrier(Ending):
     """A `Carrier` for peers on any host.
 
-    REDUCE it leaves to host memory: a rank that sums what never came whole would send it on as its own, and only the host's links could tell
-    whoever gets it. DISPATCH and PARTIAL go wrong for nobody but the member at the other end, which knows.
+    REDUCE it leaves to host memory: what never came whole would go on as a sum of somebody else's.
     """
 
     name = "nccl"
     kinds = frozenset({Kind.DISPATCH, Kind.PARTIAL})
 
-    def __init__(self, device: Device, rank: int, peers: Mapping[int, int], places: int, library: Library) -> None:
-        """`peers`: the longest frame in bytes from each rank, 0 for one that sends none."""
+    def __init__(
+        self, device: Device, rank: int, peers: Mapping[int, int], places: int, library: Library, linger_s: float = 0.0
+    ) -> None:
+        """`peers`: the longest frame in bytes from each rank, 0 for one that sends none.
+
+        `linger_s`: streams are let go so long after all is over, half of it with the host's links closed. An FFN rank that is let go sends
+        others what it made of rows that never came: by then those have left the epoch.
+        """
         super().__init__(device)
+        self._linger_s = linger_s
         self._rank, self._places, self._library = rank, places, library
         self._frames = dict(peers)
         self._ids: dict[int, list[bytes]] = {}
@@ -167,6 +173,9 @@ class NcclCarrier(Ending):
         """The host's links are what tells of this member's end."""
 
     def wind_up(self) -> None:
+        time.sleep(self._linger_s / 2)
+        self.farewell()
+        time.sleep(self._linger_s / 2)
         given = self.orders.acquire(timeout=_ORDER_S)
         aborts = [threading.Thread(target=made.abort, name="nccl-abort", daemon=True) for made in self._made]
         for abort in aborts:
