@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TWO := -n 2 --no-loadscope-reorder
 
-.PHONY: install serve test test-full check format bench bench-gpu chaos clean
+.PHONY: install serve test test-full check format bench gpu chaos clean
 
 install: $(STAMP)
 
@@ -40,13 +40,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for name in $$(basename -s .py benchmarks/[a-z]*.py | grep -v ^gpu_) chaos; do \
+	@for name in $$(basename -s .py benchmarks/[a-z]*.py | grep -v '^gpu') chaos; do \
 		echo "== $$name" >&2; $(BIN)/python -m "benchmarks.$$name" --quick || exit 1; \
 	done
 
-# Where there is a GPU.
-bench-gpu: $(STAMP)
-	@for name in gpu_attention gpu_experts gpu_step gpu_ffn_step gpu_handoff; do $(BIN)/python -m "benchmarks.$$name" || exit 1; done
+# Where there is a GPU: probes, the kernels' tests, every GPU benchmark, results under benchmarks/results. MINUTES is for all of it.
+MINUTES ?= 60
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES)
 
 chaos: $(STAMP)
 	$(BIN)/python -m benchmarks.chaos --kills 100 --pauses 20

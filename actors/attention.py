@@ -154,10 +154,14 @@ class AttentionActor(Member):
         checkpoint, dtype = self._open_checkpoint(config.attention.num_cpus)
         colocated, pace = config.ffn.colocated, config.attention.pace
         shared = config.attention.shared_expert
-        half = compute.attention(load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared))
+        keep, wanted = compute.narrow_parts, config.attention.kv_cache
+        read = load_attention(checkpoint, dtype, self._progress(0, 1 + colocated), shared=shared, keep=keep)
+        read.scale_cache(wanted.key_scale, wanted.value_scale)
+        half = compute.attention(read)
         ffn = None
         if colocated:
-            ffn = compute.colocated_ffn(load_ffn(checkpoint, FFNShard.whole(half.config), dtype, self._progress(1, 2)))
+            whole = FFNShard.whole(half.config)
+            ffn = compute.colocated_ffn(load_ffn(checkpoint, whole, dtype, self._progress(1, 2), keep=keep))
         cache, allocator = build_cache(config, half.config, compute)
         scheduler = Scheduler(
             allocator=allocator,
@@ -295,11 +299,13 @@ def needs_of(config: Config, epoch: Epoch) -> Needs:
 
 
 def _compute_for(config: Config) -> Compute:
-    narrow = config.ffn.quantises if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
+    narrow = config.ffn.quantises or config.ffn.quantises_dense if config.ffn.colocated else config.handoff.wire_dtype == "fp8"
     return compute_for(
         "attention",
         config.attention.num_gpus,
         quantise_experts=config.ffn.quantises,
+        quantise_dense=config.ffn.quantises_dense,
+        quantise_projections=config.attention.quantises,
         quantise_rows=narrow,
         graphs=config.pipeline.cuda_graphs,
         stays=config.handoff.between_devices is not None,

@@ -14,18 +14,10 @@ from afd_ray.handoff.device.streams import Device
 from afd_ray.handoff.terms import DeviceLinkKind
 
 
-def compute_for(
-    role: str,
-    num_gpus: float,
-    *,
-    quantise_experts: bool = False,
-    quantise_rows: bool = False,
-    graphs: bool = False,
-    stays: bool = False,
-) -> Compute:
+def compute_for(role: str, num_gpus: float, *, graphs: bool = False, stays: bool = False, **quantise: bool) -> Compute:
     """What `num_gpus` of that role's configuration asks for; raises RuntimeError in one line where this actor cannot have it.
 
-    `quantise_experts`, `quantise_rows`, `stays`: as `GPUCompute` takes them. `graphs`: steps that decode are captured. A CPU needs none of these.
+    `quantise_...`, `stays`: as `GPUCompute` takes them. `graphs`: steps that decode are captured. A CPU needs none of these.
     """
     if not num_gpus:
         return HostCompute()
@@ -36,9 +28,7 @@ def compute_for(
         raise RuntimeError(f"{asked} needs Triton, which is not installed here (extras cuda12 and cuda13 have it)")
     from afd_ray.engine.gpu.compute import GPUCompute
 
-    return GPUCompute.of_first_gpu(
-        num_gpus, quantise_experts=quantise_experts, quantise_rows=quantise_rows, graphs=graphs, stays=stays
-    )
+    return GPUCompute.of_first_gpu(num_gpus, graphs=graphs, stays=stays, **quantise)
 
 
 LINGER_S = 1.0

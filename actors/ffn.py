@@ -83,16 +83,18 @@ class FFNActor(Member):
             "ffn",
             config.ffn.num_gpus,
             quantise_experts=config.ffn.quantises,
+            quantise_dense=config.ffn.quantises_dense,
             graphs=config.pipeline.cuda_graphs,
             stays=config.handoff.between_devices is not None,
         )
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
+        keep = compute.narrow_parts
         try:
             if held is None:
-                half = compute.ffn(load_ffn(checkpoint, shard, dtype, self._progress()))
+                half = compute.ffn(load_ffn(checkpoint, shard, dtype, self._progress(), keep=keep))
             else:
                 half = compute.regathered_ffn(
-                    held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense)
+                    held, shard, lambda part, dense: read_ffn(checkpoint, part, dtype, self._progress(), dense=dense, keep=keep)
                 )
             compute.warm_up_ffn(half, _most_decoding(config), narrow=config.handoff.wire_dtype == "fp8")
             return half

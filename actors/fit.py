@@ -2,10 +2,14 @@
 
 from afd_ray.autoscaling.loading import load_policy
 from afd_ray.config import Config, ConfigError
+from afd_ray.kernels.quantised import PROJECTIONS, QuantisedDense, QuantisedExperts, QuantisedLinear
+from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.epochs import epoch_of
 from afd_ray.membership.shape import Shape
 from afd_ray.models.checkpoint import Checkpoint
 from afd_ray.models.config import ModelConfig
+from afd_ray.models.layout import Unallocated
+from afd_ray.models.step3 import FFNShard, MultiMatrixFactorizationAttention
 from afd_ray.text import Tokenizer
 
 
@@ -16,7 +20,9 @@ def check_fits(config: Config, checkpoint: Checkpoint) -> None:
     _check_context(config, checkpoint.config)
     _check_redundancy(config, checkpoint.config)
     try:
-        epoch_of(config, checkpoint.config, Shape.of(config), 1).check(checkpoint.config)
+        epoch = epoch_of(config, checkpoint.config, Shape.of(config), 1)
+        epoch.check(checkpoint.config)
+        _check_narrow(config, checkpoint.config, epoch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.autoscaling.policy != "fixed":
@@ -46,6 +52,20 @@ def _check_redundancy(config: Config, model: ModelConfig) -> None:
             f"ffn.redundant_experts: {ffn.redundant_experts} must be at most {most}, for no instance holds an expert twice "
             f"({model.moe_num_experts} experts, at most {instances} instances by ffn and autoscaling.max)"
         )
+
+
+def _check_narrow(config: Config, model: ModelConfig, epoch: Epoch) -> None:
+    """Raises ValueError for widths that have no blocks of 128, where weights are to be in e4m3."""
+    ranks = [FFNShard.whole(model)] if config.ffn.colocated else [epoch.shard(rank, model) for rank in epoch.ffn_ranks]
+    with Unallocated():
+        if config.attention.quantises:
+            attention = MultiMatrixFactorizationAttention(model)
+            for name in PROJECTIONS:
+                QuantisedLinear(*getattr(attention, name).weight.shape)
+        for shard in ranks if config.ffn.quantises else []:
+            QuantisedExperts(0, model.hidden_size, shard.routed.width(model.moe_intermediate_size))
+        if config.ffn.quantises_dense:
+            QuantisedDense(model.hidden_size, model.share_expert_dim)
 
 
 def _check_autoscaling(config: Config, model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,9 +12,14 @@ from afd_ray.measured import Measured
 from afd_ray.request import SamplingParams
 from afd_ray.simulation.serving.profiling import Facts, Look, Points, Trial, span_of, trials
 
-STEPS = 48
-"""Tokens of each request of a trial."""
-LOOK_S = 0.1
+STEPS = (48, 256)
+"""Tokens of each request of a trial, at least and at most."""
+TRIAL_S = 1.2
+"""So long a trial should last at least, that it is looked at several times."""
+ROUNDS = 3
+"""How often each trial is run: some are disturbed."""
+LOOK_S = 0.3
+"""From one look to the next. Each takes some milliseconds in every process of the cluster, which is a part of what is measured where cores are few."""
 TRIAL_TIMEOUT_S = 300.0
 Prompts = list[list[int]]
 
@@ -59,20 +65,35 @@ class Served:
 
 
 def profile(
-    subject: Subject, about: dict[str, Any], on_progress: Callable[[int, int], None] = lambda done, total: None
+    subject: Subject,
+    about: dict[str, Any],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """The profile of a cluster (`simulation.profile`), as JSON values; raises RuntimeError, one line, when nothing could be measured."""
+    """The profile of a cluster (`simulation.profile`), as JSON values, every trial run in each of `rounds`; raises RuntimeError, one line, when nothing could be measured."""
     facts = Facts(**subject.measured()["facts"])
     if not facts.ffn:
         raise RuntimeError("a colocated cluster has no stages apart to measure")
-    drawn, points, planned = random.Random(0), Points(facts), list(trials(facts, STEPS))
+    drawn, points = random.Random(0), Points(facts)
+    planned = list(trials(facts, _steps(subject, facts, drawn))) * rounds
     for done, trial in enumerate(planned):
         on_progress(done, len(planned))
-        points.add(span_of(trial, run_trial(subject, trial, facts, drawn)))
+        points.add(trial, span_of(trial, run_trial(subject, trial, facts, drawn)))
     on_progress(len(planned), len(planned))
     if not points:
         raise RuntimeError("nothing was measured: the cluster served other requests, or was resized, all the while")
     return points.dump(about | {"attention": facts.attention, "ffn": facts.ffn})
+
+
+def _steps(subject: Subject, facts: Facts, drawn: random.Random) -> int:
+    """How many tokens make a trial long enough."""
+    least, most = (min(steps, facts.context_limit // 2) for steps in STEPS)
+    pilot = next(trials(facts, least), None)
+    if pilot is None:
+        return least
+    began_s = time.perf_counter()
+    run_trial(subject, pilot, facts, drawn)
+    return max(least, min(most, round(TRIAL_S * least / (time.perf_counter() - began_s))))
 
 
 def run_trial(subject: Subject, trial: Trial, facts: Facts, drawn: random.Random) -> list[Look]:

@@ -15,11 +15,12 @@ BUNDLED_MODEL = "demo"
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Microseconds = Annotated[float, Field(ge=0, le=60_000_000)]
+Scale = Annotated[float, Field(ge=2.0**-64, le=2.0**64)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "fp8"]
-ExpertDtype = Literal["auto", "fp8"]
+WeightDtype = Literal["auto", "fp8"]
 WireDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 LinkKind = Literal["auto", "shm", "tcp", "gloo", "ipc", "nccl"]
 
@@ -63,6 +64,10 @@ class KVCache(Section):
     num_blocks: Literal["auto"] | Annotated[int, Field(ge=1, le=1 << 24)] = "auto"
     dtype: CacheDtype = "auto"
     """fp8: e4m3, on GPUs only."""
+    key_scale: Scale | None = None
+    """With fp8: keys are divided by it when they are written. None: the checkpoint's, of each layer, or 1."""
+    value_scale: Scale | None = None
+    """As key_scale, of values."""
 
     @property
     def tokens(self) -> int | None:
@@ -78,7 +83,14 @@ class Attention(Section):
     shared_expert: bool = False
     """Attention actors compute the shared experts, while the FFN ranks compute the routed ones."""
     pace: Pace | None = None
+    projection_dtype: WeightDtype = "auto"
+    """Of attention's projections. fp8: e4m3 with a scale for each block of 128 x 128, on GPUs only."""
     kv_cache: KVCache = KVCache()
+
+    @property
+    def quantises(self) -> bool:
+        """Whether projections are held in e4m3."""
+        return self.projection_dtype == "fp8"
 
 
 class FFN(Section):
@@ -93,13 +105,20 @@ class FFN(Section):
     labels: dict[str, str] = {}
     pace: Pace | None = None
     dispatch: Literal["broadcast", "routed"] = "broadcast"
-    expert_dtype: ExpertDtype = "auto"
-    """Of the routed experts' weights. fp8: e4m3 with a scale for each block of 128 x 128, quantised when loaded, on GPUs only."""
+    expert_dtype: WeightDtype = "auto"
+    """Of the routed experts' weights. fp8: e4m3 with a scale for each block of 128 x 128, on GPUs only."""
+    dense_dtype: WeightDtype = "auto"
+    """Of shared experts and dense layers, by whichever role they are computed. fp8: as `expert_dtype`."""
 
     @property
     def quantises(self) -> bool:
-        """Whether routed experts are quantised when loaded."""
+        """Whether routed experts are held in e4m3."""
         return self.expert_dtype == "fp8"
+
+    @property
+    def quantises_dense(self) -> bool:
+        """Whether shared experts and dense layers are held in e4m3."""
+        return self.dense_dtype == "fp8"
 
     @property
     def ranks(self) -> int:
@@ -213,6 +232,8 @@ class FailureAt(Section):
 class Simulation(Section):
     """What `afd-ray simulate` needs to know beyond what a server does."""
 
+    detail: Literal["rounds", "layers"] = "rounds"
+    """rounds: a token of every sequence at a time, in closed form. layers: every layer of every micro-batch, as step loops do it; slow."""
     layers: PositiveInt | None = None
     """None: the model's."""
     profile: str | None = None
@@ -296,13 +317,24 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
     _check_devices(config)
-    if config.attention.kv_cache.dtype == "fp8" and not config.attention.num_gpus:
+    attention, ffn = config.attention, config.ffn
+    if attention.kv_cache.dtype == "fp8" and not attention.num_gpus:
         raise ConfigError(
             "attention.kv_cache.dtype: fp8 needs a GPU, set attention.num_gpus above 0 or use auto, float32, bfloat16"
         )
-    holder = "attention" if config.ffn.colocated else "ffn"
-    if config.ffn.quantises and not (config.attention if config.ffn.colocated else config.ffn).num_gpus:
-        raise ConfigError(f"ffn.expert_dtype: fp8 needs a GPU, set {holder}.num_gpus above 0 or use auto")
+    for key in ("key_scale", "value_scale"):
+        if getattr(attention.kv_cache, key) is not None and attention.kv_cache.dtype != "fp8":
+            raise ConfigError(f"attention.kv_cache.{key}: needs attention.kv_cache.dtype: fp8, got {attention.kv_cache.dtype}")
+    holder = "attention" if ffn.colocated else "ffn"
+    needed = {
+        ("attention.projection_dtype", "attention"): attention.quantises,
+        ("ffn.expert_dtype", holder): ffn.quantises,
+        ("ffn.dense_dtype", holder): ffn.quantises_dense,
+        ("ffn.dense_dtype", "attention"): ffn.quantises_dense and attention.shared_expert,
+    }
+    for (key, role), is_asked in needed.items():
+        if is_asked and not (attention if role == "attention" else ffn).num_gpus:
+            raise ConfigError(f"{key}: fp8 needs a GPU, set {role}.num_gpus above 0 or use auto")
 
 
 def model_directory(model: Model) -> Path:

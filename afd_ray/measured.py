@@ -1,8 +1,9 @@
 """What an actor has measured, as sums since its start: readers take differences between two looks, so that none disturbs another."""
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import starmap, zip_longest
 from typing import Any
 
 from afd_ray.histogram import Histogram
@@ -29,12 +30,32 @@ class Flights:
     """Layers whose transfer could be told from waiting."""
     transfer_us: float = 0.0
     """Of these, both ways together."""
+    attention_by_layer_us: tuple[float, ...] = ()
+    """Layer after layer, and then the head."""
+    ffn_by_layer_us: tuple[float, ...] = ()
 
     def plus(self, other: "Flights") -> "Flights":
-        return Flights(*map(operator.add, self._sums(), other._sums()))
+        return self._with(other, operator.add)
 
     def minus(self, earlier: "Flights") -> "Flights":
-        return Flights(*map(operator.sub, self._sums(), earlier._sums()))
+        return self._with(earlier, operator.sub)
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any]) -> "Flights":
+        """From JSON values of its fields."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in dumped.items()}
+        return cls(**values)
+
+    def _with(self, other: "Flights", combine: Callable[[Any, Any], Any]) -> "Flights":
+        layers = (
+            tuple(starmap(combine, zip_longest(mine, others, fillvalue=0.0)))
+            for mine, others in zip(self._by_layer, other._by_layer, strict=True)
+        )
+        return Flights(*map(combine, self._sums(), other._sums()), *layers)
+
+    @property
+    def _by_layer(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.attention_by_layer_us, self.ffn_by_layer_us
 
     def _sums(self) -> tuple[Any, ...]:
         times = self.attention_us, self.ffn_us, self.transfers, self.transfer_us
@@ -103,7 +124,7 @@ class Measured:
         """What `dump` gave."""
         plain = {name: dumped[name] for name in ("since_s", "at_s", *_SUMS, *_PRESENT)}
         plain |= {name: Histogram.load(dumped[name]) for name in _HISTOGRAMS}
-        return cls(**plain, flights=Flights(**dumped["flights"]), stages=load_stages(dumped["stages"]))
+        return cls(**plain, flights=Flights.load(dumped["flights"]), stages=load_stages(dumped["stages"]))
 
 
 _SUMS = ("arrivals", "prompt_tokens", "output_tokens", "completions", "late", "preemptions", "steps")

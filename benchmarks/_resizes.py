@@ -143,7 +143,7 @@ def run_cases(quick: bool) -> Iterator[Scaled]:
         model = f"model.path={directory}"
         stages = Path(directory) / "stages.json"
         with Cluster.start(load_config("demo", [model, *SETTINGS])) as cluster:
-            stages.write_text(json.dumps(profile(Started(cluster), {"of": "resizes"})))
+            stages.write_text(json.dumps(profile(Started(cluster), {"of": "resizes"}, rounds=1)))
         for policy, case in CASES.items():
             config = load_config("demo", [model, *case.settings(policy)])
             for trace, steps in islice(case.traces.items(), 1 if quick else None):
@@ -207,6 +207,7 @@ def _observed(moves: Sequence[Move], lasted: Sequence[float]) -> Observed:
 def simulated(config: Config, stages: Path, arrivals: Sequence[Arrival], observed: Observed) -> tuple[Figures, list[Move]]:
     """The same policy on the same trace."""
     told = {
+        "detail": "layers",
         "profile": str(stages),
         "start_delay_s": observed.growth_s - observed.reduction_s,
         "load_s": 0.0,

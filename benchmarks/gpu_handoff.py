@@ -32,7 +32,7 @@ from afd_ray.handoff.message import Header, Kind, LinkError, Message
 from benchmarks._gpu import ABSENT, heading, measure_limits
 
 THERE, BACK = (64, 7168), (128, 7168)
-ROUNDS = 200
+ROUNDS, QUICK_ROUNDS = 200, 50
 WAIT_S = 60.0
 CONTROL_BYTES = 1 << 16
 PLACES = 6
@@ -306,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--link", choices=("ipc", "nccl"), action="append", help="one alone; both if not given")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} round trips")
     args = parser.parse_args(argv)
+    rounds = QUICK_ROUNDS if args.quick else args.rounds
     if not torch.cuda.is_available():
         print(ABSENT, file=sys.stderr)
         return 2
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for link in args.link or ("ipc", "nccl"):
         try:
             with other_process(Tools(cuda_device, cuda_library)) as pipe:
-                bare, ours = (timed(name, Tools(cuda_device, cuda_library), pipe, args.rounds) for name in (f"bare {link}", link))
+                bare, ours = (timed(name, Tools(cuda_device, cuda_library), pipe, rounds) for name in (f"bare {link}", link))
         except (ImportError, RuntimeError, EOFError) as error:
             print(f"\n{link} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue

@@ -13,12 +13,13 @@ from afd_ray.engine.local import LocalCluster
 from afd_ray.engine.loop import OnLost
 from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.quantise import dequantise, quantise
-from afd_ray.kernels.quantised import quantised
+from afd_ray.kernels.quantised import quantise_attention, quantise_dense, quantise_experts
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, load_model, write_checkpoint
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS, random_tensors
-from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
+from afd_ray.models.scaled import scaled_tensors
+from afd_ray.models.step3 import CacheScales, FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
 from afd_ray.request import Request, SamplingParams
 from tests.triton_device import DEVICE
 
@@ -32,8 +33,8 @@ CONFIG = replace(
     share_expert_dim=128,
     vocab_size=128,
 )
-WIDE = replace(CONFIG, hidden_size=128)
-"""Whose experts can be held in e4m3."""
+WIDE = replace(CONFIG, hidden_size=128, share_q_dim=128, head_dim=64)
+"""Whose weights can be held in e4m3."""
 E4M3 = torch.float8_e4m3fn
 HERE = torch.device(DEVICE)
 PROMPTS = (1, 14, 6)
@@ -45,8 +46,9 @@ CHUNK = 10
 
 
 def written(directory: Path, config: ModelConfig = CONFIG) -> Checkpoint:
-    """Random weights."""
-    write_checkpoint(directory, config, random_tensors(config, seed=0))
+    """Random weights, in e4m3 where the configuration says so."""
+    tensors = random_tensors(config, seed=0)
+    write_checkpoint(directory, config, scaled_tensors(tensors) if config.scaled else tensors)
     return Checkpoint.open(directory)
 
 
@@ -102,26 +104,32 @@ def expected(checkpoint: Checkpoint, asked: list[Request]) -> dict[str, list[int
     }
 
 
-def rounded_model(checkpoint: Checkpoint, *, wire: bool = False) -> Step3Model:
-    """The reference with keys, values and routed experts in e4m3; `wire`: all rows that go to an FFN too."""
+def rounded_model(checkpoint: Checkpoint, *, wire: bool = False, whole: bool = False, cache: bool = True) -> Step3Model:
+    """The reference with routed experts in e4m3, and, unless `cache` is false, keys and values; `wire`: all rows that go to an FFN too; `whole`: all other layers too."""
     model = load_model(checkpoint)
     for index, ffn in enumerate(model.ffn.layers):
         assert isinstance(ffn, FFNLayer)
-        if ffn.moe is not None:
-            ffn.moe = quantised(ffn.moe)
         layer = model.attention.layer(index)
-        layer.before = rounding(layer.before)  # type: ignore[method-assign]
+        quantise_experts(ffn)
+        if whole:
+            quantise_dense(ffn)
+            quantise_attention(layer)
+        if cache:
+            layer.before = rounding(layer.before, layer.self_attn.cache_scales)  # type: ignore[method-assign]
         if wire:
             layer.after = rounding_rows(layer.after)  # type: ignore[method-assign]
     return model
 
 
-def rounding(before: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def rounding(
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]], scales: CacheScales
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`AttentionLayer.before` with keys and values as a cache in e4m3 has them."""
 
     def rounded(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = before(*arguments)
-        return q, k.clamp(-448, 448).to(E4M3).to(k.dtype), v.clamp(-448, 448).to(E4M3).to(v.dtype)
+        held = (x.div(scale).clamp(-448, 448).to(E4M3).to(x.dtype) * scale for x, scale in zip((k, v), scales, strict=True))
+        return q, *held
 
     return rounded
 

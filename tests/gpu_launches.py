@@ -12,6 +12,7 @@ from afd_ray.kernels.gpu import (
     decode_attention,
     expert_gemm,
     latent_attention,
+    linear,
     norm_quantise,
     prefill_attention,
     quantise_rows,
@@ -20,6 +21,7 @@ from afd_ray.kernels.gpu import (
 )
 from afd_ray.kernels.gpu.halves import GPUAttentionLayer, GPUFFNLayer, Returned, StepRows
 from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.kernels.quantised import quantise_attention, quantise_dense, quantise_experts
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import AttentionLayer, FFNLayer, FFNShard, Narrow
@@ -108,12 +110,54 @@ def experts(dtype: torch.dtype, held: int = EXPERTS // 2, inner: int = 640) -> T
     return expert_gemm.feed_forward(scaled, x, ids, weights, exponents=meta(2048, HIDDEN // 128, dtype=torch.uint8))
 
 
-def layer(config: ModelConfig, page: int) -> None:
-    """A layer with experts of both halves, as the engine runs it: some rows decode, some are of a prompt, and come back from two instances."""
+def narrow_rows(rows: int, width: int) -> Narrow:
+    return Narrow(meta(rows, width, dtype=torch.float8_e4m3fn), meta(rows, width // 128, dtype=torch.uint8))
+
+
+def projection(outputs: int, inputs: int, tile: int = 128) -> object:
+    """Of the paper's batch."""
+    weight = meta(outputs, inputs, dtype=torch.float8_e4m3fn)
+    scales = meta(outputs // tile, inputs // 128, dtype=torch.float32)
+    return linear.product(narrow_rows(64, inputs), linear.ScaledWeight(weight, scales, tile))
+
+
+def dense_layer() -> Tensor:
+    """A shared expert's part on one FFN rank of 16, filled up to whole blocks."""
+    inner, narrow = 384, torch.float8_e4m3fn
+    gate, down = meta(1, inner, HIDDEN, dtype=narrow), meta(1, HIDDEN, inner, dtype=narrow)
+    wide, long = (
+        meta(1, *shape, dtype=torch.float32) for shape in ((inner // 128, HIDDEN // 128), (HIDDEN // 128, inner // 128))
+    )
+    values, exponents = narrow_rows(2048, HIDDEN)
+    return expert_gemm.feed_every_row(expert_gemm.Experts(gate, gate, down, wide, wide, long), values, exponents=exponents)
+
+
+def norm_of_parts(residual: bool) -> object:
+    """What follows a projection: of the output, or of the query's latents."""
+    width = HIDDEN if residual else 2048
+    parts = linear.Parts(meta(5, 64, 2 * width, dtype=torch.float32)).columns(0, width)
+    return norm_quantise.add_norm_quantise(meta(64, width) if residual else None, None, meta(width), 1e-5, product=parts)
+
+
+def rotation_of_parts() -> None:
+    table, parts = meta(64, DIM // 2, dtype=torch.float32), linear.Parts(meta(5, 64, 2560, dtype=torch.float32))
+    k, v, tokens = parts.columns(2048, DIM), parts.columns(2304, DIM), meta(8192, 2 * DIM)
+    rope_kv_write.rotate_and_write(meta(64, HEADS, DIM), k, v, table, table, ints(64), tokens)
+
+
+def layer(config: ModelConfig, page: int, narrow: bool = False) -> None:
+    """A layer with experts of both halves, as the engine runs it: some rows decode, some are of a prompt, and come back from two instances.
+
+    `narrow`: all weights in e4m3.
+    """
     count, dtype = 9, config.dtype
     with torch.device("meta"):
         attention = AttentionLayer(config, 1).to(dtype).requires_grad_(False)
         ffn = FFNLayer(config, 1, FFNShard((0, 1), at_home=True)).to(dtype).requires_grad_(False)
+        if narrow:
+            quantise_attention(attention)
+            quantise_experts(ffn)
+            quantise_dense(ffn)
     table, rows = meta(count, config.head_dim // 2, dtype=torch.float32), meta(count, config.hidden_size, dtype=dtype)
     returned = Returned(meta(2 * count, config.hidden_size, dtype=dtype), meta(2, count, dtype=torch.int32))
     step = StepRows(table, table, ints(count), ints(64), ints(count), ints(count), ints(2), ints(2), decoding=5)
@@ -126,6 +170,7 @@ LAYERS = {
     "step3-tiny": partial(layer, replace(PRESETS["step3-tiny"], moe_intermediate_size=128, share_expert_dim=128), 4),
     "step3-92m": partial(layer, PRESETS["step3-92m"], 16),
     "step3": partial(layer, replace(PRESETS["step3"], moe_layers=frozenset({1})), 64),
+    "step3, fp8": partial(layer, replace(PRESETS["step3"], moe_layers=frozenset({1})), 64, narrow=True),
 }
 """By the model's name."""
 
@@ -139,6 +184,7 @@ COMBINED = Bounds(registers=64, shared_bytes=4096)
 TILED = Bounds(registers=232, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
 PRODUCT = Bounds(registers=208, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
 LIGHT = Bounds(registers=80, shared_bytes=8192)
+LINEAR = Bounds(registers=208, shared_bytes=163840, wgmma=True, asynchronous_copies=True)
 
 EXPERT_BOUNDS = {"order_kernel": LIGHT, "gate_up_kernel": PRODUCT, "down_kernel": PRODUCT}
 
@@ -157,6 +203,12 @@ LAUNCHES = {
     "prefill, bf16": Launch(lambda: prefill(torch.bfloat16), {"prefill_kernel": TILED}, full=True),
     "prefill, fp8": Launch(lambda: prefill(torch.float8_e4m3fn), {"prefill_kernel": DEQUANTISED}, full=True),
     "experts, fp8": Launch(lambda: experts(torch.float8_e4m3fn), EXPERT_BOUNDS),
+    "projection, fp8": Launch(lambda: projection(HIDDEN, HEADS * DIM), {"linear_kernel": LINEAR}),
+    "projection, fp8, tiles of 64": Launch(lambda: projection(2176, HIDDEN, 64), {"linear_kernel": LINEAR}, full=True),
+    "shared expert, fp8": Launch(dense_layer, dict.fromkeys(("gate_up_kernel", "down_kernel"), PRODUCT), full=True),
+    "norm of a projection": Launch(lambda: norm_of_parts(True), {"add_norm_quantise_kernel": LIGHT}, full=True),
+    "norm of latents": Launch(lambda: norm_of_parts(False), {"add_norm_quantise_kernel": LIGHT}, full=True),
+    "rotate and write a projection": Launch(rotation_of_parts, {"rotate_and_write_kernel": LIGHT}, full=True),
     "experts, bf16": Launch(lambda: experts(torch.bfloat16), EXPERT_BOUNDS, full=True),
     "norm and e4m3 by block": Launch(lambda: norm("block"), {"add_norm_quantise_kernel": LIGHT}, full=True),
     "norm and e4m3 by row": Launch(lambda: norm("row"), {"add_norm_quantise_kernel": LIGHT}, full=True),

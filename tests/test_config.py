@@ -194,12 +194,25 @@ def test_gpus_may_be_asked_for() -> None:
     check_supported(load_config(None, ["attention.num_gpus=1", "ffn.num_gpus=0.5"]))
 
 
+def test_scales_are_for_keys_and_values_in_e4m3() -> None:
+    asked = ["attention.num_gpus=1", "attention.kv_cache.value_scale=0.5"]
+    with pytest.raises(ConfigError, match=r"^attention\.kv_cache\.value_scale: needs attention\.kv_cache\.dtype: fp8, got auto$"):
+        check_supported(load_config(None, asked))
+    check_supported(load_config(None, [*asked, "attention.kv_cache.dtype=fp8"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["attention.kv_cache.dtype=fp8"], r"^attention\.kv_cache\.dtype: fp8 needs a GPU, set attention\.num_gpus above 0"),
         (["ffn.expert_dtype=fp8"], r"^ffn\.expert_dtype: fp8 needs a GPU, set ffn\.num_gpus above 0 or use auto$"),
         (["ffn.expert_dtype=fp8", "ffn.colocated=true", "ffn.num_gpus=1"], r"set attention\.num_gpus above 0"),
+        (["attention.projection_dtype=fp8"], r"^attention\.projection_dtype: fp8 needs a GPU, set attention\.num_gpus above 0"),
+        (["ffn.dense_dtype=fp8"], r"^ffn\.dense_dtype: fp8 needs a GPU, set ffn\.num_gpus above 0 or use auto$"),
+        (
+            ["ffn.dense_dtype=fp8", "ffn.num_gpus=1", "attention.shared_expert=true"],
+            r"^ffn\.dense_dtype: .* set attention\.num_gpus",
+        ),
     ],
 )
 def test_what_only_gpus_do_is_refused_without_one(overrides: list[str], told: str) -> None:

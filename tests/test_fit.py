@@ -25,6 +25,15 @@ def checkpoint(tiny_directory: Path, tmp_path: Path) -> Checkpoint:
         ({"model": {"max_context": 1}}, "model.max_context: 1 must be at least 2"),
         ({"attention": {"kv_cache": {"num_blocks": 1, "block_size": 1}}}, "num_blocks: 1 must hold at least 2 tokens"),
         ({"ffn": {"redundant_experts": 10_000}}, "ffn.redundant_experts: 10000 must be at most 24"),
+        (
+            {"attention": {"num_gpus": 1, "projection_dtype": "fp8"}},
+            "attention.projection_dtype: fp8 needs projections whose outputs are multiples of 64 and whose inputs",
+        ),
+        ({"ffn": {"num_gpus": 1, "expert_dtype": "fp8"}}, "ffn.expert_dtype: fp8 needs hidden_size and what one rank holds of"),
+        (
+            {"ffn": {"num_gpus": 1, "dense_dtype": "fp8"}},
+            "ffn.dense_dtype: fp8 needs hidden_size to be a multiple of 128, got 64",
+        ),
         ({"ffn": {"expert_parallel": 9}}, "ffn.expert_parallel must be at most the model's 8 experts, got 9"),
     ],
 )

@@ -132,7 +132,8 @@ def test_so_it_is_in_e4m3(tmp_path: Path, wire: torch.dtype | None) -> None:
     held, epoch = written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1)
     asked, calls, found = requests(prompts=(1, 2), max_tokens=2), Calls(), []
     for capture in (None, lambda: calls):
-        compute = GPUCompute(HERE, quantise_experts=True, quantise_rows=wire is E4M3, capture=capture)
+        narrow = dict.fromkeys(("quantise_experts", "quantise_dense", "quantise_projections"), True)
+        compute = GPUCompute(HERE, **narrow, quantise_rows=wire is E4M3, capture=capture)
         with cluster(held, epoch, compute, cache_dtype=E4M3, wire_dtype=wire) as local:
             found.append(served(local, asked))
     assert found[0] == found[1]

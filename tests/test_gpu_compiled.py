@@ -54,6 +54,7 @@ def test_a_launch_keeps_its_bounds(name: str) -> None:
 @pytest.mark.parametrize("model", LAYERS)
 def test_all_that_a_layer_of_either_half_launches_compiles(model: str) -> None:
     (kernels,) = in_a_process_of_its_own([model]).values()
-    assert {kernel.kernel for kernel in kernels} == LAYER_KERNELS
+    in_e4m3 = {"linear_kernel", "quantise_rows_kernel"} if "fp8" in model else set()
+    assert {kernel.kernel for kernel in kernels} == LAYER_KERNELS | in_e4m3
     assert all(kernel.spills == 0 and kernel.shared_bytes <= SHARED_BYTES for kernel in kernels)
     assert all(kernel.registers * kernel.warps * 32 <= THREADS_REGISTERS for kernel in kernels)

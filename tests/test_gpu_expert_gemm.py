@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_ray.handoff.quantise import BLOCK, dequantise, quantise
-from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
+from afd_ray.kernels.gpu.expert_gemm import Experts, feed_every_row, feed_forward
 from afd_ray.models import step3
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 
@@ -101,6 +101,35 @@ def test_no_rows_are_no_rows() -> None:
     assert found(as_held(layer(Shape(0)), torch.float16)).shape == (0, 128)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 70])
+def test_an_expert_that_takes_every_row(dtype: torch.dtype, rows: int) -> None:
+    """And adds to what others gave."""
+    given = layer(Shape(rows, experts=1, top_k=1, hidden=256, inner=256))
+    given = given._replace(weights=torch.ones_like(given.weights))
+    if dtype == torch.float8_e4m3fn:
+        held, exponents, given = in_e4m3(given)
+        right = expected_in_e4m3(given)
+    else:
+        held, exponents = as_held(given, dtype), None
+        right = expected(held)
+    experts = Experts(*(None if tensor is None else tensor.to(DEVICE) for tensor in held.experts))
+    ours = feed_every_row(experts, held.x.to(DEVICE), exponents=None if exponents is None else exponents.to(DEVICE))
+    assert error(ours, right) < CLOSE[dtype]
+    again = feed_every_row(
+        experts, held.x.to(DEVICE), exponents=None if exponents is None else exponents.to(DEVICE), total=ours.clone()
+    )
+    assert error(again, 2 * right) < CLOSE[dtype]
+
+
+def test_every_row_goes_to_one_expert_alone() -> None:
+    given = layer(Shape(3))
+    with pytest.raises(ValueError, match="one expert takes every row"):
+        feed_every_row(given.experts, given.x)
+    with pytest.raises(ValueError, match="total must be float32"):
+        feed_forward(*given, total=torch.zeros(3, 1))
+
+
 def in_e4m3(given: Layer) -> tuple[Layer, Tensor, Layer]:
     """Rows by the wire's rule and weights in blocks of 128 x 128; the exponents of the rows; and what both stand for."""
     values, exponents = quantise(given.x)
@@ -174,7 +203,7 @@ def refused(dtype: torch.dtype, hidden: int = 128, inner: int = 128) -> dict[str
     ("given", "message"),
     [
         (refused(torch.float32) | {"x": torch.zeros(4, 64)}, r"x must be \[N, 128\]"),
-        (refused(torch.float32) | {"ids": torch.zeros(4, 3, dtype=torch.int64)}, r"\[N, K\]"),
+        (refused(torch.float32) | {"ids": torch.zeros(4, 3, dtype=torch.int64)}, r"\[4, K\]"),
         (refused(torch.float32) | {"experts": Experts(*torch.zeros(3, 2, 64, 128))}, r"down \[E, H, I\]"),
         (refused(torch.float32) | {"x": torch.zeros(4, 128).half()}, "no kernel"),
         (refused(torch.float32) | {"weights": torch.zeros(2, 4).T}, "contiguous"),

@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from afd_ray.kernels.gpu.capture import eagerly
 from afd_ray.kernels.gpu.halves import GPUAttentionLayer, gpu_ffn
 from afd_ray.models.presets import PRESETS
 from benchmarks import gpu_ffn_step
-from benchmarks.gpu_step import difference, expected, layer_of, run, step_of, turn_of
+from benchmarks._gpu import Limits
+from benchmarks.gpu_step import bound_us, difference, expected, layer_of, narrowed, run, step_of, turn_of
 from tests.triton_device import DEVICE
 
 TINY = replace(PRESETS["step3-tiny"], num_hidden_layers=1, moe_layers=frozenset({0}))
+NARROW = replace(TINY, hidden_size=256, share_q_dim=128, head_dim=64)
 
 
 def test_the_layer_by_the_kernels_equals_the_model_s_layer() -> None:
@@ -20,6 +23,28 @@ def test_the_layer_by_the_kernels_equals_the_model_s_layer() -> None:
     found, right = run(GPUAttentionLayer(layer), step), expected(layer, step)
     assert difference(found, right) < 1e-3
     assert found.experts.tolist() == right.experts.tolist()
+
+
+def test_so_it_does_with_projections_in_e4m3() -> None:
+    torch.manual_seed(4)
+    wide, step = layer_of(NARROW, torch.device(DEVICE)), step_of(NARROW, 3, 70, torch.device(DEVICE))
+    layer = narrowed(wide)
+    found, right = run(GPUAttentionLayer(layer), step), expected(layer, step)
+    assert difference(found, right) < 1e-2
+    assert difference(found, expected(wide, step)) > difference(found, right)
+
+
+def test_the_bound_counts_weights_by_their_size_and_products_by_their_dtype() -> None:
+    wide = layer_of(replace(NARROW, dtype=torch.bfloat16), torch.device(DEVICE))
+    limits = Limits(1e12, {torch.bfloat16: 1e12, torch.float8_e4m3fn: 2e12})
+    slow = limits._replace(bytes_per_s=1e6)
+    weights = sum(parameter.numel() for parameter in wide.parameters() if parameter.dim() == 2)
+    gate = NARROW.moe_num_experts * NARROW.hidden_size
+    attention = 4 * 3 * 70 * NARROW.num_attention_heads * NARROW.head_dim
+    assert bound_us(NARROW, wide, 3, 70, limits) == pytest.approx((6 * weights + attention) / 1e6)
+    assert bound_us(NARROW, narrowed(wide), 3, 70, limits) == pytest.approx((3 * (weights - gate) + 6 * gate + attention) / 1e6)
+    saved = bound_us(NARROW, wide, 3, 70, slow) - bound_us(NARROW, narrowed(wide), 3, 70, slow)
+    assert saved == pytest.approx(weights - gate, rel=0.01), "less the scales"
 
 
 def test_a_row_s_own_key_and_value_are_written_before_they_are_read() -> None:
@@ -48,3 +73,15 @@ def test_the_ffn_layer_by_the_kernels_equals_the_model_s_layer() -> None:
     ours = gpu_ffn(half, device)
     assert gpu_ffn_step.difference(plain, routed, ours(0, routed)) < 1e-5
     assert gpu_ffn_step.difference(plain, routed, gpu_ffn_step.fed_by_graphs(ours, 5, eagerly)(0, routed)) < 1e-5
+
+
+def test_so_it_does_in_e4m3() -> None:
+    torch.manual_seed(2)
+    device = torch.device(DEVICE)
+    config = replace(NARROW, moe_intermediate_size=1024, share_expert_dim=512)
+    half, routed = gpu_ffn_step.half_of(config, device), gpu_ffn_step.rows_of(config, 5, device, narrow=True)
+    plain = half.layers[0]
+    ours = gpu_ffn(half, device, quantise=True, dense=True)
+    assert gpu_ffn_step.difference(plain, routed, ours(0, routed)) < 1e-2
+    replayed = gpu_ffn_step.fed_by_graphs(ours, 5, eagerly, narrow=True)
+    assert gpu_ffn_step.difference(plain, routed, replayed(0, gpu_ffn_step.on_the_host(routed))) < 1e-2

@@ -8,7 +8,7 @@ import torch
 from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu import warm_up
 from afd_ray.engine.gpu.compute import GPUCompute
-from afd_ray.kernels.gpu import halves
+from afd_ray.kernels.gpu import halves, linear
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention
 from tests.gpu_cluster import E4M3, HERE, WIDE, cluster, expected, requests, served, written
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_steps_ask_for_no_kernel_that_the_warm_up_has_not_launched(
     checkpoint: Checkpoint, epoch: Epoch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(halves, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(halves, "multiprocessors", lambda device: MULTIPROCESSORS)
     asked = requests(prompts=(1, 12, 1, 5), max_tokens=3)
     with recorded() as warmed:
         local = cluster(checkpoint, epoch, GPUCompute(HERE))
@@ -61,13 +61,16 @@ def test_steps_ask_for_no_kernel_that_the_warm_up_has_not_launched(
     assert asked_for - warmed == set()
 
 
-def test_that_goes_for_e4m3_too(tmp_path: Path) -> None:
-    compute = GPUCompute(HERE, quantise_experts=True, quantise_rows=True)
+def test_that_goes_for_e4m3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = GPUCompute(HERE, quantise_experts=True, quantise_dense=True, quantise_projections=True, quantise_rows=True)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: MULTIPROCESSORS)
     with recorded() as warmed:
         local = cluster(written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3, wire_dtype=E4M3)
     with recorded() as asked_for, local:
         served(local, requests(prompts=(1, 5), max_tokens=2))
-    assert {launched.kernel for launched in asked_for} == (KERNELS | {"dequantise_rows_kernel"}) - {"combine_kernel"}
+    assert {launched.kernel for launched in asked_for} == (KERNELS | {"linear_kernel", "quantise_rows_kernel"}) - {
+        "combine_kernel"
+    }
     assert asked_for - warmed == set()
 
 

@@ -59,7 +59,7 @@ def test_every_dtype_has_a_code(dtype: torch.dtype) -> None:
     ("offset", "byte", "reason"),
     [
         (0, 0, "frame magic is"),
-        (4, 9, "wire version is 9, this side speaks 3"),
+        (4, 9, "wire version is 9, this side speaks 4"),
         (6, 5, "announces 5 tensors"),
         (8, 64, "frame length is 320 bytes, its tensors need 256"),
         (16, 200, "dtype code 200"),

@@ -35,6 +35,7 @@ def test_what_is_planned_in_8_bits_is_configured_so(tmp_path: Path, asked: str, 
     assert main(["plan", *SMALL, "--kv-dtype", asked, "-o", str(file)]) == 0
     config = load_config(file)
     assert (config.attention.kv_cache.dtype, config.ffn.expert_dtype) == (written, "fp8")
+    assert (config.attention.projection_dtype, config.ffn.dense_dtype) == ("fp8", "fp8")
     check_supported(config)
 
 

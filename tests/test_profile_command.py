@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from actors import profiling
 from actors.cli import main
-from actors.profiling import Prompts, profile
+from actors.profiling import ROUNDS, Prompts, profile
 from afd_ray.measured import Flights, Measured
 from afd_ray.simulation.serving.profiling import Facts
 
@@ -62,6 +63,11 @@ class Imagined:
         self._sums = Measured(**{name: changes.get(name, getattr(self._sums, name)) for name in Measured.__dataclass_fields__})
 
 
+@pytest.fixture(autouse=True)
+def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "LOOK_S", 0.005)
+
+
 def test_every_load_gives_a_point_and_the_points_are_what_the_cluster_does() -> None:
     told: list[tuple[int, int]] = []
     found = profile(Imagined(), {"of": "a test"}, lambda done, total: told.append((done, total)))
@@ -69,7 +75,7 @@ def test_every_load_gives_a_point_and_the_points_are_what_the_cluster_does() -> 
     assert all(point["us"] == 10 + 2 * point["rows"] for point in found["attention"])
     assert all(point["us"] == 5 + point["rows"] for point in found["ffn"])
     assert told[0][0] == 0
-    assert told[-1][0] == told[-1][1] == len(found["attention"])
+    assert told[-1][0] == told[-1][1] == ROUNDS * len(found["attention"])
 
 
 @pytest.mark.parametrize(

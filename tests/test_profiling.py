@@ -52,7 +52,7 @@ def test_every_trial_fits_the_cluster(facts: Facts) -> None:
 
 def test_each_number_of_rows_is_tried_with_short_and_long_contexts() -> None:
     decoding = [trial for trial in trials(FACTS, 24) if not trial.of_prompts]
-    assert {trial.requests // 2 for trial in decoding} == {1, 2, 4, 8, 16}
+    assert {trial.requests // 2 for trial in decoding} == {0, 1, 2, 4, 8, 16}, "0: a request for one of the two ranks"
     for rows in (1, 2, 4, 8):
         short, long = sorted(trial.prompt for trial in decoding if trial.requests == 2 * rows)
         assert long > 10 * short
@@ -90,7 +90,7 @@ def test_of_prompts_alone_all_is_measured() -> None:
 def test_the_simulator_reads_back_what_was_measured(tmp_path: Path) -> None:
     points = Points(FACTS)
     for context, us in ((80, 42.0), (800, 60.0)):
-        points.add([flown(20, 8, context, us), flown(20, 8, context, us)])
+        points.add(Trial(2, context // 8, 50), [flown(20, 8, context, us), flown(20, 8, context, us)])
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(points.dump({"of": "a test"})))
     profile = Profile.read(path)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from afd_ray.engine.stage_costs import CostLine
-from afd_ray.simulation.serving.cluster import Cluster, Member
+from afd_ray.simulation.serving.cluster import Member
 from afd_ray.simulation.serving.counted import CountedRank
+from afd_ray.simulation.serving.in_rounds import RoundCluster
 from afd_ray.simulation.serving.jobs import Job
 from afd_ray.simulation.serving.rounds import PS_PER_S
 from afd_ray.simulation.serving.scheduled import ScheduledRank
@@ -52,7 +53,7 @@ def play(case: Case, kind: Callable[..., Any], seed: int = 0) -> Played:
     def make(costs: CostLine | None) -> Any:
         return kind(blocks=case.blocks, block_size=4, budget=case.budget, max_running=case.max_running, costs=costs)
 
-    cluster = Cluster(STAGES, 10, make, log, case.budget)
+    cluster = RoundCluster(STAGES, 10, make, log, case.budget)
     cluster.use(case.micro_batches)
     members = [Member(f"attention-{rank}", 1 + rank / 10) for rank in range(case.attention)]
     cluster.form(members, [Member("ffn-0"), Member("ffn-1")], Shape(2))
@@ -70,7 +71,7 @@ def play(case: Case, kind: Callable[..., Any], seed: int = 0) -> Played:
     return Played(log.times, log.rounds, sum(rank.preemptions for rank in cluster.ranks), used, advances)
 
 
-def advance(cluster: Cluster, until_ps: int) -> int:
+def advance(cluster: RoundCluster, until_ps: int) -> int:
     count = 0
     while cluster.now_ps < until_ps and cluster.busy:
         cluster.advance(until_ps)

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from afd_ray.engine.stage_costs import CostLine
-from afd_ray.simulation.serving.cluster import Cluster, Member
+from afd_ray.simulation.serving.cluster import Member
 from afd_ray.simulation.serving.counted import CountedRank
+from afd_ray.simulation.serving.in_rounds import RoundCluster
 from afd_ray.simulation.serving.jobs import Job
 from afd_ray.simulation.serving.rounds import PS_PER_S, PassTimes
 from afd_ray.simulation.serving.stages import LinearStages, Shape
@@ -49,12 +50,15 @@ class Notebook:
 
     def __init__(self) -> None:
         self.rounds = 0
-        self.duration_ps = 0
+        self.duration_ps = self.tokens = 0
         self.times: list[tuple[int, str, int]] = []
 
-    def passed(self, rounds: int, duration_ps: int, tokens: int, attention_ps: int, ffn_ps: int) -> None:
+    def passed(self, rounds: int, duration_ps: int, attention_ps: int, ffn_ps: int) -> None:
         self.rounds += rounds
         self.duration_ps += duration_ps
+
+    def decoded(self, tokens: int, gap_ps: float) -> None:
+        self.tokens += tokens
 
     def first_token(self, job: Job, at_ps: int) -> None:
         self.times.append((job.number, "first", at_ps))
@@ -71,7 +75,7 @@ def step_us(stage_us: float, transfer_us: float, micro_batches: int) -> float:
     def make(costs: CostLine | None) -> CountedRank:
         return CountedRank(blocks=1000, block_size=16, budget=512, max_running=64, costs=costs)
 
-    cluster = Cluster(stages, LAYERS, make, log, 512)
+    cluster = RoundCluster(stages, LAYERS, make, log, 512)
     cluster.use(micro_batches)
     cluster.form([Member("attention-0")], [Member("ffn-0")], Shape(1))
     for number in range(12):

@@ -67,14 +67,14 @@ def test_without_samples_everything_is_free() -> None:
 
 
 def test_a_round_trip_tells_of_the_transfer_unless_rows_lay_unseen() -> None:
-    assert transfer_us(1000.0, busy_us=700.0, slack_us=20.0) == 280.0
-    assert transfer_us(1000.0, busy_us=700.0, slack_us=200.0) is None
-    assert transfer_us(100.0, busy_us=101.0, slack_us=0.0) == 0.0
+    assert transfer_us(1000.0, busy_us=700.0, unseen_us=20.0) == 280.0
+    assert transfer_us(1000.0, busy_us=700.0, unseen_us=200.0) is None
+    assert transfer_us(100.0, busy_us=101.0, unseen_us=0.0) == 0.0
 
 
 def test_a_mean_counts_all_round_trips_but_those_that_waited_for_most_of_it() -> None:
-    assert mean_transfer_us(1000.0, busy_us=500.0, slack_us=400.0) == 300.0
-    assert mean_transfer_us(1000.0, busy_us=300.0, slack_us=501.0) is None
+    assert mean_transfer_us(1000.0, busy_us=500.0, unseen_us=400.0) == 300.0
+    assert mean_transfer_us(1000.0, busy_us=300.0, unseen_us=501.0) is None
 
 
 def test_a_micro_batch_counts_by_its_mean_layer_and_hidden_transfers_not_at_all() -> None:

@@ -26,6 +26,9 @@ def add_parser(commands: Any) -> None:
     init.add_argument("directory", nargs="?", metavar="DIR", help="a new or empty directory")
     init.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the weights (default 0)")
     init.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the preset's")
+    init.add_argument(
+        "--fp8", action="store_true", help="weights in e4m3 with a scale for each 128 x 128, as DeepSeek-V3's layout has them"
+    )
     add_json(init)
     init.set_defaults(run=run_init)
     inspect = actions.add_parser("inspect", help="shape, parameters, and bytes of each role")
@@ -41,18 +44,21 @@ def add_parser(commands: Any) -> None:
 def run_init(args: argparse.Namespace) -> int:
     from afd_ray.models.config import DTYPES
     from afd_ray.models.presets import DRY_RUN_ONLY, PRESETS, random_tensors
+    from afd_ray.models.scaled import scaled_tensors
     from afd_ray.models.shards import write_checkpoint
 
     if args.preset not in PRESETS:
         raise ValueError(f"PRESET: must be one of {', '.join(PRESETS)}, got {args.preset!r}")
     config = PRESETS[args.preset]
     config = replace(config, dtype=DTYPES[args.dtype]) if args.dtype else config
+    config = replace(config, scaled=args.fp8)
     if args.preset in DRY_RUN_ONLY:
         print(f"{args.preset} is too large to write here: nothing was written", file=sys.stderr)
     else:
         directory = _empty_directory(args.directory)
         progress = ProgressLine(f"writing {directory}:")
-        write_checkpoint(directory, config, random_tensors(config, args.seed, progress))
+        tensors = random_tensors(config, args.seed, progress)
+        write_checkpoint(directory, config, scaled_tensors(tensors) if args.fp8 else tensors)
         progress.finish()
     _print_description(describe(config), args.as_json)
     return 0

@@ -230,9 +230,10 @@ class AttentionLoop(StepLoop):
         # Only what completes the set stays in its edge's buffer: the slot may wait long for the others.
         flight.partials.append(message if flight.awaited == 0 else message.copied())
         if flight.awaited == 0:
-            round_trip_us = (time.monotonic_ns() - flight.dispatched_ns) / 1000
-            slack_us = header.queued_us + (time.monotonic_ns() - self._looked_ns) / 1000
-            flight.observed.returned(round_trip_us, header.busy_us, slack_us)
+            flight.due_ns = time.monotonic_ns()
+            round_trip_us = (flight.due_ns - flight.dispatched_ns) / 1000
+            unseen_us = header.unseen_us + (flight.due_ns - self._looked_ns) / 1000
+            flight.observed.returned(round_trip_us - header.queued_us, header.busy_us, unseen_us)
             self._next_layer(flight)
 
     def _next_layer(self, flight: Flight) -> None:
@@ -249,10 +250,10 @@ class AttentionLoop(StepLoop):
         filled = False
         for slot, flight in enumerate(self._flights):
             if flight is None and self.scheduler.has_work:
-                filled = self._begin(slot) or filled
+                filled = self._begin(slot, time.monotonic_ns()) or filled
         return filled
 
-    def _begin(self, slot: int) -> bool:
+    def _begin(self, slot: int, started_ns: int) -> bool:
         """Put a new micro-batch into an idle slot; False (and the slot parked) when there is nothing for it."""
         batch = None if self._boundary.draining else self.scheduler.schedule(slot)
         if self.moving_in is not None:
@@ -260,8 +261,7 @@ class AttentionLoop(StepLoop):
         if batch is None:
             self._park(slot)
             return False
-        started_ns = time.monotonic_ns()
-        self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), started_ns / 1e9)
+        self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), time.monotonic())
         self._steps += 1
         flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks, slot), self._steps)
         self._flights[slot] = flight
@@ -283,9 +283,9 @@ class AttentionLoop(StepLoop):
 
     def _advance(self, slot: int) -> None:
         """The next stage of a slot whose partial results are all here."""
-        started_ns = time.monotonic_ns()
         flight = self._flights[slot]
         assert flight is not None
+        started_ns = max(flight.due_ns, self._free_ns)
         self._add_partials(flight)
         if flight.layer < self.half.config.num_hidden_layers:
             self._attend(slot, flight, started_ns)
@@ -314,7 +314,8 @@ class AttentionLoop(StepLoop):
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
         flight.passage.share(flight.layer, routed.hidden)  # while the FFN ranks compute the other experts
-        flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
+        self._free_ns = time.monotonic_ns()
+        flight.observed.attended((self._free_ns - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
 
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
@@ -369,7 +370,8 @@ class AttentionLoop(StepLoop):
         sampled = [] if logits is None else sample(logits, sampling)
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
-        flight.observed.attended((time.monotonic_ns() - started_ns) / 1000)
+        self._free_ns = time.monotonic_ns()
+        flight.observed.attended((self._free_ns - started_ns) / 1000)
         self._measure(flight)
         self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
         if outputs:
@@ -381,7 +383,7 @@ class AttentionLoop(StepLoop):
             return
         if slot == 0:
             self._replan()
-        self._begin(slot)
+        self._begin(slot, self._free_ns)
         self._work_came = True
 
     def _replan(self) -> None:
@@ -399,7 +401,8 @@ class AttentionLoop(StepLoop):
         times, rows, context = flight.observed, flight.rows, flight.context_tokens
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
-        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried))
+        by_layer_us = tuple(times.attention_by_layer), tuple(times.ffn_by_layer)
+        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us))
         self.prompt_tokens += flight.batch.prompt_tokens
         self._count_experts(flight)
 

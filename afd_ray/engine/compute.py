@@ -12,6 +12,7 @@ from afd_ray.engine.sequence import Chunk
 from afd_ray.kernels.packed import packed_attention, packed_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
+from afd_ray.models.layout import Part
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
 MAX_CACHE_BYTES = 1 << 30
@@ -36,6 +37,10 @@ class Compute(Protocol):
 
     spare_blocks: int
     """That `cache` makes beyond those asked for."""
+
+    @property
+    def narrow_parts(self) -> frozenset[Part]:
+        """What halves hold in e4m3: what files have so need not be made wider first."""
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
         """A micro-batch's way through what `attention` and `cache` gave; a slot has one at a time."""
@@ -72,6 +77,7 @@ class HostCompute:
     """The CPU: compiled kernels where it can run them, else plain torch."""
 
     spare_blocks = 0
+    narrow_parts: frozenset[Part] = frozenset()
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
         return HostPassage(half, cache, chunks)

@@ -30,15 +30,20 @@ class Reduction(NamedTuple):
     rows: Tensor
     """[N, H] of `owned`, as computed here."""
     busy_us: int
-    queued_us: dict[int, int]
-    """By attention rank."""
+    queued: dict[int, dict[str, int]]
+    """By attention rank, what the header says of how long its rows lay here."""
 
 
 class Arrival(NamedTuple):
-    """One attention rank's rows for a layer, and when they were found here."""
+    """One attention rank's rows for a layer, when they were found here, and when this rank had looked before that."""
 
     message: Message
     looked_ns: int
+    found_ns: int
+
+    def queued(self, started_ns: int) -> dict[str, int]:
+        """What the header says of how long they lay here, if the stage began then."""
+        return {"queued_us": (started_ns - self.found_ns) // 1000, "unseen_us": (self.found_ns - self.looked_ns) // 1000}
 
 
 class SlotState:
@@ -47,6 +52,8 @@ class SlotState:
     def __init__(self, attention: int) -> None:
         self.waves: deque[Wave] = deque()
         """The one under way and those after it: where rows are routed, others may be ahead of an instance that got none."""
+        self.begun_ns = 0
+        """When the newest of them came."""
         self.layer = 0
         self.arrived: list[deque[Arrival]] = [deque() for _ in range(attention)]
         self.reduction: Reduction | None = None
@@ -55,6 +62,11 @@ class SlotState:
     @property
     def ready(self) -> bool:
         return bool(self.waves) and all(self.arrived[member] for member in self.waves[0].members)
+
+    def due_ns(self, arrivals: list[Arrival]) -> int:
+        """When all that the layer of these waited for was here."""
+        found_ns = max(arrival.found_ns for arrival in arrivals)
+        return found_ns if self.layer else max(found_ns, self.begun_ns)
 
 
 class FFNLoop(StepLoop):
@@ -65,6 +77,8 @@ class FFNLoop(StepLoop):
         self.half, self.pace = half, pace
         self.steps = self.rows = 0
         """Waves that passed all layers, and their rows."""
+        self._passing_on_ns = 0
+        """What the last stage took after its rows were computed. It is no part of what they say of that stage, for then they are gone; the next one's say it."""
         self._instance = self._tp_rank = 0
         self._slots: list[SlotState] = []
         self._turns: deque[int] = deque()
@@ -117,7 +131,7 @@ class FFNLoop(StepLoop):
         if header.kind is Kind.DISPATCH:
             if header.rows:
                 self._record_arrival(header)
-            slot.arrived[header.source].append(Arrival(message, self._looked_ns))
+            slot.arrived[header.source].append(Arrival(message, self._looked_ns, time.monotonic_ns()))
             self._free_edges(slot)
         elif header.kind is Kind.REDUCE:
             slot.shares[header.source] = message if slot.reduction is not None else message.copied()
@@ -131,9 +145,9 @@ class FFNLoop(StepLoop):
     def _free_edges(self, slot: SlotState) -> None:
         """Rows that are not next, or wait for other ranks' rows, leave the edge's buffer: other slots may go round many times meanwhile."""
         for queue in slot.arrived:
-            for i, (message, looked_ns) in enumerate(queue):
-                if message.borrowed and (i > 0 or not slot.ready):
-                    queue[i] = Arrival(message.copied(), looked_ns)
+            for i, arrival in enumerate(queue):
+                if arrival.message.borrowed and (i > 0 or not slot.ready):
+                    queue[i] = arrival._replace(message=arrival.message.copied())
 
     def _conduct(self, message: Message) -> None:
         header = message.header
@@ -157,31 +171,36 @@ class FFNLoop(StepLoop):
         self._begin(wave)
 
     def _begin(self, wave: Wave) -> None:
-        self._slots[wave.slot].waves.append(wave)
+        slot = self._slots[wave.slot]
+        slot.waves.append(wave)
+        slot.begun_ns = time.monotonic_ns()
 
     # --- one stage --------------------------------------------------------------------------------------------------------
 
     def _compute(self, index: int) -> None:
         """One layer of one slot's wave: this rank's share."""
-        started_ns = time.monotonic_ns()
         slot = self._slots[index]
         wave, layer = slot.waves[0], slot.layer
         arrivals = self._take_layer(slot, wave)
-        rows = sum(message.header.rows for message, _ in arrivals)
+        started_ns = max(slot.due_ns(arrivals), self._free_ns)
+        rows = sum(arrival.message.header.rows for arrival in arrivals)
         partial = self.half(layer, self._gather(arrivals)) if rows else None
-        for message, _ in arrivals:
-            message.release()
+        for arrival in arrivals:
+            arrival.message.release()
         if partial is not None:
             hold(self.pace, started_ns, rows)
+            computed_ns = time.monotonic_ns()
             self._pass_on(index, wave, arrivals, partial, started_ns)
+            self._free_ns = time.monotonic_ns()
+            self._passing_on_ns = self._free_ns - computed_ns
             self._record("ffn", index, layer, wave.number, rows, started_ns)
         self._end_layer(index, slot)
 
     def _take_layer(self, slot: SlotState, wave: Wave) -> list[Arrival]:
         """The members' messages for the layer that is due, in the order of the attention ranks."""
         arrivals = [slot.arrived[member].popleft() for member in wave.members]
-        for message, _ in arrivals:
-            header = message.header
+        for arrival in arrivals:
+            header = arrival.message.header
             if header.layer != slot.layer:
                 raise RuntimeError(f"rank {header.source} is at layer {header.layer} where layer {slot.layer} is due")
         return arrivals
@@ -197,7 +216,7 @@ class FFNLoop(StepLoop):
 
     def _gather(self, arrivals: list[Arrival]) -> Routed:
         """The rows that have come, in the order of the attention ranks, in the compute dtype, or in 8 bits."""
-        parts = [message.received() for message, _ in arrivals if message.header.rows]
+        parts = [arrival.message.received() for arrival in arrivals if arrival.message.header.rows]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype, narrow=self.half.takes_narrow)
 
@@ -205,17 +224,17 @@ class FFNLoop(StepLoop):
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
         wire, slot = self.wire, self._slots[index]
         layer = slot.layer
-        busy_us = (time.monotonic_ns() - started_ns) // 1000
-        queued_us = {message.header.source: (started_ns - looked_ns) // 1000 for message, looked_ns in arrivals}
+        busy_us = (time.monotonic_ns() - started_ns + self._passing_on_ns) // 1000
+        queued = {arrival.message.header.source: arrival.queued(started_ns) for arrival in arrivals}
         counts = [0] * wire.epoch.attention
-        for message, _ in arrivals:
-            counts[message.header.source] = message.header.rows
+        for arrival in arrivals:
+            counts[arrival.message.header.source] = arrival.message.header.rows
         all_owned = ownership(tuple(counts), wire.epoch.tensor_parallel)
         for tp_rank in sorted({o.tp_rank for o in all_owned}):
             owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
             rows = _rows_of(partial, owned)
             if tp_rank == self._tp_rank:
-                slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued_us)
+                slot.reduction = Reduction(layer, wave.number, owned, rows, busy_us, queued)
                 self._reduce(index)
             else:
                 header = Header(
@@ -242,7 +261,7 @@ class FFNLoop(StepLoop):
             rows = total[first : first + o.stop - o.start]
             first += len(rows)
             span = {"rows": len(rows), "first_row": o.first_row, "sent_ns": self._wall_ns()}
-            span |= {"busy_us": reduction.busy_us, "queued_us": reduction.queued_us[o.attention]}
+            span |= {"busy_us": reduction.busy_us, **reduction.queued[o.attention]}
             wire.mesh.send(o.attention, Header(Kind.PARTIAL, wire.epoch.number, wire.rank, **place, **span), (rows,))
 
     def _sum_shares(self, slot: SlotState, own: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class Flight:
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0
         self.since = 0
+        self.due_ns = 0
+        """When all that it waited for was here."""
         self.awaited = 0
         self.sent: list[Tensor | None] = []
         """For each FFN instance the rows that went to it; None: all of them."""

@@ -54,6 +54,8 @@ class StepLoop(ABC):
         self._idle_since_ns: int | None = None
         self._looked_ns = 0
         """When this loop last looked for messages: what it takes now may have come at any time since."""
+        self._free_ns = 0
+        """When the last stage ended. One that is due begins then, or when it came to be due, so that what the loop does in between is a part of it."""
 
     @property
     def wire(self) -> Wire:

@@ -118,42 +118,56 @@ def _least_squares(design: np.ndarray, target: np.ndarray) -> list[float]:
     return out
 
 
-def transfer_us(round_trip_us: float, busy_us: float, slack_us: float) -> float | None:
-    """Both ways' transfer from dispatch to return; None when `slack_us`, how long the rows may have lain unseen at either end, hides it."""
-    if slack_us > MOST_SLACK * round_trip_us:
+def transfer_us(round_trip_us: float, busy_us: float, unseen_us: float) -> float | None:
+    """Both ways' transfer from dispatch to return; None when `unseen_us`, how long the rows may have lain unseen at either end, hides it.
+
+    `round_trip_us` is without the time that they are known to have waited there.
+    """
+    if unseen_us > MOST_SLACK * round_trip_us:
         return None
-    return max(0.0, round_trip_us - busy_us - slack_us)
+    return max(0.0, round_trip_us - busy_us - unseen_us)
 
 
-def mean_transfer_us(round_trip_us: float, busy_us: float, slack_us: float) -> float | None:
-    """The same of as many round trips as can be, for a mean that is not one of the slow ones: the rows lay unseen for half of `slack_us`, on average."""
-    if slack_us > MOST_HIDDEN * round_trip_us:
+def mean_transfer_us(round_trip_us: float, busy_us: float, unseen_us: float) -> float | None:
+    """The same of as many round trips as can be, for a mean that is not one of the slow ones: the rows lay unseen for half of `unseen_us`, on average."""
+    if unseen_us > MOST_HIDDEN * round_trip_us:
         return None
-    return max(0.0, round_trip_us - busy_us - slack_us / 2)
+    return max(0.0, round_trip_us - busy_us - unseen_us / 2)
 
 
 class FlightTimes:
     """What one micro-batch took on its way through the layers, in microseconds."""
 
     def __init__(self) -> None:
-        self.attention = self.ffn = self.transfer = 0.0
+        self.attention_by_layer: list[float] = []
+        """Layer after layer, and then the head."""
+        self.ffn_by_layer: list[float] = []
+        self.transfer = 0.0
         self.transfers = 0
         self.carried = 0.0
         """The sum of `mean_transfer_us` over `carries` layers."""
         self.carries = 0
 
+    @property
+    def attention(self) -> float:
+        return sum(self.attention_by_layer)
+
+    @property
+    def ffn(self) -> float:
+        return sum(self.ffn_by_layer)
+
     def attended(self, duration_us: float) -> None:
-        """The attention rank worked on it."""
-        self.attention += duration_us
+        """The attention rank worked on its next layer, or on the head."""
+        self.attention_by_layer.append(duration_us)
 
     def fed(self, duration_us: float) -> None:
-        """An FFN worked on a layer of it."""
-        self.ffn += duration_us
+        """An FFN worked on its next layer."""
+        self.ffn_by_layer.append(duration_us)
 
-    def returned(self, round_trip_us: float, busy_us: float, slack_us: float) -> None:
-        """A layer came back from the FFN, which worked on it for `busy_us`; the rows may have lain unseen for `slack_us`."""
+    def returned(self, round_trip_us: float, busy_us: float, unseen_us: float) -> None:
+        """A layer came back from the FFN (`transfer_us`), which worked on it for `busy_us`."""
         self.fed(busy_us)
-        transfer, carried = transfer_us(round_trip_us, busy_us, slack_us), mean_transfer_us(round_trip_us, busy_us, slack_us)
+        transfer, carried = transfer_us(round_trip_us, busy_us, unseen_us), mean_transfer_us(round_trip_us, busy_us, unseen_us)
         if transfer is not None:
             self.transfer += transfer
             self.transfers += 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MAGIC = 0x52444641  # "AFDR"
-VERSION = 3
+VERSION = 4
 ALIGNMENT = 64
 HEADER_BYTES = 192
 MAX_TENSORS = 4
@@ -19,7 +19,7 @@ MAX_DIMENSIONS = 4
 MAX_FRAME_BYTES = 1 << 48
 """More than any memory has, and less than a frame's length can say."""
 
-_FRAME = struct.Struct("<88sQB3xQIIIQIIQQQ")  # prefix, contract digest, then the fields of Header
+_FRAME = struct.Struct("<88sQB3xQIIIQIIQQQQ")  # prefix, contract digest, then the fields of Header
 _PREFIX = struct.Struct("<IHBxQ72s")  # the same for every frame of a layout: magic, version, tensors, length, descriptors
 _DESCRIPTORS = struct.Struct("<8B16I")
 _MAX_LAYOUTS = 8192
@@ -70,7 +70,9 @@ class Header(NamedTuple):
     busy_us: int = 0
     """PARTIAL: how long the FFN stage computed."""
     queued_us: int = 0
-    """PARTIAL: how long its rows had lain at the FFN rank before that, at most."""
+    """PARTIAL: how long its rows had lain at the FFN rank before that, since it found them."""
+    unseen_us: int = 0
+    """PARTIAL: and how long before it found them, at most."""
 
 
 def _nothing_to_release() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from afd_ray.kernels.packed import PACKED_STACKS, PackedFFNLayer, packed_weights
-from afd_ray.kernels.quantised import QUANTISED_STACKS, QuantisedExperts, quantised
+from afd_ray.kernels.quantised import QUANTISED_STACKS, QuantisedDense, QuantisedExperts, quantise_dense, quantise_experts
 from afd_ray.models.layout import STACKED_EXPERTS, Unallocated
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard
 
@@ -53,14 +53,20 @@ def regather(held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
 
 def _quantise_as(held: nn.Module, layer: FFNLayer, fresh: nn.Module) -> None:
     """What is to be loaded and what is read, if what is held is quantised."""
+    assert isinstance(fresh, FFNLayer)
     if isinstance(getattr(held, "moe", None), QuantisedExperts):
-        assert isinstance(fresh, FFNLayer)
-        assert fresh.moe is not None
         assert layer.moe is not None
         count, inner, hidden = layer.moe.gate_proj.shape
         with Unallocated():
             layer.moe = QuantisedExperts(count, hidden, inner)
-        fresh.moe = quantised(fresh.moe)
+        quantise_experts(fresh)
+    for name in ("share_expert", "mlp"):
+        if isinstance(getattr(held, name, None), QuantisedDense):
+            inner, hidden = getattr(layer, name).gate_proj.weight.shape
+            with Unallocated():
+                setattr(layer, name, QuantisedDense(hidden, inner))
+            if not any(parameter.is_meta for parameter in getattr(fresh, name).parameters()):
+                quantise_dense(fresh)
 
 
 class _Join:

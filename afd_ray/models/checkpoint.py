@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from afd_ray.handoff.quantise import BLOCK
+from afd_ray.models import scaled
 from afd_ray.models.config import DTYPES, ModelConfig
-from afd_ray.models.layout import Unallocated, elements, expected_shapes, file_key, part_of, text_key
-from afd_ray.models.shards import DTYPE_NAMES, CheckpointError, StoredTensor, read_header, shard_files, write_checkpoint
-from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard, Step3Model
+from afd_ray.models.layout import Part, Unallocated, elements, expected_shapes, file_key, part_of, text_key
+from afd_ray.models.shards import (
+    DTYPE_NAMES,
+    E4M3_NAME,
+    CheckpointError,
+    StoredTensor,
+    read_header,
+    shard_files,
+    write_checkpoint,
+)
+from afd_ray.models.step3 import AttentionHalf, CacheScales, FFNHalf, FFNShard, Step3Model
 
 __all__ = [
     "Checkpoint",
@@ -68,16 +79,18 @@ class Checkpoint:
         """What keeps it from being loaded: tensors missing, left over, of another shape, of a dtype that cannot be read."""
         expected = expected_shapes(self.config)
         found = [f"{key}: missing" for key in expected if key not in self.tensors]
-        found += [f"{key}: extra, the model has no such tensor" for key in self.tensors if key not in expected]
+        layers = self.config.num_hidden_layers
+        extra = [key for key in self.tensors if key not in expected and not scaled.belongs(key, self.tensors, layers)]
+        found += [f"{key}: extra, the model has no such tensor" for key in extra]
         for key, shape in expected.items():
             stored = self.tensors.get(key)
             if stored is None:
                 continue
             if stored.shape != shape:
                 found.append(f"{key}: shape must be {list(shape)}, got {list(stored.shape)}")
-            if stored.dtype not in DTYPE_NAMES:
+            if stored.dtype not in (*DTYPE_NAMES, E4M3_NAME):
                 found.append(f"{key}: dtype must be one of {', '.join(DTYPE_NAMES)}, got {stored.dtype}")
-        return found
+        return found + list(scaled.findings(self.tensors, layers, self.config.scaled))
 
     def require_sound(self) -> None:
         """Raises CheckpointError with the first finding and the number of the others."""
@@ -96,6 +109,10 @@ class Read(NamedTuple):
     """Rows of the first dimension, one after the other; None: `slices` speaks of all dimensions."""
     slices: tuple[slice, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """It is kept in; None: that of the model."""
+    scales: StoredTensor | None
+    """By which values in e4m3 are multiplied on their way."""
 
 
 def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None = None) -> list[Read]:
@@ -106,51 +123,85 @@ def plan_reads(checkpoint: Checkpoint, half: nn.Module, shard: FFNShard | None =
         stored = checkpoint.tensors[key]
         experts = shard.experts if shard is not None and part_of(key) == "experts" else None
         slices = [slice(None)] * (len(stored.shape) - (experts is not None))
+        is_scales = key.endswith(scaled.SCALES)
         if shard is not None:
             intermediate = -1 if ".down_proj." in key else -2
             part = shard.dense if experts is None else shard.routed
-            slices[intermediate] = part.of(stored.shape[intermediate])
-        reads.append(Read(name, stored, experts, tuple(slices), tuple(parameter.shape)))
+            weight = checkpoint.tensors[key.removesuffix(scaled.SCALES)]
+            cut = part.of(weight.shape[intermediate])
+            slices[intermediate] = slice(cut.start // BLOCK, cut.stop // BLOCK) if is_scales else cut
+        is_kept = is_scales or parameter.dtype == torch.float8_e4m3fn
+        dtype = parameter.dtype if is_kept else None
+        scales = checkpoint.tensors[key + scaled.SCALES] if stored.dtype == E4M3_NAME and not is_kept else None
+        reads.append(Read(name, stored, experts, tuple(slices), tuple(parameter.shape), dtype, scales))
     return reads
 
 
 def load_attention(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = None, progress: Progress | None = None, *, shared: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    *,
+    shared: bool = False,
+    keep: frozenset[Part] = frozenset(),
 ) -> AttentionHalf:
-    """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN, or, `shared`, its shared experts alone."""
+    """What an attention actor holds, in `dtype` (None: the checkpoint's). Reads nothing of the FFN, or, `shared`, its shared experts alone.
+
+    `keep`: parts that stay in e4m3 where the files have them so.
+    """
     checkpoint.require_sound()
     config = _in_dtype(checkpoint.config, dtype)
     with Unallocated():
         half = AttentionHalf(config, shared)
+    scaled.keep_as_stored(half, checkpoint.tensors, keep, None)
     _fill(half, plan_reads(checkpoint, half), config.dtype, progress)
+    _read_cache_scales(half, checkpoint)
     return half
 
 
 def load_ffn(
-    checkpoint: Checkpoint, shard: FFNShard, dtype: torch.dtype | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    shard: FFNShard,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    *,
+    keep: frozenset[Part] = frozenset(),
 ) -> FFNHalf:
-    """One FFN rank's experts and columns, in `dtype` (None: the checkpoint's). Reads no other bytes."""
+    """One FFN rank's experts and columns, in `dtype` (None: the checkpoint's). Reads no other bytes.
+
+    `keep`: parts that stay in e4m3 where the files have them so and no slice of this rank cuts a block of 128.
+    """
     checkpoint.require_sound()
-    config = _in_dtype(checkpoint.config, dtype)
-    _check_shard(shard, config)
-    with Unallocated():
-        half = FFNHalf(config, shard)
-    _fill(half, plan_reads(checkpoint, half, shard), config.dtype, progress)
+    half = _ffn(checkpoint, shard, dtype, keep)
+    _fill(half, plan_reads(checkpoint, half, shard), half.config.dtype, progress)
     return half
 
 
 def read_ffn(
-    checkpoint: Checkpoint, shard: FFNShard, dtype: torch.dtype, progress: Progress | None = None, *, dense: bool
+    checkpoint: Checkpoint,
+    shard: FFNShard,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    *,
+    dense: bool,
+    keep: frozenset[Part] = frozenset(),
 ) -> FFNHalf:
     """As `load_ffn`; without `dense`, shared experts and dense layers stay unallocated, and nothing is read of them."""
     if dense and shard.experts:
-        return load_ffn(checkpoint, shard, dtype, progress)
+        return load_ffn(checkpoint, shard, dtype, progress, keep=keep)
+    half = _ffn(checkpoint, shard, dtype, keep)
+    reads = [read for read in plan_reads(checkpoint, half, shard) if (read.experts if read.experts is not None else dense)]
+    _fill(half, reads, dtype, progress, whole=False)
+    return half
+
+
+def _ffn(checkpoint: Checkpoint, shard: FFNShard, dtype: torch.dtype | None, keep: frozenset[Part]) -> FFNHalf:
+    """Not filled yet."""
     config = _in_dtype(checkpoint.config, dtype)
     _check_shard(shard, config)
     with Unallocated():
         half = FFNHalf(config, shard)
-    reads = [read for read in plan_reads(checkpoint, half, shard) if (read.experts if read.experts is not None else dense)]
-    _fill(half, reads, dtype, progress, whole=False)
+    scaled.keep_as_stored(half, checkpoint.tensors, keep, shard)
     return half
 
 
@@ -191,25 +242,61 @@ def _fill(half: nn.Module, reads: list[Read], dtype: torch.dtype, progress: Prog
 
 def _read_all(reads: list[Read], dtype: torch.dtype) -> Iterator[tuple[Read, Tensor]]:
     """File by file, so that each is mapped once, and unmapped before the next."""
+    scales = _read_whole({read.scales for read in reads if read.scales is not None})
     for file in sorted({read.stored.file for read in reads}):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for read in reads:
-                    if read.stored.file == file:
-                        yield read, _read(stored, read, dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from None
+        with _opened(file) as stored:
+            for read in reads:
+                if read.stored.file == file:
+                    by = None if read.scales is None else scales[read.scales]
+                    yield read, _read(stored, read, read.dtype or dtype, by)
 
 
-def _read(file: Any, read: Read, dtype: torch.dtype) -> Tensor:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from None
+
+
+def _read_whole(tensors: Collection[StoredTensor]) -> dict[StoredTensor, Tensor]:
+    """Small ones, in float32."""
+    whole: dict[StoredTensor, Tensor] = {}
+    for file in sorted({stored.file for stored in tensors}):
+        with _opened(file) as held:
+            whole |= {stored: held.get_tensor(stored.key).float().clone() for stored in tensors if stored.file == file}
+    return whole
+
+
+def _read(file: Any, read: Read, dtype: torch.dtype, scales: Tensor | None) -> Tensor:
     """Into memory of its own: a tensor that still mapped the file would fault pages in on the hot path."""
     source = file.get_slice(read.stored.key)
     out = torch.empty(read.shape, dtype=dtype)
     if read.experts is None:
-        return out.copy_(source[read.slices])
+        piece = source[read.slices]
+        out.view(piece.shape).copy_(piece if scales is None else _times(piece, scales, read))
+        return out
     for row, expert in enumerate(read.experts):
-        out[row].copy_(source[(slice(expert, expert + 1), *read.slices)][0])
+        piece = source[(slice(expert, expert + 1), *read.slices)][0]
+        out[row].copy_(piece if scales is None else _times(piece, scales[expert], read))
     return out
+
+
+def _times(piece: Tensor, scales: Tensor, read: Read) -> Tensor:
+    return piece.float() * scaled.spread(scales, read.slices, read.stored.shape)
+
+
+def _read_cache_scales(half: AttentionHalf, checkpoint: Checkpoint) -> None:
+    keys = {index: scaled.cache_scale_keys(index) for index in range(half.config.num_hidden_layers)}
+    there = {key: checkpoint.tensors[key] for pair in keys.values() for key in pair if key in checkpoint.tensors}
+    numbers = _read_whole(there.values())
+    for index, pair in keys.items():
+        key_scale, value_scale = (numbers[there[key]].item() if key in there else 1.0 for key in pair)
+        for key, scale in zip(pair, (key_scale, value_scale), strict=True):
+            if not 0 < scale < float("inf"):
+                raise CheckpointError(f"{checkpoint.directory}: {key}: must be above 0, got {scale}")
+        half.layer(index).self_attn.cache_scales = CacheScales(key_scale, value_scale)
 
 
 def digest(checkpoint: Checkpoint) -> int:
@@ -259,11 +346,12 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator
     """Every finding, one line each: those of `findings`, dtypes other than `config.json` says, and values that are not finite."""
     yield from checkpoint.findings()
     named = next(name for name, dtype in DTYPES.items() if dtype == checkpoint.config.dtype)
-    readable = {key: stored for key, stored in checkpoint.tensors.items() if stored.dtype in DTYPE_NAMES}
+    expected = expected_shapes(checkpoint.config)
+    readable = {key: stored for key, stored in checkpoint.tensors.items() if stored.dtype in (*DTYPE_NAMES, E4M3_NAME)}
     total = sum(elements(stored.shape) for stored in readable.values())
     done = 0
     for key, stored in sorted(readable.items()):
-        if DTYPE_NAMES[stored.dtype] != checkpoint.config.dtype:
+        if key in expected and stored.dtype != E4M3_NAME and DTYPE_NAMES[stored.dtype] != checkpoint.config.dtype:
             yield f"{key}: dtype is {stored.dtype}, config.json says {named}"
         bad = _count_non_finite(stored)
         if bad:
@@ -274,7 +362,7 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator
 
 
 def _count_non_finite(stored: StoredTensor) -> int:
-    dtype = DTYPE_NAMES[stored.dtype]
+    dtype = DTYPE_NAMES.get(stored.dtype, torch.float8_e4m3fn)
     bad, remaining = 0, stored.end - stored.start
     with stored.file.open("rb") as stream:
         stream.seek(stored.start)
@@ -283,5 +371,5 @@ def _count_non_finite(stored: StoredTensor) -> int:
             if not piece:
                 raise CheckpointError(f"{stored.file}: truncated while it was read")
             remaining -= len(piece)
-            bad += int((~torch.frombuffer(piece, dtype=dtype).isfinite()).sum())
+            bad += int((~torch.frombuffer(piece, dtype=torch.uint8).view(dtype).float().isfinite()).sum())
     return bad

@@ -12,6 +12,8 @@ from afd_ray.config_reading import shown
 
 SUPPORTED_MODEL_TYPES = ("step3_text", "step3_vl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+E4M3 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""A `quantization_config`, the only one that can be read; keys beside these say nothing that the files do not."""
 MAX_LAYERS = 4096
 MAX_SIZE = 1 << 24
 """Of any other count or width: what is above is a mistake, and would be told of only by running out of memory."""
@@ -41,6 +43,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     norm_expert_weight: bool = False
     dtype: torch.dtype = torch.bfloat16
+    """Of weights, where they are not in e4m3, and of what is computed."""
+    scaled: bool = False
+    """Whether weights in the files may be e4m3, with a scale for each block of 128 x 128."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -77,6 +82,7 @@ class ModelConfig:
             rms_norm_eps=_above_zero(text, "rms_norm_eps", 1e-5),
             norm_expert_weight=_truth(text, "norm_expert_weight"),
             dtype=_dtype(_first(("torch_dtype", "dtype"), text, raw)),
+            scaled=_scaled(_first(("quantization_config",), text, raw)),
             bos_token_id=_token_id("bos_token_id", _first(("bos_token_id",), text, raw), vocab_size),
             eos_token_ids=_token_ids("eos_token_id", _first(("eos_token_id",), text, raw), vocab_size),
         )
@@ -100,7 +106,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As a `config.json` of `model_type` step3_text."""
-        return {
+        described = {
             "architectures": ["Step3TextForCausalLM"],
             "model_type": "step3_text",
             "num_hidden_layers": self.num_hidden_layers,
@@ -127,6 +133,7 @@ class ModelConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else (self.eos_token_ids or (None,))[0],
         }
+        return described | ({"quantization_config": E4M3} if self.scaled else {})
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +160,6 @@ def _refuse_unsupported(text: dict[str, Any]) -> None:
         raise ValueError("tie_word_embeddings must be false: Step-3 has a head of its own")
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be silu, got {shown(text['hidden_act'])}")
-    if text.get("quantization_config"):
-        raise ValueError("quantization_config is not supported yet: use a float32 or bfloat16 checkpoint")
 
 
 def _integer(text: dict[str, Any], key: str, highest: int = MAX_SIZE, whose: str = "") -> int:
@@ -224,6 +229,18 @@ def _dtype(name: object) -> torch.dtype:
     if dtype is None:
         raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return dtype
+
+
+def _scaled(quantization: object) -> bool:
+    if not quantization:
+        return False
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config must be an object, got {shown(quantization)}")
+    for key, wanted in E4M3.items():
+        given = quantization.get(key, wanted if key in ("fmt", "activation_scheme") else None)
+        if given != wanted:
+            raise ValueError(f"quantization_config.{key} must be {wanted} (DeepSeek-V3's layout of e4m3), got {shown(given)}")
+    return True
 
 
 def _token_id(key: str, value: object, vocab_size: int) -> int | None:

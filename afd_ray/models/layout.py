@@ -17,15 +17,27 @@ FFN_PARTS: tuple[Part, ...] = ("experts", "shared", "dense")
 
 STACKED_EXPERTS = ("moe.gate_proj", "moe.up_proj", "moe.down_proj")
 """Parameters of a layer with one matrix for each expert held."""
+_SCALES = "weight_scale_inv"
+_ENDINGS = {".scales": f".{_SCALES}"}
+for _name in ("gate", "up", "down"):
+    _ENDINGS |= {f".{_name}_proj": f".{_name}_proj.weight", f".{_name}_scales": f".{_name}_proj.{_SCALES}"}
 _VISION = ("vision_model.", "vit_downsampler", "vit_large_projector", "model.vision_model.", "model.vit_")
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
 
 
 def file_key(parameter: str) -> str:
-    """The checkpoint's name of a parameter of AttentionHalf or FFNHalf: experts are stacked parameters here, `.weight`s there."""
+    """The checkpoint's name of a parameter of AttentionHalf or FFNHalf: experts are stacked parameters here, `.weight`s there.
+
+    >>> file_key("layers.1.moe.up_proj"), file_key("layers.0.mlp.expert.up_scales"), file_key("layers.0.self_attn.wq.scales")
+    ('model.layers.1.moe.up_proj.weight', 'model.layers.0.mlp.up_proj.weight_scale_inv', 'model.layers.0.self_attn.wq.weight_scale_inv')
+    """
     if parameter.startswith("lm_head."):
         return parameter
-    return f"model.{parameter}.weight" if parameter.endswith(STACKED_EXPERTS) else f"model.{parameter}"
+    name = parameter.replace(".expert.", ".")
+    for ending, replacement in _ENDINGS.items():
+        if name.endswith(ending):
+            return f"model.{name.removesuffix(ending)}{replacement}"
+    return f"model.{name}"
 
 
 def text_key(key: str) -> str | None:

@@ -14,7 +14,8 @@ from afd_ray.models.config import ModelConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+E4M3_NAME = "F8_E4M3"
+_ITEM_BYTES = {E4M3_NAME: 1, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _MAX_HEADER_BYTES = 100_000_000
 
 

@@ -87,6 +87,13 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class CacheScales(NamedTuple):
+    """What keys and values in e4m3 are multiplied by, and divided by when they are written."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
 class MultiMatrixFactorizationAttention(nn.Module):
     """MFA: a low-rank query of many heads over one key head and one value head (section 2 of the paper)."""
 
@@ -99,6 +106,7 @@ class MultiMatrixFactorizationAttention(nn.Module):
         self.inter_norm = Norm(config.share_q_dim, config.rms_norm_eps)
         self.wq = Linear(self.heads * config.head_dim, config.share_q_dim)
         self.o_proj = Linear(config.hidden_size, self.heads * config.head_dim)
+        self.cache_scales = CacheScales()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, H] to rotated q [N, A, D], rotated k [N, D] and v [N, D]."""
@@ -112,8 +120,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     total = k.shape[0]
     mask = None
     if n > 1:
-        positions = torch.arange(start, start + n)
-        mask = (torch.arange(total) <= positions[:, None]).repeat_interleave(heads, dim=0)  # [N*A, T]
+        positions = torch.arange(start, start + n, device=q.device)
+        mask = (torch.arange(total, device=q.device) <= positions[:, None]).repeat_interleave(heads, dim=0)  # [N*A, T]
     out = F.scaled_dot_product_attention(q.reshape(1, 1, n * heads, dim), k[None, None], v[None, None], attn_mask=mask)
     return out.view(n, heads, dim)
 
@@ -161,6 +169,13 @@ class AttentionHalf(nn.Module):
         self.layers = nn.ModuleList(AttentionLayer(config, i, shared) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
+
+    def scale_cache(self, key: float | None, value: float | None) -> None:
+        """In all layers, in place of the scales that were read with them; None: leave those."""
+        for index in range(self.config.num_hidden_layers):
+            attention = self.layer(index).self_attn
+            read = attention.cache_scales
+            attention.cache_scales = CacheScales(key or read.key, value or read.value)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions, self.config.head_dim, self.config.rope_theta)
@@ -312,7 +327,7 @@ class Step3Model(nn.Module):
         """
         start = cache[0][0].shape[0] if cache else 0
         residual = self.attention.embed_tokens(token_ids)
-        cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0]))
+        cos, sin = self.attention.rotary(torch.arange(start, start + token_ids.shape[0], device=token_ids.device))
         for index in range(self.config.num_hidden_layers):
             layer = self.attention.layer(index)
             q, k, v = layer.before(residual, cos, sin)

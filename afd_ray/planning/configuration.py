@@ -26,6 +26,7 @@ def configuration(plan: Plan, checkpoint: str, tpot_ms: float) -> dict[str, Any]
             "replicas": pools["attention"],
             "num_gpus": 1,
             "labels": {"ray.io/accelerator-type": d.attention.ray_type},
+            "projection_dtype": "fp8",
             "kv_cache": {
                 "block_size": BLOCK_TOKENS,
                 "num_blocks": requests * math.ceil(d.context / BLOCK_TOKENS),
@@ -38,6 +39,7 @@ def configuration(plan: Plan, checkpoint: str, tpot_ms: float) -> dict[str, Any]
             "num_gpus": 1,
             "labels": {"ray.io/accelerator-type": d.ffn.ray_type},
             "expert_dtype": "fp8",
+            "dense_dtype": "fp8",
         },
         "pipeline": {
             "micro_batches": d.micro_batches,

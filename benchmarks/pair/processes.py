@@ -12,7 +12,7 @@ import torch
 from afd_ray.engine.stage_costs import StageTimes
 from afd_ray.handoff.mesh import LinkKind
 from benchmarks.pair.answering import ATTENTION
-from benchmarks.pair.halves import TIMEOUT_S, AttentionSide, FFNSide, Half, Load
+from benchmarks.pair.halves import TIMEOUT_S, AttentionSide, FFNSide, Load
 from benchmarks.testbed.switch import Switch, leave_network, switch
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -22,10 +22,11 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 class Worker:
     """A process of the pair, told what to do by name: `start` a method, take its `result`."""
 
-    def __init__(self, role: type[Half], directory: Path, apart: bool) -> None:
+    def __init__(self, role: Callable[[Any], object], given: object, apart: bool = False) -> None:
+        """`role`, called with `given`, makes what is told; its first result is None, when that is made. `apart`: with a network of its own."""
         context = multiprocessing.get_context("spawn")
         self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(role, directory, apart, there), daemon=True)
+        self.process = context.Process(target=_serve, args=(role, given, apart, there), daemon=True)
         self.process.start()
         there.close()
 
@@ -127,21 +128,21 @@ def _pairwise(busy_us: list[float]) -> tuple[float, float, float, float]:
     return attention, 0.0, ffn, 0.0
 
 
-def _serve(role: type[Half], directory: Path, apart: bool, pipe: Connection) -> None:
+def _serve(role: Callable[[Any], object], given: object, apart: bool, pipe: Connection) -> None:
     """A worker's life: what it is told, until the pipe ends."""
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        half, error = _try(_settle, role, directory, apart)
+        made, error = _try(_settle, role, given, apart)
         pipe.send((None, error))
         while True:
             method, arguments = pipe.recv()
-            pipe.send(_try(getattr(half, method), *arguments))
+            pipe.send(_try(getattr(made, method), *arguments))
 
 
-def _settle(role: type[Half], directory: Path, apart: bool) -> Half:
+def _settle(role: Callable[[Any], object], given: object, apart: bool) -> object:
     if apart:
         leave_network()
-    return role(directory)
+    return role(given)
 
 
 def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:

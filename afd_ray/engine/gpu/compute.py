@@ -19,6 +19,7 @@ from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
 from afd_ray.kernels.gpu.halves import GPUFFN, FedFFN, gpu_attention, gpu_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
+from afd_ray.models.layout import Part
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNShard
 
 
@@ -33,31 +34,43 @@ class GPUCompute:
         share: float = 1.0,
         *,
         quantise_experts: bool = False,
+        quantise_dense: bool = False,
+        quantise_projections: bool = False,
         quantise_rows: bool = False,
         capture: Callable[[], Capture] | None = None,
         stays: bool = False,
     ) -> None:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
 
-        `quantise_experts`: routed experts are held in e4m3, whatever they were read as. `quantise_rows`: attention gives what goes to the
+        Held in e4m3, whatever they were read as: `quantise_experts`, routed experts; `quantise_dense`, shared experts and dense layers;
+        `quantise_projections`, attention's. `quantise_rows`: attention gives what goes to the
         FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it. `capture`: makes what captures a set of graphs, at the end of a
         warm-up; None: every step is launched anew. `stays`: rows cross between devices, and are on this one when they come and go.
         """
         self._stays = stays
         self._quantise_rows, self._capture = quantise_rows, capture
         self._graphs: dict[PagedCache, AttentionGraphs] = {}
-        self.device, self._share, self._quantise = device, share, quantise_experts
+        self.device, self._share = device, share
+        self._experts, self._dense, self._projections = quantise_experts, quantise_dense, quantise_projections
         self._instances = 0
         """Of the FFN, that attention is warmed up for."""
 
     @classmethod
-    def of_first_gpu(
-        cls, share: float, *, quantise_experts: bool, quantise_rows: bool, graphs: bool, stays: bool
-    ) -> "GPUCompute":
+    def of_first_gpu(cls, share: float, *, graphs: bool, stays: bool, **quantise: bool) -> "GPUCompute":
         """On the first CUDA GPU that this process sees; `graphs`: steps that only decode are captured."""
         device = torch.device("cuda", 0)
         capture = partial(CUDAGraphs, device) if graphs else None
-        return cls(device, share, quantise_experts=quantise_experts, quantise_rows=quantise_rows, capture=capture, stays=stays)
+        return cls(device, share, capture=capture, stays=stays, **quantise)
+
+    @property
+    def narrow_parts(self) -> frozenset[Part]:
+        asked: dict[Part, bool] = {
+            "attention": self._projections,
+            "experts": self._experts,
+            "shared": self._dense,
+            "dense": self._dense,
+        }
+        return frozenset(part for part, is_asked in asked.items() if is_asked)
 
     def begin(self, half: AttentionHalf, cache: PagedCache, chunks: Sequence[Chunk], slot: int) -> Passage:
         """By graphs where there are any for these chunks."""
@@ -67,7 +80,7 @@ class GPUCompute:
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """Raises ValueError in one line for a shape that the kernels do not take."""
-        return gpu_attention(half, self.device, quantise=self._quantise_rows)
+        return gpu_attention(half, self.device, quantise=self._quantise_rows, projections=self._projections, dense=self._dense)
 
     def ffn(self, half: FFNHalf) -> FFNHalf:
         """As `attention`."""
@@ -79,7 +92,7 @@ class GPUCompute:
 
     def colocated_ffn(self, half: FFNHalf) -> GPUFFN:
         """As `attention`."""
-        return gpu_ffn(half, self.device, quantise=self._quantise)
+        return gpu_ffn(half, self.device, quantise=self._experts, dense=self._dense)
 
     def cache_bytes(self, config: ModelConfig, needs: Needs) -> int:
         torch.cuda.empty_cache()  # of what loading needed in between

@@ -173,9 +173,10 @@ class NcclCarrier(Ending):
         """The host's links are what tells of this member's end."""
 
     def wind_up(self) -> None:
-        time.sleep(self._linger_s / 2)
-        self.farewell()
-        time.sleep(self._linger_s / 2)
+        if self._linger_s:
+            time.sleep(self._linger_s / 2)
+            self.farewell()  # half of it is for the step loop, whose own close would say why
+            time.sleep(self._linger_s / 2)
         given = self.orders.acquire(timeout=_ORDER_S)
         aborts = [threading.Thread(target=made.abort, name="nccl-abort", daemon=True) for made in self._made]
         for abort in aborts:

@@ -1,4 +1,6 @@
-"""The routed experts of a layer: two grouped products over rows sorted by expert, SwiGLU in the first, weights and the sum in the second.
+"""The experts of a layer: two grouped products over rows sorted by expert, SwiGLU in the first, weights and the sum in the second.
+
+A single expert that takes every row, as a shared one or a dense layer is, needs neither an order nor weights.
 
 Programs go through the rows' tiles first and through the columns next, so that the tiles of one expert read its weights together, and what
 many experts add to the same columns of a row is added while these are in the L2 cache. The partial rows themselves are never written.
@@ -57,7 +59,7 @@ DOWN_TILES = {
 """By the dtype of weights and rows; found by compiling (docs/gpu.md)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gate_up_kernel(
     x,  # [N, H]
     exponents,  # [N, B] uint8, or None
@@ -65,10 +67,11 @@ def gate_up_kernel(
     up,  # [E, I, H]
     gate_scales,
     up_scales,  # [E, J, B], or None
-    starts,
+    starts,  # or None: one expert takes every row
     assignments,
     inner,  # [N * K, I], sorted
     inner_exponents,  # [N * K, J], or None
+    rows,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -79,12 +82,14 @@ def gate_up_kernel(
     TILE_DEPTH: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    expert, first, end = _expert_of(starts, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
+    expert, first, end = _expert_of(starts, rows, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
     if expert >= EXPERTS:
         return
     place = first + tl.arange(0, TILE_ROWS)
     column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    row = tl.load(assignments + tl.minimum(place, end - 1)) // TOP_K
+    row = tl.minimum(place, end - 1)
+    if assignments is not None:
+        row = tl.load(assignments + row) // TOP_K
     gates, ups = _products(x, exponents, row, gate, gate_scales, up, up_scales, expert, column, INNER, HIDDEN, TILE_DEPTH, NARROW)
 
     gated = gates * tl.sigmoid(gates) * ups
@@ -99,7 +104,7 @@ def gate_up_kernel(
         tl.store(at, gated.to(inner.dtype.element_ty), mask=is_place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def down_kernel(
     inner,  # [N * K, I], sorted
     inner_exponents,  # [N * K, J], or None
@@ -107,8 +112,9 @@ def down_kernel(
     down_scales,  # [E, B, J], or None
     starts,
     assignments,
-    weights,  # [N, K]
+    weights,  # [N, K], or None
     total,  # [N, H] float32
+    rows,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -119,7 +125,7 @@ def down_kernel(
     TILE_DEPTH: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    expert, first, end = _expert_of(starts, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
+    expert, first, end = _expert_of(starts, rows, EXPERTS, PADDED_EXPERTS, TILE_ROWS)
     if expert >= EXPERTS:
         return
     place = first + tl.arange(0, TILE_ROWS)
@@ -129,10 +135,13 @@ def down_kernel(
         inner, inner_exponents, held, down, down_scales, None, None, expert, column, HIDDEN, INNER, TILE_DEPTH, NARROW
     )
 
-    assignment = tl.load(assignments + held)
-    share = tl.load(weights + assignment).to(tl.float32)
-    at = total + (assignment // TOP_K).to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.atomic_add(at, sums * share[:, None], mask=(place < end)[:, None] & (column < HIDDEN)[None, :], sem="relaxed")
+    row = held
+    if assignments is not None:
+        assignment = tl.load(assignments + held)
+        row = assignment // TOP_K
+        sums *= tl.load(weights + assignment).to(tl.float32)[:, None]
+    at = total + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.atomic_add(at, sums, mask=(place < end)[:, None] & (column < HIDDEN)[None, :], sem="relaxed")
 
 
 @triton.jit
@@ -190,83 +199,111 @@ def _products(
 
 
 @triton.jit
-def _expert_of(starts, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr):
+def _expert_of(starts, rows, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr):
     """Whose rows the program's tile has, and the first of them and where the expert's end; PADDED_EXPERTS when no tile is left."""
-    each = tl.arange(0, PADDED_EXPERTS)
-    first = tl.load(starts + each, mask=each < EXPERTS, other=0)
-    end = tl.load(starts + each + 1, mask=each < EXPERTS, other=0)
-    tiles = tl.cdiv(end - first, TILE_ROWS)
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tl.program_id(0)).to(tl.int32), 0)
-    before = tl.sum(tl.where(each < expert, tiles, 0), 0)
-    own_first = tl.sum(tl.where(each == expert, first, 0), 0)
-    own_end = tl.sum(tl.where(each == expert, end, 0), 0)
-    return expert, own_first + (tl.program_id(0) - before) * TILE_ROWS, own_end
+    if starts is None:
+        return tl.program_id(0) * 0, tl.program_id(0) * TILE_ROWS, rows
+    else:
+        each = tl.arange(0, PADDED_EXPERTS)
+        first = tl.load(starts + each, mask=each < EXPERTS, other=0)
+        end = tl.load(starts + each + 1, mask=each < EXPERTS, other=0)
+        tiles = tl.cdiv(end - first, TILE_ROWS)
+        expert = tl.sum((tl.cumsum(tiles, 0) <= tl.program_id(0)).to(tl.int32), 0)
+        before = tl.sum(tl.where(each < expert, tiles, 0), 0)
+        own_first = tl.sum(tl.where(each == expert, first, 0), 0)
+        own_end = tl.sum(tl.where(each == expert, end, 0), 0)
+        return expert, own_first + (tl.program_id(0) - before) * TILE_ROWS, own_end
 
 
 def feed_forward(
-    experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, *, first_id: int = 0, exponents: Tensor | None = None
+    experts: Experts,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    first_id: int = 0,
+    exponents: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """x [N, H] through the experts first_id.. that its rows chose, ids [N, K] of any integer dtype, times weights [N, K]: [N, H] float32.
 
     Ids held elsewhere add nothing. x in the dtype of the weights: float32, float16 or bfloat16, H and I multiples of 64; or e4m3 with
     `exponents` [N, B] as `handoff.quantise` gives them, H and I multiples of 128: what SwiGLU gives is then e4m3 too, by the same rule.
-    Sums are float32; a row's experts are added in no fixed order. Raises ValueError for any other shape or dtype.
+    Sums are float32, added to `total` if that is given; a row's experts are added in no fixed order.
+    Raises ValueError for any other shape or dtype.
     """
-    _check(experts, x, ids, weights, exponents)
-    total = x.new_zeros(*x.shape, dtype=torch.float32)
-    if not ids.numel():
-        return total
-    order = order_by_expert(ids, len(experts.gate), first_id)
-    inner, inner_exponents = _gate_up(experts, x, exponents, order, ids.shape[1])
-    _down(experts, inner, inner_exponents, order, weights, total)
+    total = _into(experts, x, exponents, total)
+    _check_rows(x, ids, weights)
+    if ids.numel():
+        _feed(experts, x, exponents, order_by_expert(ids, len(experts.gate), first_id), weights, total)
     return total
 
 
-def _gate_up(experts: Experts, x: Tensor, exponents: Tensor | None, order: Order, top_k: int) -> tuple[Tensor, Tensor | None]:
-    """silu(gate(x)) * up(x) of every assignment, sorted: [N * K, I], and its exponents [N * K, J] in e4m3."""
-    width = experts.gate.shape[1]
-    sorted_rows = len(order.assignments)
-    inner = x.new_empty(sorted_rows, width)
-    inner_exponents = None if exponents is None else exponents.new_empty(sorted_rows, triton.cdiv(width, BLOCK))
+def feed_every_row(experts: Experts, x: Tensor, *, exponents: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    """As `feed_forward`, of one expert [1, I, H] that takes every row as it is."""
+    if len(experts.gate) != 1:
+        raise ValueError(f"one expert takes every row, got {len(experts.gate)}")
+    total = _into(experts, x, exponents, total)
+    if len(x):
+        _feed(experts, x, exponents, None, None, total)
+    return total
+
+
+def _into(experts: Experts, x: Tensor, exponents: Tensor | None, total: Tensor | None) -> Tensor:
+    _check(experts, x, exponents)
+    if total is None:
+        return x.new_zeros(*x.shape, dtype=torch.float32)
+    if total.dtype != torch.float32 or total.shape != x.shape or not total.is_contiguous():
+        raise ValueError(f"total must be float32 {list(x.shape)}, contiguous, got {total.dtype} {list(total.shape)}")
+    return total
+
+
+def _feed(
+    experts: Experts, x: Tensor, exponents: Tensor | None, order: Order | None, weights: Tensor | None, total: Tensor
+) -> None:
+    """Add what each assignment's expert gives, times its weight, to its row of `total` [N, H]; without an order each row once."""
+    _, width, hidden = experts.gate.shape
+    rows = len(x)
+    count, top_k = (rows, 1) if order is None or weights is None else (len(order.assignments), weights.shape[1])
+    inner = x.new_empty(count, width)
+    inner_exponents = None if exponents is None else exponents.new_empty(count, triton.cdiv(width, BLOCK))
+    sorted_ = (None, None) if order is None else order
     tile = GATE_UP_TILES[x.dtype]
-    gate_up_kernel[_grid(experts, order, tile, width)](
+    gate_up_kernel[_grid(experts, count, order is None, tile, width)](
         x,
         exponents,
         experts.gate,
         experts.up,
         experts.gate_scales,
         experts.up_scales,
-        *order,
+        *sorted_,
         inner,
         inner_exponents,
+        rows,
         **_sizes(experts, tile, top_k),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return inner, inner_exponents
-
-
-def _down(experts: Experts, inner: Tensor, exponents: Tensor | None, order: Order, weights: Tensor, total: Tensor) -> None:
-    """Add what each assignment's expert gives, times its weight, to its row of `total` [N, H]."""
     tile = DOWN_TILES[inner.dtype]
-    down_kernel[_grid(experts, order, tile, experts.down.shape[1])](
+    down_kernel[_grid(experts, count, order is None, tile, hidden)](
         inner,
-        exponents,
+        inner_exponents,
         experts.down,
         experts.down_scales,
-        *order,
+        *sorted_,
         weights,
         total,
-        **_sizes(experts, tile, weights.shape[1]),
+        rows,
+        **_sizes(experts, tile, top_k),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
 
 
-def _grid(experts: Experts, order: Order, tile: Tile, columns: int) -> tuple[int, int]:
+def _grid(experts: Experts, count: int, is_dense: bool, tile: Tile, columns: int) -> tuple[int, int]:
     """Row tiles, as many as there can be whichever experts were chosen, and column tiles."""
-    count = len(order.assignments)
-    return min(count, count // tile.rows + len(experts.gate)), triton.cdiv(columns, tile.columns)
+    tiles = triton.cdiv(count, tile.rows) if is_dense else min(count, count // tile.rows + len(experts.gate))
+    return tiles, triton.cdiv(columns, tile.columns)
 
 
 def _sizes(experts: Experts, tile: Tile, top_k: int) -> dict[str, int | bool]:
@@ -276,19 +313,24 @@ def _sizes(experts: Experts, tile: Tile, top_k: int) -> dict[str, int | bool]:
     return sizes | tiles | {"NARROW": experts.gate.dtype == torch.float8_e4m3fn}
 
 
-def _check(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, exponents: Tensor | None) -> None:
+def _check_rows(x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    if ids.dim() != 2 or len(ids) != len(x) or weights.shape != ids.shape:
+        raise ValueError(f"ids and weights must be [{len(x)}, K], got {list(ids.shape)}, {list(weights.shape)}")
+    if not (ids.is_contiguous() and weights.is_contiguous()):
+        raise ValueError("every tensor must be contiguous")
+
+
+def _check(experts: Experts, x: Tensor, exponents: Tensor | None) -> None:
     gate, up, down = experts[:3]
     if gate.dim() != 3 or up.shape != gate.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
         raise ValueError(
             f"gate and up must be [E, I, H] and down [E, H, I], got {list(gate.shape)}, {list(up.shape)}, {list(down.shape)}"
         )
-    if x.dim() != 2 or x.shape[1] != gate.shape[2] or ids.dim() != 2 or len(ids) != len(x) or weights.shape != ids.shape:
-        raise ValueError(
-            f"x must be [N, {gate.shape[2]}], ids and weights [N, K], got {list(x.shape)}, {list(ids.shape)}, {list(weights.shape)}"
-        )
+    if x.dim() != 2 or x.shape[1] != gate.shape[2]:
+        raise ValueError(f"x must be [N, {gate.shape[2]}], got {list(x.shape)}")
     if x.dtype not in GATE_UP_TILES or not x.dtype == gate.dtype == up.dtype == down.dtype:
         raise ValueError(f"no kernel for rows {x.dtype}, gate {gate.dtype}, up {up.dtype}, down {down.dtype}")
-    if not all(tensor.is_contiguous() for tensor in (x, ids, weights, gate, up, down)):
+    if not all(tensor.is_contiguous() for tensor in (x, gate, up, down)):
         raise ValueError("every tensor must be contiguous")
     _check_scales(experts, x, exponents)
 

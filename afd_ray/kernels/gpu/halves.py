@@ -1,4 +1,4 @@
-"""Halves of the model on a GPU: layers that run by the kernels of this folder, their projections by torch's products.
+"""Halves of the model on a GPU: layers that run by the kernels of this folder, products of 16 bits and more by torch's.
 
 A layer is launches alone: it never waits for the device, and what it launches depends on counts of rows, not on what is computed.
 
@@ -6,7 +6,6 @@ Legend of shapes: N rows, H hidden, A heads, D head_dim, K top-k, U FFN instance
 S rows that choose a token, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,16 +14,35 @@ import triton
 from torch import Tensor, nn
 
 from afd_ray.kernels.gpu import decode_attention, prefill_attention
-from afd_ray.kernels.gpu.expert_gemm import Experts, feed_forward
-from afd_ray.kernels.gpu.norm_quantise import add_norm_quantise
+from afd_ray.kernels.gpu.expert_gemm import Experts, feed_every_row, feed_forward
+from afd_ray.kernels.gpu.linear import Parts, joined, multiprocessors, product, rounded_product
+from afd_ray.kernels.gpu.norm_quantise import Normalised, add_norm_quantise
 from afd_ray.kernels.gpu.paged_softmax import Rows
 from afd_ray.kernels.gpu.quantise_rows import dequantise_rows, quantise_rows
 from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
 from afd_ray.kernels.gpu.router import MOST_EXPERTS, route
 from afd_ray.kernels.gpu.transfers import download, upload
-from afd_ray.kernels.quantised import QuantisedExperts, quantised
+from afd_ray.kernels.quantised import (
+    QuantisedDense,
+    QuantisedExperts,
+    QuantisedLinear,
+    quantise_attention,
+    quantise_dense,
+    quantise_experts,
+)
 from afd_ray.models.config import ModelConfig
-from afd_ray.models.step3 import AttentionHalf, AttentionLayer, FFNHalf, FFNLayer, Linear, Narrow, Routed
+from afd_ray.models.step3 import (
+    AttentionHalf,
+    AttentionLayer,
+    CacheScales,
+    DenseFFN,
+    FFNHalf,
+    FFNLayer,
+    Linear,
+    MultiMatrixFactorizationAttention,
+    Narrow,
+    Routed,
+)
 from afd_ray.models.step3 import Experts as RoutedExperts
 
 WIDTH = 64
@@ -53,20 +71,78 @@ class Returned(NamedTuple):
     places: Tensor | None = None  # [U, N] int32, where in `sums` an instance's part of a row is; -1: nowhere
 
 
+class Projected(NamedTuple):
+    """What attention starts from."""
+
+    q: Tensor  # [N, A, D]
+    k: Tensor | Parts  # [N, D]
+    v: Tensor | Parts
+
+
+class Projections(nn.Module):
+    """Attention's products, of rows as the norm leaves them."""
+
+    narrow = False
+    """Whether rows are wanted in e4m3."""
+
+    def __init__(self, attention: MultiMatrixFactorizationAttention) -> None:
+        super().__init__()
+        self.heads, self.dim = attention.heads, attention.head_dim
+        self.latent_norm, self.epsilon = attention.inter_norm.weight, attention.inter_norm.eps
+        self._take(attention)
+
+    def _take(self, attention: MultiMatrixFactorizationAttention) -> None:
+        self.q_proj, self.wq, self.o_proj = attention.q_proj, attention.wq, attention.o_proj
+        self.kv_proj = _joined(attention.k_proj, attention.v_proj)
+
+    def project(self, rows: Normalised) -> Projected:
+        _, latent = add_and_normalise(self.q_proj(rows.hidden), None, self.latent_norm, self.epsilon)
+        k, v = self.kv_proj(rows.hidden).chunk(2, dim=1)
+        return Projected(self.wq(latent).view(-1, self.heads, self.dim), k, v)
+
+    def out(self, attended: Tensor) -> tuple[Tensor | None, Parts | None]:
+        """What is attended [N, A, D] to what the residual still lacks: updates [1, N, H], or a product."""
+        return self.o_proj(attended.flatten(1))[None], None
+
+
+class NarrowProjections(Projections):
+    """In e4m3: three products, with norms that add up their parts and leave e4m3."""
+
+    narrow = True
+
+    def _take(self, attention: MultiMatrixFactorizationAttention) -> None:
+        self.sizes = (attention.q_proj.weight.shape[0], self.dim)
+        pairs = {name: _pair(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "wq", "o_proj")}
+        self.qkv = joined([pairs["q_proj"], pairs["k_proj"], pairs["v_proj"]])
+        self.wide_q, self.output = joined([pairs["wq"]]), joined([pairs["o_proj"]])
+        for name, weight in (("qkv", self.qkv), ("wide_q", self.wide_q), ("output", self.output)):
+            self.register_parameter(f"{name}_values", nn.Parameter(weight.values, requires_grad=False))
+            self.register_parameter(f"{name}_scales", nn.Parameter(weight.scales, requires_grad=False))
+
+    def project(self, rows: Normalised) -> Projected:
+        together, (latents, dim) = product(_narrow(rows), self.qkv), self.sizes
+        latent = add_norm_quantise(None, None, self.latent_norm, self.epsilon, product=together.columns(0, latents))
+        q = rounded_product(_narrow(latent), self.wide_q, rows.hidden.dtype)
+        k, v = together.columns(latents, dim), together.columns(latents + dim, dim)
+        return Projected(q.view(-1, self.heads, self.dim), k, v)
+
+    def out(self, attended: Tensor) -> tuple[Tensor | None, Parts | None]:
+        return None, product(quantise_rows(attended.flatten(1)), self.output)
+
+
 class GPUAttentionLayer(nn.Module):
     """`AttentionLayer` over the paged cache."""
 
     def __init__(self, plain: AttentionLayer, *, quantise: bool = False) -> None:
-        """`quantise`: what goes to the FFN is given in e4m3 too."""
+        """`quantise`: what goes to the FFN is given in e4m3 too. Projections that are quantised run in e4m3."""
         super().__init__()
         self.scales = "block" if quantise else None
         attention = plain.self_attn
         self.heads, self.dim, self.epsilon = attention.heads, attention.head_dim, plain.input_layernorm.eps
-        self.top_k, self.normalise = plain.top_k, plain.normalise
-        self.input_norm, self.latent_norm = plain.input_layernorm.weight, attention.inter_norm.weight
-        self.output_norm = plain.post_attention_layernorm.weight
-        self.q_proj, self.wq, self.o_proj = attention.q_proj, attention.wq, attention.o_proj
-        self.kv_proj = _joined(attention.k_proj, attention.v_proj)
+        self.top_k, self.normalise, self.cache_scales = plain.top_k, plain.normalise, attention.cache_scales
+        self.input_norm, self.output_norm = plain.input_layernorm.weight, plain.post_attention_layernorm.weight
+        is_narrow = isinstance(attention.q_proj, QuantisedLinear)
+        self.projections = NarrowProjections(attention) if is_narrow else Projections(attention)
         self.gate = None if plain.moe is None else plain.moe["gate"]
         self.share_expert = plain.share_expert
 
@@ -75,13 +151,13 @@ class GPUAttentionLayer(nn.Module):
 
         blocks [P, block_size, 2 * D] are the layer's, and get the rows' keys and values.
         """
-        residual, x = add_and_normalise(residual, returned, self.input_norm, self.epsilon)
-        _, latent = add_and_normalise(self.q_proj(x), None, self.latent_norm, self.epsilon)
-        q = self.wq(latent).view(-1, self.heads, self.dim)
-        k, v = self.kv_proj(x).chunk(2, dim=1)
-        rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1))
-        attended = Returned(self.o_proj(self._attend(q, blocks, rows).flatten(1))[None])
-        normed = add_norm_quantise(residual, attended.sums, self.output_norm, self.epsilon, scales=self.scales)
+        sums, places = (None, None) if returned is None else returned
+        wanted = "block" if self.projections.narrow else None
+        given = add_norm_quantise(residual, sums, self.input_norm, self.epsilon, places=places, scales=wanted)
+        q, k, v = self.projections.project(given)
+        rotate_and_write(q, k, v, rows.cos, rows.sin, rows.slots, blocks.flatten(0, 1), **self._scales(blocks))
+        updates, parts = self.projections.out(self._attend(q, blocks, rows))
+        normed = add_norm_quantise(given.residual, updates, self.output_norm, self.epsilon, product=parts, scales=self.scales)
         narrow = None if normed.values is None or normed.exponents is None else Narrow(normed.values, normed.exponents)
         if self.gate is None:
             return normed.residual, Routed(normed.hidden, None, None, narrow)
@@ -91,7 +167,14 @@ class GPUAttentionLayer(nn.Module):
 
     def share(self, hidden: Tensor) -> Tensor | None:
         """As `AttentionLayer.share`."""
+        if isinstance(self.share_expert, QuantisedDense):
+            return _dense(self.share_expert, quantise_rows(hidden)).to(hidden.dtype)
         return None if self.share_expert is None else self.share_expert(hidden)
+
+    def _scales(self, blocks: Tensor) -> dict[str, float]:
+        """Of e4m3 alone: all else is held as it is."""
+        key, value = self.cache_scales if blocks.dtype == torch.float8_e4m3fn else CacheScales()
+        return {"key_scale": key, "value_scale": value}
 
     def _attend(self, q: Tensor, blocks: Tensor, rows: StepRows) -> Tensor:
         """[N, A, D]; rows that decode and chunks of prompts take a kernel each, and a copy that joins them where there are both."""
@@ -100,11 +183,12 @@ class GPUAttentionLayer(nn.Module):
             Rows(q[part], keys, rows.tables, rows.starts[part], rows.contexts[part])
             for part in (slice(rows.decoding), slice(rows.decoding, None))
         )
-        attended = []
+        attended, scales = [], self._scales(blocks)
         if len(decoding.q):
-            attended.append(decode_attention.attend(decoding, splits=_splits(len(decoding.q), self.heads, blocks)))
+            splits = _splits(len(decoding.q), self.heads, blocks)
+            attended.append(decode_attention.attend(decoding, splits=splits, **scales))
         if len(chunked.q):
-            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts))
+            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts, **scales))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
@@ -117,43 +201,55 @@ class GPUFFNLayer(FFNLayer):
         self.moe, self.share_expert, self.mlp = plain.moe, plain.share_expert, plain.mlp
         self.hidden, self.held, self.first_id, self.at_home = plain.hidden, plain.held, plain.first_id, plain.at_home
         self.dtype = dtype
-        self.reads_narrow = isinstance(plain.moe, QuantisedExperts)
-        self.reads_wide = not self.reads_narrow or plain.share_expert is not None
+        parts = [part for part in (plain.moe, plain.share_expert, plain.mlp) if part is not None]
+        self.reads_wide = not all(isinstance(part, QuantisedExperts | QuantisedDense) for part in parts)
+        self.reads_narrow = any(isinstance(part, QuantisedExperts | QuantisedDense) for part in parts)
 
     def forward(self, hidden: Tensor, ids: Tensor | None, weights: Tensor | None, narrow: Narrow | None = None) -> Tensor:
         """As `FFNLayer.forward`; ids [N, K] of any integer dtype. Of hidden and narrow one is made from the other where it is missing."""
         if narrow is not None and hidden.dtype == narrow.values.dtype and self.reads_wide:
             hidden = dequantise_rows(narrow, self.dtype)
+        if narrow is None and self.reads_narrow:
+            narrow = quantise_rows(hidden)
         if self.mlp is not None:
-            dense: Tensor = self.mlp(hidden)
-            return dense
+            return self._every(self.mlp, hidden, narrow, None).to(self.dtype)
         if ids is None or weights is None or self.moe is None:
             raise ValueError("a layer with experts needs expert ids and weights")
         total = self._routed(self.moe, hidden, ids, weights, narrow)
         if self.share_expert is not None:
-            total += self._shared_at_home(hidden, ids) if self.at_home else self.share_expert(hidden)
+            shared = self._shared_at_home if self.at_home else self._every
+            total = shared(self.share_expert, hidden, narrow, ids, total)
         return total.to(self.dtype)
 
     def _routed(self, moe: RoutedExperts, hidden: Tensor, ids: Tensor, weights: Tensor, narrow: Narrow | None) -> Tensor:
         """[N, H] float32."""
-        experts = Experts(moe.gate_proj, moe.up_proj, moe.down_proj)
-        if not isinstance(moe, QuantisedExperts):
-            return feed_forward(experts, hidden, ids, weights, first_id=self.first_id)
-        experts = Experts(*experts[:3], moe.gate_scales, moe.up_scales, moe.down_scales)
-        values, exponents = narrow or quantise_rows(hidden)
-        return feed_forward(experts, values, ids, weights, first_id=self.first_id, exponents=exponents)
+        x, exponents = _operand(moe, hidden, narrow)
+        return feed_forward(_stack(moe), x, ids, weights, first_id=self.first_id, exponents=exponents)
 
-    def _shared_at_home(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """[N, H]: of the rows whose first expert is held here, zeros of the others.
+    def _every(
+        self, dense: nn.Module, hidden: Tensor, narrow: Narrow | None, ids: Tensor | None, total: Tensor | None = None
+    ) -> Tensor:
+        """[N, H] of all rows, added to `total` where that is given."""
+        if isinstance(dense, QuantisedDense):
+            assert narrow is not None
+            return _dense(dense, narrow, total)
+        rows: Tensor = dense(hidden)
+        return rows if total is None else total.add_(rows)
+
+    def _shared_at_home(self, shared: nn.Module, hidden: Tensor, narrow: Narrow | None, ids: Tensor, total: Tensor) -> Tensor:
+        """[N, H]: added to the rows whose first expert is held here.
 
         The shared expert is the only one of a product in groups, so that nobody has to count these rows.
         """
-        shared = self.share_expert
-        assert shared is not None
         local = ids[:, :1].int() - self.first_id
         chosen = torch.where((local >= 0) & (local < self.held), 0, -1)
+        ones = torch.ones_like(chosen, dtype=self.dtype)
+        if isinstance(shared, QuantisedDense):
+            x, exponents = _operand(shared.expert, hidden, narrow)
+            return feed_forward(_stack(shared.expert), x, chosen, ones, exponents=exponents, total=total)
+        assert isinstance(shared, DenseFFN)
         one = Experts(shared.gate_proj.weight[None], shared.up_proj.weight[None], shared.down_proj.weight[None])
-        return feed_forward(one, hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype))
+        return feed_forward(one, hidden, chosen, ones, total=total)
 
 
 class GPUFFN(FFNHalf):
@@ -222,30 +318,70 @@ def head(half: AttentionHalf, residual: Tensor, returned: Returned | None) -> Te
     return logits.float()
 
 
-def gpu_attention(half: AttentionHalf, device: torch.device, *, quantise: bool = False) -> AttentionHalf:
+def gpu_attention(
+    half: AttentionHalf, device: torch.device, *, quantise: bool = False, projections: bool = False, dense: bool = False
+) -> AttentionHalf:
     """The same half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
 
-    `quantise`: what goes to the FFN, to e4m3.
+    To e4m3: `quantise`, what goes to the FFN; `projections`, attention's; `dense`, shared experts. What is quantised already stays so.
     """
     _check_attention(half.config)
+    layers = [half.layer(index) for index in range(half.config.num_hidden_layers)]
+    for layer in layers:
+        if projections:
+            quantise_attention(layer, device)
+        if dense:
+            quantise_dense(layer, device)
     half.to(device)
-    for index in range(half.config.num_hidden_layers):
-        half.layers[index] = GPUAttentionLayer(half.layer(index), quantise=quantise)
+    for index, layer in enumerate(layers):
+        half.layers[index] = GPUAttentionLayer(layer, quantise=quantise)
     return half
 
 
-def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False) -> GPUFFN:
+def gpu_ffn(half: FFNHalf, device: torch.device, *, quantise: bool = False, dense: bool = False) -> GPUFFN:
     """The half on the device, its layers replaced in place; raises ValueError in one line for a shape that the kernels do not take.
 
-    `quantise`: the routed experts that are not quantised yet.
+    To e4m3: `quantise`, the routed experts; `dense`, shared experts and dense layers. What is quantised already stays so.
     """
     _check_ffn(half)
-    if quantise:
-        for layer in half.layers:
-            assert isinstance(layer, FFNLayer)
-            if layer.moe is not None and not isinstance(layer.moe, QuantisedExperts):
-                layer.moe = quantised(layer.moe, device)
+    for layer in half.layers:
+        assert isinstance(layer, FFNLayer)
+        if quantise:
+            quantise_experts(layer, device)
+        if dense:
+            quantise_dense(layer, device)
     return GPUFFN(half.to(device))
+
+
+def _narrow(rows: Normalised) -> Narrow:
+    assert rows.values is not None
+    assert rows.exponents is not None
+    return Narrow(rows.values, rows.exponents)
+
+
+def _pair(linear: Linear) -> tuple[Tensor, Tensor]:
+    assert isinstance(linear, QuantisedLinear)
+    return linear.weight, linear.scales
+
+
+def _stack(moe: RoutedExperts) -> Experts:
+    experts = Experts(moe.gate_proj, moe.up_proj, moe.down_proj)
+    if isinstance(moe, QuantisedExperts):
+        experts = Experts(*experts[:3], moe.gate_scales, moe.up_scales, moe.down_scales)
+    return experts
+
+
+def _operand(moe: RoutedExperts, hidden: Tensor, narrow: Narrow | None) -> tuple[Tensor, Tensor | None]:
+    """The rows as the experts take them, and their exponents."""
+    if not isinstance(moe, QuantisedExperts):
+        return hidden, None
+    assert narrow is not None
+    return narrow
+
+
+def _dense(dense: QuantisedDense, rows: Narrow, total: Tensor | None = None) -> Tensor:
+    """[N, H] float32, added to `total` where that is given."""
+    return feed_every_row(_stack(dense.expert), rows.values, exponents=rows.exponents, total=total)
 
 
 def _joined(*linears: Linear) -> Linear:
@@ -267,13 +403,7 @@ def decoding_counts(heads: int, blocks: Tensor, most: int) -> list[int]:
 
 def _splits(count: int, heads: int, blocks: Tensor) -> int:
     tiles = triton.cdiv(heads, decode_attention.TILES[blocks.dtype].queries)
-    return decode_attention.splits_for(count * tiles, _multiprocessors(blocks.device))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """One where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return decode_attention.splits_for(count * tiles, multiprocessors(blocks.device))
 
 
 def _check_attention(config: ModelConfig) -> None:

@@ -1,7 +1,7 @@
 """The sum of the residual and what came back from the FFN ranks, its RMSNorm, and that in e4m3 as the wire and FP8 products want it, in one pass.
 
 Legend of shapes: N rows, H hidden, U updates (one an FFN instance, and the shared expert's), R partial rows,
-B blocks of a row.
+B blocks of a row, S splits of a product.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from afd_ray.handoff.quantise import BLOCK, blocks_of
 from afd_ray.kernels.gpu.e4m3 import power_of_two, scale_exponent, to_e4m3
+from afd_ray.kernels.gpu.linear import Parts, summed
 
 WIDEST = 16384
 """Values of a row that one program holds in registers."""
@@ -22,15 +23,16 @@ WARPS = 8
 class Normalised(NamedTuple):
     """What `add_norm_quantise` gives."""
 
-    residual: Tensor  # [N, H]
+    residual: Tensor  # [N, H]; `hidden` where there was none
     hidden: Tensor  # [N, H]
     values: Tensor | None  # [N, H] e4m3
     exponents: Tensor | None  # [N, B] uint8, or [N, 1] with one scale a row
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits", "split_stride", "row_stride"])
 def add_norm_quantise_kernel(
-    residual,  # [N, H]
+    residual,  # [N, H], or None
+    product,  # [S, N, H] float32, or None
     updates,  # [U, N, H]; with places [R, H]
     places,  # [U, N] int32, or None
     weight,  # [H]
@@ -39,6 +41,9 @@ def add_norm_quantise_kernel(
     values,  # [N, H] e4m3, or None
     exponents,  # [N, B] or [N, 1] uint8, or None
     rows,
+    splits,
+    split_stride,  # of the product
+    row_stride,
     epsilon,
     UPDATES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -53,13 +58,17 @@ def add_norm_quantise_kernel(
     is_column = column < WIDTH
     place = row.to(tl.int64) * WIDTH + column
 
-    x = tl.load(residual + place, mask=is_column, other=0.0)
+    if product is not None:
+        x = summed(product, row.to(tl.int64) * row_stride + column, is_column, splits, split_stride).to(dtype)
+    if residual is not None:
+        held = tl.load(residual + place, mask=is_column, other=0.0)
+        x = held if product is None else (held.to(tl.float32) + x.to(tl.float32)).to(dtype)
     for update in tl.static_range(UPDATES):
         partial = update * rows + row if places is None else tl.load(places + update * rows + row)
         is_added = is_column & (partial >= 0)
         added = tl.load(updates + partial.to(tl.int64) * WIDTH + column, mask=is_added, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
-    if UPDATES > 0:
+    if new_residual is not None:
         tl.store(new_residual + place, x, mask=is_column)
 
     # Rounded where the model's own norm rounds.
@@ -85,52 +94,84 @@ def add_norm_quantise_kernel(
 
 
 def add_norm_quantise(
-    residual: Tensor,
+    residual: Tensor | None,
     updates: Tensor | None,
     weight: Tensor,
     epsilon: float,
     *,
+    product: Parts | None = None,
     places: Tensor | None = None,
     scales: str | None = "block",
 ) -> Normalised:
     """residual [N, H] and updates [U, N, H], or None, to their sum, that normalised times weight [H], and the latter in e4m3.
 
+    A `product` [S, N, H] is added up, rounded and added to the residual before the updates, or stands for the residual where that is None.
     With `places` [U, N] int32 updates are partial rows [R, H] as they came, of any rank and in any order: update u of row n is
     updates[places[u, n]], and none where that is -1.
     The sum is rounded after each update, the norm as `step3.rms_norm` does it, and the values as `handoff.quantise` makes them:
     with a scale for each block of 128 columns ("block"), or by the same rule one for the row ("row"); None leaves e4m3 out.
-    All of one dtype, float32, bfloat16 or float16, and contiguous; H at most 16384. Raises ValueError for any other shape or dtype.
-    Without updates the residual is given back as it is.
+    All but the product of one dtype, float32, bfloat16 or float16, and contiguous; H at most 16384. Raises ValueError for any other shape or
+    dtype. A residual that nothing is added to is given back as it is.
     """
-    _check(residual, updates, places, weight, scales)
-    rows, width = residual.shape
+    _check(residual, updates, product, places, weight, scales)
+    rows, width = _shape(residual, product)
     count = 0 if updates is None else len(updates if places is None else places)
     blocks = blocks_of(width)
     exponents = {None: 0, "row": 1, "block": blocks}[scales]
-    result = Normalised(
-        torch.empty_like(residual) if count else residual,
-        torch.empty_like(residual),
-        torch.empty_like(residual, dtype=torch.float8_e4m3fn) if exponents else None,
-        residual.new_empty(rows, exponents, dtype=torch.uint8) if exponents else None,
-    )
+    hidden = weight.new_empty(rows, width)
+    summed_up = torch.empty_like(residual) if residual is not None and (count or product is not None) else None
+    values = torch.empty_like(hidden, dtype=torch.float8_e4m3fn) if exponents else None
+    bytes_ = hidden.new_empty(rows, exponents, dtype=torch.uint8) if exponents else None
+    parts = (1, 0, 0) if product is None else (len(product.sums), *product.sums.stride()[:2])
     if rows:
-        padded = triton.next_power_of_2(blocks)
-        sizes = {"UPDATES": count, "WIDTH": width, "BLOCK": BLOCK, "PADDED_BLOCKS": padded, "SCALES": exponents}
-        add_norm_quantise_kernel[(rows,)](residual, updates, places, weight, *result, rows, epsilon, **sizes, num_warps=WARPS)
-    return result
-
-
-def _check(residual: Tensor, updates: Tensor | None, places: Tensor | None, weight: Tensor, scales: str | None) -> None:
-    if residual.dim() != 2 or weight.shape != residual.shape[1:] or not 1 <= len(weight) <= WIDEST:
-        raise ValueError(
-            f"residual must be [N, H] and weight [H], H from 1 to {WIDEST}, got {list(residual.shape)} and {list(weight.shape)}"
+        sizes = {"UPDATES": count, "WIDTH": width, "BLOCK": BLOCK, "SCALES": exponents}
+        add_norm_quantise_kernel[(rows,)](
+            residual,
+            None if product is None else product.sums,
+            updates,
+            places,
+            weight,
+            summed_up,
+            hidden,
+            values,
+            bytes_,
+            rows,
+            *parts,
+            epsilon,
+            PADDED_BLOCKS=triton.next_power_of_2(blocks),
+            **sizes,
+            num_warps=WARPS,
         )
+    given_back = hidden if residual is None else residual
+    return Normalised(given_back if summed_up is None else summed_up, hidden, values, bytes_)
+
+
+def _shape(residual: Tensor | None, product: Parts | None) -> tuple[int, int]:
+    rows, width = (residual if product is None else product.sums[0]).shape  # type: ignore[union-attr]
+    return rows, width
+
+
+def _check(
+    residual: Tensor | None,
+    updates: Tensor | None,
+    product: Parts | None,
+    places: Tensor | None,
+    weight: Tensor,
+    scales: str | None,
+) -> None:
+    if product is not None:
+        _check_product(residual, product, weight)
+    elif residual is None:
+        raise ValueError("a residual or a product is needed")
+    if (residual is not None and (residual.dim() != 2 or weight.shape != residual.shape[1:])) or not 1 <= len(weight) <= WIDEST:
+        shape = None if residual is None else list(residual.shape)
+        raise ValueError(f"residual must be [N, H] and weight [H], H from 1 to {WIDEST}, got {shape} and {list(weight.shape)}")
     if updates is not None:
-        _check_updates(residual, updates, places)
+        _check_updates(_shape(residual, product), updates, places)
     elif places is not None:
         raise ValueError("places are given without updates")
-    tensors = [residual, weight, *([] if updates is None else [updates])]
-    if residual.dtype not in (torch.float32, torch.bfloat16, torch.float16) or len({tensor.dtype for tensor in tensors}) > 1:
+    tensors = [tensor for tensor in (residual, weight, updates) if tensor is not None]
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or len({tensor.dtype for tensor in tensors}) > 1:
         raise ValueError(f"no kernel for {', '.join(str(tensor.dtype) for tensor in tensors)}")
     if not all(tensor.is_contiguous() for tensor in tensors) or not (places is None or places.is_contiguous()):
         raise ValueError("every tensor must be contiguous")
@@ -138,10 +179,18 @@ def _check(residual: Tensor, updates: Tensor | None, places: Tensor | None, weig
         raise ValueError(f"scales must be block, row or None, got {scales}")
 
 
-def _check_updates(residual: Tensor, updates: Tensor, places: Tensor | None) -> None:
-    rows, width = residual.shape
+def _check_product(residual: Tensor | None, product: Parts, weight: Tensor) -> None:
+    sums = product.sums
+    if sums.dtype != torch.float32 or sums.dim() != 3 or sums.shape[2] != len(weight) or sums.stride(2) != 1:
+        raise ValueError(f"a product must be float32 [S, N, {len(weight)}], got {sums.dtype} {list(sums.shape)}")
+    if residual is not None and residual.shape != sums.shape[1:]:
+        raise ValueError(f"a product must be [S, *{list(residual.shape)}], got {list(sums.shape)}")
+
+
+def _check_updates(shape: tuple[int, int], updates: Tensor, places: Tensor | None) -> None:
+    rows, width = shape
     if places is None:
-        if updates.dim() != 3 or updates.shape[1:] != residual.shape:
+        if updates.dim() != 3 or updates.shape[1:] != shape:
             raise ValueError(f"updates must be [U, {rows}, {width}], got {list(updates.shape)}")
     elif updates.dim() != 2 or updates.shape[1] != width or places.dim() != 2 or places.shape[1] != rows:
         raise ValueError(

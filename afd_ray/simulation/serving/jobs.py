@@ -1,4 +1,4 @@
-"""A simulated request, and what one round computes for an attention rank's requests."""
+"""A simulated request, and what is computed for an attention rank's requests."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,19 +8,21 @@ from afd_ray.engine.stage_costs import CostLine
 class Job:
     """A request with the tokens that it has so far; times are picoseconds, `None` until then."""
 
-    __slots__ = ("arrived_ps", "first_ps", "number", "output", "produced", "prompt", "stay")
+    __slots__ = ("arrived_ps", "first_ps", "last_ps", "number", "output", "produced", "prompt", "stay")
 
     def __init__(self, number: int, arrived_ps: int, prompt: int, output: int) -> None:
         self.number, self.arrived_ps, self.prompt, self.output = number, arrived_ps, prompt, output
         self.produced = 0
         """Tokens that its client has; up to date whenever it is not decoding."""
         self.first_ps: int | None = None
+        self.last_ps = 0
+        """Of the newest token, where tokens come one by one."""
         self.stay = 0
         """Counts its decoding phases: what was foretold of an earlier one holds no longer."""
 
 
 class Work(NamedTuple):
-    """What an attention rank computes in one round, in all its micro-batches together."""
+    """What an attention rank computes at a time, in all its micro-batches together."""
 
     decoding: int
     """Rows that each choose a token."""
@@ -34,13 +36,11 @@ class Work(NamedTuple):
 
 
 class Rank(Protocol):
-    """One attention rank, round by round."""
+    """One attention rank's requests."""
 
     outstanding: int
     """Requests that it has, admitted or not."""
     outstanding_tokens: int
-    costs: CostLine | None
-    """What a row takes on its way through a layer: bounds the prompt rows that join decoding ones; None: unknown."""
 
     @property
     def running(self) -> int: ...
@@ -53,7 +53,7 @@ class Rank(Protocol):
 
     @property
     def kv_used(self) -> float:
-        """Share of its KV blocks that is taken at the last round that it began."""
+        """Share of its KV blocks that is taken, where rounds are counted at the last one that it began."""
         ...
 
     @property
@@ -64,6 +64,13 @@ class Rank(Protocol):
     def add(self, job: Job) -> None:
         """Queue a request; one that has tokens already goes ahead of those that have none."""
         ...
+
+
+class RoundRank(Rank, Protocol):
+    """The same, round by round."""
+
+    costs: CostLine | None
+    """What a row takes on its way through a layer: bounds the prompt rows that join decoding ones; None: unknown."""
 
     def begin(self, number: int, micro_batches: int) -> Work:
         """What round `number` computes."""

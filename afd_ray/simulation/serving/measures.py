@@ -56,6 +56,8 @@ class Measures:
         self._tpot_ps, self._ttft_ps = tpot_target_ms * PS_PER_MS, ttft_target_ms * PS_PER_MS
         self._period_s = period_s
         self._window: deque[Tally] = deque(maxlen=max(1, round(WINDOW_S / period_s)))
+        self.rounds = 0
+        """Since the start."""
         self._attention_ps = self._ffn_ps = self._round_ps = self._rounds = 0
 
     def came(self, prompt: int) -> None:
@@ -69,15 +71,18 @@ class Measures:
             tally.arrivals += 1
             tally.rejected += 1
 
-    def passed(self, rounds: int, duration_ps: int, tokens: int, attention_ps: int, ffn_ps: int) -> None:
+    def passed(self, rounds: int, duration_ps: int, attention_ps: int, ffn_ps: int) -> None:
+        self.rounds += rounds
         self._rounds += rounds
         self._round_ps += duration_ps
         self._attention_ps += attention_ps * rounds
         self._ffn_ps += ffn_ps * rounds
+
+    def decoded(self, tokens: int, gap_ps: float) -> None:
         self.whole.tokens += tokens
         self.recent.tokens += tokens
         if tokens:
-            self.recent.tpot_ms.add(duration_ps / rounds / PS_PER_MS, tokens)
+            self.recent.tpot_ms.add(gap_ps / PS_PER_MS, tokens)
 
     def first_token(self, job: Job, at_ps: int) -> None:
         self.queued -= 1

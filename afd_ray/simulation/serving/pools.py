@@ -119,6 +119,7 @@ class Pools:
         ffn = [member for member in self._cluster.ffn if member != victim]
         whole = len(ffn) // self._tensor_parallel * self._tensor_parallel
         self._nodes.release([victim, *ffn[whole:]])
+        self._cluster.take_back()
         self._form(attention, ffn[:whole])
         self._cluster.pause(round((self._detect_s + self._settings.recover_s) * PS_PER_S))
         self._record(Change(self._now_s, before, self.counts, "lost", f"{victim.name} failed"))

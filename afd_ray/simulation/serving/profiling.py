@@ -14,6 +14,8 @@ CONTEXT_TOKENS = 8192
 """Of a rank's sequences together, at most, where contexts are long."""
 CHUNKS = (32, 128, 512)
 """Prompt rows of a micro-batch."""
+CHUNK_ALONE = 128
+"""Of the only rank that has work."""
 LEAST_FLIGHTS = 4
 """What fewer micro-batches say is left out."""
 
@@ -69,16 +71,23 @@ class Facts:
 
 
 def trials(facts: Facts, steps: int) -> Iterator[Trial]:
-    """From few rows to many, each with short and with long contexts, `steps` tokens each; then prompts alone."""
+    """From few rows to many, each with short and with long contexts, `steps` tokens each; then prompts alone; then a single request, for one rank alone."""
     room = facts.context_limit - steps
     for rows in (rows for rows in ROWS if rows <= min(facts.max_running, facts.token_budget)):
         each = min(room, min(CONTEXT_TOKENS, facts.kv_tokens // 2) // rows)
         for prompt in sorted({min(SHORT_PROMPT, each), each}):
             if prompt > 0 and (prompt + steps) * rows <= facts.kv_tokens:
                 yield Trial(rows * facts.attention, prompt, steps)
+    most = min(facts.token_budget, facts.context_limit - 1, facts.kv_tokens - 1)
     for rows in CHUNKS:
-        if rows <= min(facts.token_budget, facts.context_limit - 1, facts.kv_tokens - 1):
+        if rows <= most:
             yield Trial(facts.attention, rows, 1)
+    if facts.attention > 1:
+        for prompt in sorted({min(SHORT_PROMPT, room), min(room, CONTEXT_TOKENS, facts.kv_tokens // 2)}):
+            if prompt > 0 and prompt + steps <= facts.kv_tokens:
+                yield Trial(1, prompt, steps)
+        if most >= CHUNK_ALONE:
+            yield Trial(1, CHUNK_ALONE, 1)
 
 
 def span_of(trial: Trial, looks: Sequence[Look]) -> list[Flights]:
@@ -97,39 +106,67 @@ def span_of(trial: Trial, looks: Sequence[Look]) -> list[Flights]:
     return [span for span in spans if span.count >= (1 if trial.of_prompts else LEAST_FLIGHTS)]
 
 
+def shares(by_layer_us: Sequence[float], mean_us: float) -> list[float]:
+    """Each as a share of the mean."""
+    return [round(us / mean_us, 3) for us in by_layer_us] if mean_us else []
+
+
 class Points:
     """The measured points of a profile, as they come."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._attention: list[dict[str, float]] = []
-        self._ffn: list[dict[str, float]] = []
-        self._transfer: list[dict[str, float]] = []
+        self._taken: dict[Trial, list[Trio]] = {}
 
     def __len__(self) -> int:
-        return len(self._attention)
+        return len(self._taken)
 
-    def add(self, spans: Iterable[Flights]) -> None:
-        """One trial's, by attention rank: each rank's mean micro-batch, and the mean wave of all of them."""
-        spans = list(spans)
+    def add(self, trial: Trial, spans: Iterable[Flights]) -> None:
+        """One trial's, by attention rank: each rank's mean micro-batch, and the mean wave of all of them. One that is repeated counts by the repetition in the middle.
+
+        Transfers count where a rank has one micro-batch in flight: with more, those alone that were slow can be told from waiting.
+        """
+        spans, facts = list(spans), self._facts
+        attention, transfer = [], []
         for own in spans:
             rows, context = round(own.rows / own.count, 1), round(own.context_tokens / own.count)
-            self._attention.append({"rows": rows, "context_tokens": context, "us": round(own.attention_us / own.count, 2)})
-            if own.transfers:
-                size, us = round(rows * self._facts.bytes_per_row), round(own.transfer_us / own.transfers, 2)
-                self._transfer.append({"bytes": size, "us": us})
+            us, layers = round(own.attention_us / own.count, 2), shares(own.attention_by_layer_us, own.attention_us)
+            attention.append({"rows": rows, "context_tokens": context, "us": us, "by_layer": layers})
+            if own.transfers and trial.requests <= facts.attention:
+                transfer.append({"bytes": round(rows * facts.bytes_per_row), "us": round(own.transfer_us / own.transfers, 2)})
         if spans:
             every, waves = reduce(Flights.plus, spans), max(own.count for own in spans)
             rows, us = round(every.rows / waves, 1), round(every.ffn_us / every.count, 2)
-            self._ffn.append({"rows": rows, "us": us, "ranks": self._facts.ffn})
+            ffn = {"rows": rows, "us": us, "ranks": facts.ffn, "by_layer": shares(every.ffn_by_layer_us, every.ffn_us)}
+            self._taken.setdefault(trial, []).append(Trio(attention, [ffn], transfer))
 
     def dump(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """The file, as JSON values; `about` goes in front."""
+        facts = self._facts
+        alone = [takes for trial, takes in self._taken.items() if trial.requests < facts.attention]
+        together = [takes for trial, takes in self._taken.items() if trial.requests >= facts.attention]
         return {
             "about": dict(about),
-            "layers": self._facts.layers,
-            "bytes_per_row": self._facts.bytes_per_row,
-            "attention": self._attention,
-            "ffn": self._ffn,
-            "transfer": self._transfer,
+            "layers": facts.layers,
+            "bytes_per_row": facts.bytes_per_row,
+            **_merged(together),
+            "alone": {"ranks": facts.attention, **_merged(alone)},
         }
+
+
+class Trio(NamedTuple):
+    """The points of one trial, as they stand in the file."""
+
+    attention: list[dict[str, Any]]
+    ffn: list[dict[str, Any]]
+    transfer: list[dict[str, Any]]
+
+
+def _merged(trials_: Iterable[Sequence[Trio]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each trial's repetitions the one in the middle, for each kind of points apart."""
+    out: dict[str, list[dict[str, Any]]] = {name: [] for name in Trio._fields}
+    for takes in trials_:
+        for name, points in out.items():
+            ordered = sorted((getattr(take, name) for take in takes), key=lambda taken: sum(point["us"] for point in taken))
+            points += ordered[len(ordered) // 2]
+    return out

@@ -8,7 +8,6 @@ import numpy as np
 
 from afd_ray.autoscaling.guard import decide
 from afd_ray.autoscaling.values import Counts, Override, Policy, State
-from afd_ray.simulation.serving.cluster import Cluster
 from afd_ray.simulation.serving.jobs import Job
 from afd_ray.simulation.serving.measures import Measures
 from afd_ray.simulation.serving.outcome import Failures, Outcome
@@ -41,8 +40,7 @@ class Simulation:
     def __init__(self, scene: Scene, arrivals: Iterator[Arrival], policy: Policy, seed: int = 0) -> None:
         config, scaling = scene.config, scene.config.autoscaling
         self.measures = Measures(scaling.tpot_target_ms, scaling.ttft_target_ms, scaling.period_s)
-        budget = config.pipeline.max_tokens_per_micro_batch
-        self.cluster = Cluster(scene.stages, scene.layers, scene.make_rank, self.measures, budget)
+        self.cluster = scene.cluster(self.measures)
         self.pools = Pools(scene, self.cluster, lambda wait_s, what: self.at(self.now_s + wait_s, what))
         self.watch = Watch(scene, self.cluster, self.pools, self.measures)
         self.state: State = {}
@@ -98,7 +96,8 @@ class Simulation:
         self.pools.start(Counts(self._config.attention.replicas, self._config.ffn.ranks))
         self._next_arrival()
         self.at(self._config.autoscaling.period_s, self._tick)
-        self.at(PLAN_S, self._replan)
+        if not self.cluster.plans_itself:
+            self.at(PLAN_S, self._replan)
         for failure in settings.failures:
             self.at(failure.at_s, lambda role=failure.role: self.pools.lose(role))  # type: ignore[misc]
         self._expect_failure()
@@ -108,7 +107,7 @@ class Simulation:
         cluster, next_ps = self.cluster, self._events[0][0]
         if cluster.now_ps < next_ps and cluster.busy:
             cluster.advance(next_ps)
-        if cluster.now_ps < next_ps and not cluster.busy:
+        if cluster.now_ps < next_ps and not cluster.busy and not self._over:
             cluster.now_ps = next_ps
         while self._events and self._events[0][0] <= cluster.now_ps:
             heapq.heappop(self._events)[2]()

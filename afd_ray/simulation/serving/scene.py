@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from afd_ray.autoscaling.values import Goals
 from afd_ray.config import Config, model_directory
-from afd_ray.engine.stage_costs import CostLine
 from afd_ray.models.checkpoint import Checkpoint
-from afd_ray.simulation.serving.cluster import MakeRank
+from afd_ray.simulation.serving.cluster import Cluster, Log
 from afd_ray.simulation.serving.counted import CountedRank
-from afd_ray.simulation.serving.scheduled import ScheduledRank
+from afd_ray.simulation.serving.in_layers import LayerCluster
+from afd_ray.simulation.serving.in_rounds import RoundCluster
+from afd_ray.simulation.serving.scheduled import ScheduledRank, SlotRank
 from afd_ray.simulation.serving.stages import LinearStages, Profile, Scaling, StageModel, line_of
 
 AUTO_SLOTS = 4
@@ -26,7 +27,7 @@ class Scene(NamedTuple):
     kv_blocks: int = KV_BLOCKS
     """Of each attention rank."""
     step_by_step: bool = False
-    """Every sequence through the live scheduler, instead of counting them."""
+    """Of rounds: every sequence through the live scheduler, instead of counting them."""
 
     @classmethod
     def of(cls, config: Config, step_by_step: bool = False) -> "Scene":
@@ -56,22 +57,21 @@ class Scene(NamedTuple):
         """What the policy is asked for."""
         return Goals.of(self.config.autoscaling, self.config.ffn.tensor_parallel)
 
-    @property
-    def make_rank(self) -> MakeRank:
-        """A new attention rank."""
+    def cluster(self, log: Log) -> Cluster:
+        """Nobody in it yet."""
         config, blocks = self.config, self.kv_blocks
+        budget, micro_batches = config.pipeline.max_tokens_per_micro_batch, config.pipeline.micro_batches
+        sizes = {
+            "blocks": blocks,
+            "block_size": config.attention.kv_cache.block_size,
+            "budget": budget,
+            "max_running": config.pipeline.max_running_requests,
+        }
+        if config.simulation.detail == "layers":
+            slots, adaptive = self.slots, micro_batches == "auto"
+            return LayerCluster(self.stages, self.layers, lambda: SlotRank(**sizes), log, budget, slots, adaptive)
         kind = ScheduledRank if self.step_by_step else CountedRank
-
-        def make(costs: CostLine | None) -> CountedRank | ScheduledRank:
-            return kind(
-                blocks=blocks,
-                block_size=config.attention.kv_cache.block_size,
-                budget=config.pipeline.max_tokens_per_micro_batch,
-                max_running=config.pipeline.max_running_requests,
-                costs=costs,
-            )
-
-        return make
+        return RoundCluster(self.stages, self.layers, lambda costs: kind(costs=costs, **sizes), log, budget)
 
 
 def _stages(config: Config, *experts: int) -> StageModel:

@@ -3,9 +3,9 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,14 @@ class Shape(NamedTuple):
         return self.instances * self.tensor_parallel
 
 
+class Company(NamedTuple):
+    """How many times as long stages last as the model says, for ranks that have a machine or a network to themselves, or share it with fewer than it was measured with."""
+
+    attention: float = 1.0
+    ffn: float = 1.0
+    transfer: float = 1.0
+
+
 class StageModel(Protocol):
     """Microseconds of one layer of one micro-batch."""
 
@@ -33,12 +41,24 @@ class StageModel(Protocol):
         """For so many rows: what it takes without context, and what each cached token adds."""
         ...
 
+    def attention_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        """How many times as long as that each layer lasts, and then the head: as many as there are layers in all."""
+        ...
+
     def ffn_us(self, rows: float, shape: Shape) -> float:
         """For the rows of all attention ranks together."""
         ...
 
+    def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        """How many times as long as that each layer lasts."""
+        ...
+
     def transfer_us(self, rows: float) -> float:
         """Both ways, for one attention rank's rows."""
+        ...
+
+    def company(self, busy: int) -> "Company":
+        """With so many attention ranks that have work."""
         ...
 
 
@@ -59,6 +79,12 @@ class LinearStages(NamedTuple):
     def attention_us(self, rows: float) -> tuple[float, float]:
         return self.attention.duration_us(rows), self.attention.per_token_us
 
+    def attention_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        return (*(1.0,) * layers, 0.0)
+
+    def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        return (1.0,) * layers
+
     def ffn_us(self, rows: float, shape: Shape) -> float:
         if self.scaling == "shared":
             return self.ffn.duration_us(rows) / shape.ranks
@@ -68,6 +94,9 @@ class LinearStages(NamedTuple):
 
     def transfer_us(self, rows: float) -> float:
         return self.transfer.duration_us(rows)
+
+    def company(self, busy: int) -> Company:
+        return Company()
 
 
 def share_of_rows(instances: int, experts: int, chosen: int) -> float:
@@ -81,7 +110,9 @@ class Profile:
 
     The file (`read`) is JSON: {"attention": [{"rows", "context_tokens", "us"}, ...], "ffn": [{"rows", "us", "ranks"}, ...],
     "transfer": [{"bytes", "us"}, ...], "bytes_per_row"}; microseconds of one layer of one micro-batch, `context_tokens` of all its rows together,
-    `ranks` the FFN ranks that were there (default 1), transfers both ways.
+    `ranks` the FFN ranks that were there (default 1), transfers both ways. A point's `by_layer`, if it has one, is how many times `us` each layer lasted,
+    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
+    ranks had work at all these points, and points at which one alone had.
     """
 
     def __init__(
@@ -89,11 +120,15 @@ class Profile:
         attention: Sequence[tuple[float, float, float]],
         ffn: Sequence[tuple[float, float, int]],
         transfer: Sequence[tuple[float, float]],
+        attention_by_layer: Mapping[float, Sequence[float]] | None = None,
+        ffn_by_layer: Mapping[float, Sequence[float]] | None = None,
     ):
-        """`attention`: (rows, context tokens, us); `ffn`: (rows, us, ranks); `transfer`: (rows, us)."""
+        """`attention`: (rows, context tokens, us); `ffn`: (rows, us, ranks); `transfer`: (rows, us); layers by rows."""
         self._rows, self._fixed, self._per_token = _context_lines(attention)
         self._ffn = {ranks: _curve([(rows, us) for rows, us, at in ffn if at == ranks]) for ranks in {at for _, _, at in ffn}}
         self._transfer = _curve(transfer) if transfer else _curve([(0.0, 0.0)])
+        self._ranks, self._alone = 1, Company()
+        self._attention_by_layer, self._ffn_by_layer = _Layers(attention_by_layer or {}), _Layers(ffn_by_layer or {})
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
@@ -101,16 +136,25 @@ class Profile:
         try:
             raw = json.loads(path.read_text())
             width = float(raw.get("bytes_per_row", 1.0))
-            return cls(
+            profile = cls(
                 [(p["rows"], p["context_tokens"], p["us"]) for p in raw["attention"]],
                 [(p["rows"], p["us"], p.get("ranks", 1)) for p in raw["ffn"]],
                 [(p["bytes"] / width, p["us"]) for p in raw.get("transfer", [])],
+                *(_layers_of(raw[role]) for role in ("attention", "ffn")),
             )
+            profile._compare(raw.get("alone", {}), width)
+            return profile
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}: is no profile of stage times: {error!r}") from None
 
     def attention_us(self, rows: float) -> tuple[float, float]:
         return _between(rows, self._rows, self._fixed), _between(rows, self._rows, self._per_token)
+
+    def attention_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        return self._attention_by_layer.at(rows, (*(1.0,) * layers, 0.0))
+
+    def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
+        return self._ffn_by_layer.at(rows, (1.0,) * layers)
 
     def ffn_us(self, rows: float, shape: Shape) -> float:
         measured = min(self._ffn, key=lambda ranks: (abs(math.log(ranks / shape.ranks)), ranks))
@@ -118,6 +162,50 @@ class Profile:
 
     def transfer_us(self, rows: float) -> float:
         return _between(rows, *self._transfer)
+
+    def company(self, busy: int) -> Company:
+        if busy >= self._ranks:
+            return Company()
+        share = (busy - 1) / (self._ranks - 1)
+        return Company(*(alone + (1 - alone) * share for alone in self._alone))
+
+    def _compare(self, alone: Mapping[str, Any], width: float) -> None:
+        """What one rank alone measured, with what is said of all of them."""
+        self._ranks = int(alone.get("ranks", 1))
+        ratios: tuple[list[float], ...] = ([], [], [])
+        for point in alone.get("attention", ()):
+            fixed, per_token = self.attention_us(point["rows"])
+            ratios[0].append(point["us"] / (fixed + per_token * point["context_tokens"]))
+        for point in alone.get("ffn", ()):
+            ratios[1].append(point["us"] / self.ffn_us(point["rows"], Shape(point["ranks"])))
+        for point in alone.get("transfer", ()):
+            ratios[2].append(point["us"] / max(1e-3, self.transfer_us(point["bytes"] / width)))
+        self._alone = Company(*(statistics.median(found) if found else 1.0 for found in ratios))
+
+
+class _Layers:
+    """Those of the nearest number of rows, by ratio."""
+
+    def __init__(self, by_rows: Mapping[float, Sequence[float]]) -> None:
+        self._by_rows = dict(by_rows)
+        self._found: dict[float, Sequence[float]] = {}
+
+    def at(self, rows: float, otherwise: Sequence[float]) -> Sequence[float]:
+        """`otherwise`: where none were measured, or those of another number of layers."""
+        if rows not in self._found:
+            nearest = min(self._by_rows, key=lambda known: abs(math.log(max(known, 1e-9) / max(rows, 1e-9))), default=None)
+            self._found[rows] = otherwise if nearest is None else self._by_rows[nearest]
+        found = self._found[rows]
+        return found if len(found) == len(otherwise) else otherwise
+
+
+def _layers_of(points: Sequence[Mapping[str, Any]]) -> dict[float, list[float]]:
+    """Of the points that have them; of those of one number of rows the medians."""
+    measured: dict[float, list[Sequence[float]]] = {}
+    for point in points:
+        if point.get("by_layer"):
+            measured.setdefault(float(point["rows"]), []).append([float(share) for share in point["by_layer"]])
+    return {rows: [statistics.median(layer) for layer in zip(*of_rows, strict=True)] for rows, of_rows in measured.items()}
 
 
 def line_of(pace: Pace | None) -> CostLine:

@@ -3,14 +3,11 @@
 from afd_ray.autoscaling.learning import StageBook
 from afd_ray.autoscaling.values import Observation, Override
 from afd_ray.engine.pipeline import Load, micro_batches_for
-from afd_ray.simulation.serving.cluster import Cluster, stage_us
+from afd_ray.simulation.serving.cluster import Cluster
 from afd_ray.simulation.serving.measures import Course, Measures, Point
 from afd_ray.simulation.serving.pools import Pools
 from afd_ray.simulation.serving.rounds import PS_PER_S
 from afd_ray.simulation.serving.scene import Scene
-
-MOST_SAMPLED = 8
-"""Attention ranks whose stages are looked at each time."""
 
 
 class Watch:
@@ -75,23 +72,21 @@ class Watch:
 
     def _prompt_rows(self) -> int:
         """Of each attention rank in a round, since the last time that micro-batches were chosen: those of the present round alone come and go."""
-        (rounds, tokens), now = self._planned, (self._cluster.number, self._measures.whole.prompt_tokens)
+        (rounds, tokens), now = self._planned, (self._measures.rounds, self._measures.whole.prompt_tokens)
         self._planned = now
         return (now[1] - tokens) // max(1, now[0] - rounds) // max(1, len(self._cluster.ranks))
 
     def _sample(self) -> None:
-        """Stage times of the present rounds, for the cost lines."""
-        cluster, slots, stages = self._cluster, self._cluster.micro_batches, self._scene.stages
-        rows = sum(work.rows for work in cluster.work)
-        if not rows or not cluster.ffn:
+        """Stage times of the moment, for the cost lines."""
+        seen = self._cluster.samples()
+        if seen is None:
             return
-        busy = [pair for pair in zip(cluster.attention, cluster.work, strict=True) if pair[1].rows][:MOST_SAMPLED]
-        for member, work in busy:
-            mine, context = work.rows / slots, work.context_tokens / slots
-            fixed_us, per_token_us = stages.attention_us(mine)
-            self._book.attended(mine, context, member.slowness * (fixed_us + per_token_us * context))
-            self._book.carried(mine, stages.transfer_us(mine))
-        self._book.fed(rows / slots, len(cluster.ffn), stage_us(cluster.ffn_ps(rows), self._scene.layers))
+        for rows, context, us in seen.attention:
+            self._book.attended(rows, context, us)
+        for rows, us in seen.transfer:
+            self._book.carried(rows, us)
+        rows, us = seen.ffn
+        self._book.fed(rows, len(self._cluster.ffn), us)
 
     def _note(self, seen: Observation) -> None:
         tpot, ttft = seen.tpot_ms, seen.ttft_ms
