@@ -15,6 +15,7 @@ from actors.aside import aside
 from actors.departure import Departure
 from actors.device import compute_for
 from actors.member import Member
+from actors.place import wire_dtype
 from actors.request_log import log_requests
 from actors.token_server import TokenStreamServer
 from afd_ray.config import Config
@@ -27,6 +28,8 @@ from afd_ray.engine.loop import Wire
 from afd_ray.engine.moving_in import Moved, MovingIn
 from afd_ray.engine.request_clocks import Targets
 from afd_ray.engine.scheduler import Scheduler
+from afd_ray.handoff.capacity import frame_bytes
+from afd_ray.handoff.device.carrier import places_for
 from afd_ray.handoff.kv_fetcher import KVFetcher
 from afd_ray.handoff.kv_wire import kv_digest
 from afd_ray.measured import Measured
@@ -277,7 +280,9 @@ def build_cache(config: Config, model: ModelConfig, compute: Compute) -> tuple[P
     else:
         block_bytes = wanted.block_size * model.num_hidden_layers * model.kv_width * dtype.itemsize
         per_request = -(-max_context(config, model) // wanted.block_size)
-        room = compute.cache_bytes(model, needs_of(config, Shape.of(config).epoch(1))) // block_bytes - compute.spare_blocks
+        epoch = Shape.of(config).epoch(1)
+        free_bytes = compute.cache_bytes(model, needs_of(config, epoch)) - _link_bytes(config, model, epoch)
+        room = max(0, free_bytes // block_bytes - compute.spare_blocks)
         num_blocks = min(per_request * pipeline.max_running_requests, room)
     cache = compute.cache(model, num_blocks, wanted.block_size, dtype)
     return cache, BlockAllocator(cache.num_blocks, wanted.block_size)
@@ -303,7 +308,19 @@ def _compute_for(config: Config) -> Compute:
         quantise_projections=config.attention.quantises,
         quantise_rows=narrow,
         graphs=config.pipeline.cuda_graphs,
+        stays=config.handoff.between_devices is not None,
     )
+
+
+def _link_bytes(config: Config, model: ModelConfig, epoch: Epoch) -> int:
+    """Of device memory for what is under way to an attention rank, and by NCCL from it too, in an epoch and the next one beside it."""
+    kind, rows, wire = config.handoff.between_devices, config.pipeline.max_tokens_per_micro_batch, wire_dtype(config, model)
+    if kind is None:
+        return 0
+    frames = sum(frame_bytes(epoch, 0, peer, model, wire, rows) for peer in epoch.ffn_ranks)
+    if kind == "nccl":
+        frames += sum(frame_bytes(epoch, peer, 0, model, wire, rows) for peer in epoch.ffn_ranks)
+    return 2 * places_for(epoch.micro_batches) * frames
 
 
 def _findings(scheduler: Scheduler, departures: Sequence[Departure]) -> list[str]:

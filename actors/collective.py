@@ -25,6 +25,9 @@ from ray.util.collective.types import (
 )
 from torch import Tensor
 
+from afd_ray.handoff.device.carrier import Carrier
+from afd_ray.handoff.device.device_mesh import DeviceMesh
+from afd_ray.handoff.device.streams import Device
 from afd_ray.handoff.mesh import Endpoint, LinkKind, RingMesh, open_mesh
 from afd_ray.handoff.message import ALIGNMENT, HEADER_BYTES, Header, Kind, Message
 
@@ -72,7 +75,7 @@ class AFDGroup(BaseGroup):
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
         self.epoch = epoch_of(group_name)
-        self._mesh: RingMesh | None = None
+        self._mesh: RingMesh | DeviceMesh | None = None
         self._arrived: dict[int, deque[Message]] = {peer: deque() for peer in range(world_size) if peer != rank}
 
     @classmethod
@@ -113,8 +116,14 @@ class AFDGroup(BaseGroup):
         )
         return self._mesh.endpoint
 
+    def carry(self, carrier: Carrier, device: Device) -> None:
+        """Rows go by this carrier; between `open` and `connect`."""
+        if not isinstance(self._mesh, RingMesh):
+            raise RuntimeError(f"group {self.group_name} is not open, or carries rows already")
+        self._mesh = DeviceMesh(self._mesh, carrier, device)
+
     @property
-    def mesh(self) -> RingMesh:
+    def mesh(self) -> RingMesh | DeviceMesh:
         if self._mesh is None:
             raise RuntimeError(f"group {self.group_name} is not open")
         return self._mesh

@@ -85,6 +85,7 @@ class FFNActor(Member):
             quantise_experts=config.ffn.quantises,
             quantise_dense=config.ffn.quantises_dense,
             graphs=config.pipeline.cuda_graphs,
+            stays=config.handoff.between_devices is not None,
         )
         checkpoint, dtype = self._open_checkpoint(self._config.ffn.num_cpus)
         keep = compute.narrow_parts

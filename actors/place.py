@@ -9,11 +9,14 @@ import torch
 
 from actors.aside import aside
 from actors.collective import AFDGroup, join_group, leave_group
+from actors.device import DeviceLinks, links_for
 from afd_ray.config import Config
 from afd_ray.engine.loop import Wire
-from afd_ray.handoff.capacity import inbound_bytes
-from afd_ray.handoff.mesh import Endpoint
+from afd_ray.handoff.capacity import frame_bytes, inbound_bytes
+from afd_ray.handoff.device.carrier import places_for
+from afd_ray.handoff.mesh import Endpoint, LinkKind
 from afd_ray.handoff.rows import WIRE_DTYPES
+from afd_ray.handoff.terms import DeviceLinkKind
 from afd_ray.membership.contract import contract_digest
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.config import ModelConfig
@@ -57,9 +60,6 @@ class Place:
 
 def _open(terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float) -> Place:
     config, model = terms.config, terms.model
-    kind = config.handoff.kind
-    if kind == "nccl":
-        raise ValueError(f"handoff.kind: {kind} is not supported yet, use auto, shm, tcp or gloo")
     dtype = wire_dtype(config, model)
     rows = config.pipeline.max_tokens_per_micro_batch
     peers = {peer: inbound_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
@@ -71,15 +71,35 @@ def _open(terms: Terms, epoch: Epoch, rank: int, group_name: str, spin_us: float
             secret=terms.secret,
             host=host,
             peers=peers,
-            kind=kind,
+            kind=_host_kind(config),
             spin_us=spin_us,
             digest=contract,
             silence_s=config.failure.detect_timeout_s * SILENT_SHARE,
         )
+        between = config.handoff.between_devices
+        if between is not None:
+            group.carry(*_device_links(between, terms, epoch, rank, dtype))
     except BaseException:
         leave_group(group_name)
         raise
     return Place(group, Wire(group.mesh, epoch, rank, dtype))
+
+
+def _host_kind(config: Config) -> LinkKind:
+    """Of the links between hosts, that carry headers in any case."""
+    kind = config.handoff.kind
+    return "auto" if kind == "ipc" or kind == "nccl" else kind
+
+
+def _device_links(kind: DeviceLinkKind, terms: Terms, epoch: Epoch, rank: int, dtype: torch.dtype) -> DeviceLinks:
+    config, model = terms.config, terms.model
+    rows = config.pipeline.max_tokens_per_micro_batch
+    peers = {peer: frame_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
+    if kind == "nccl":  # what it does not carry needs no places
+        peers = {peer: size_bytes if min(rank, peer) < epoch.attention else 0 for peer, size_bytes in peers.items()}
+    shares_gpu = min(config.attention.num_gpus, config.ffn.num_gpus) < 1
+    lingers = rank >= epoch.attention
+    return links_for(kind, rank, peers, places_for(epoch.micro_batches), shares_gpu=shares_gpu, lingers=lingers)
 
 
 def _close(group: AFDGroup) -> None:

@@ -22,7 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "fp8"]
 WeightDtype = Literal["auto", "fp8"]
 WireDtype = Literal["auto", "float32", "bfloat16", "fp8"]
-LinkKind = Literal["auto", "shm", "tcp", "gloo", "nccl"]
+LinkKind = Literal["auto", "shm", "tcp", "gloo", "ipc", "nccl"]
 
 
 class Section(BaseModel):
@@ -143,6 +143,11 @@ class Handoff(Section):
     kind: LinkKind = "auto"
     wire_dtype: WireDtype = "auto"
     start_timeout_s: Seconds = 30.0
+
+    @property
+    def between_devices(self) -> Literal["ipc", "nccl"] | None:
+        """The kind of links by which rows stay in device memory; None: they pass through host memory."""
+        return self.kind if self.kind == "ipc" or self.kind == "nccl" else None
 
 
 class Placement(Section):
@@ -311,8 +316,7 @@ def parse_config(raw: object, origin: str = "configuration") -> Config:
 
 def check_supported(config: Config) -> None:
     """Refuses, in one line, what the schema accepts and this version cannot do."""
-    if config.handoff.kind == "nccl":
-        raise ConfigError("handoff.kind: nccl is not supported yet, use auto, shm, tcp or gloo")
+    _check_devices(config)
     attention, ffn = config.attention, config.ffn
     if attention.kv_cache.dtype == "fp8" and not attention.num_gpus:
         raise ConfigError(
@@ -363,6 +367,19 @@ def _check_colocated(config: Config) -> None:
         if ffn.colocated and getattr(ffn, key) != alone:
             raise ConfigError(
                 f"ffn.{key}: {getattr(ffn, key)} must be {alone} with ffn.colocated: every attention actor holds every FFN"
+            )
+
+
+def _check_devices(config: Config) -> None:
+    kind = config.handoff.between_devices
+    if kind is None:
+        return
+    if config.ffn.colocated:
+        raise ConfigError(f"handoff.kind: {kind} must not be with ffn.colocated, where nothing is handed over; use auto")
+    for role, gpus in (("attention", config.attention.num_gpus), ("ffn", config.ffn.num_gpus)):
+        if not gpus:
+            raise ConfigError(
+                f"handoff.kind: {kind} needs GPUs on both sides, set {role}.num_gpus above 0 or use auto, shm, tcp or gloo"
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
 from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
-from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_ffn
+from afd_ray.kernels.gpu.halves import GPUFFN, FedFFN, gpu_ffn
 from afd_ray.kernels.gpu.quantise_rows import quantise_rows
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
@@ -80,7 +80,7 @@ def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
     found = difference(plain, routed, half(0, routed))
     ours, launched = median_us(lambda: half(0, routed)), eager_us(lambda: half(0, routed))
     host = launch_us(lambda: half(0, routed)), replay_us(lambda: half(0, routed))
-    fed, replayed = HostFedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device), narrow)
+    fed, replayed = FedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device), narrow)
     hosted = on_the_host(routed)
     through = launch_us(lambda: fed(0, hosted)), launch_us(lambda: replayed(0, hosted))
     times = " | ".join(f"{us:.0f}" for us in (launched, *host, *through))
@@ -98,9 +98,9 @@ def on_the_host(routed: Routed) -> Routed:
     return Routed(hidden.cpu() if narrow is None else narrow.values, experts.cpu(), weights.cpu(), narrow)
 
 
-def fed_by_graphs(half: GPUFFN, rows: int, capture: Capture, narrow: bool = False) -> HostFedFFN:
+def fed_by_graphs(half: GPUFFN, rows: int, capture: Capture, narrow: bool = False) -> FedFFN:
     """As an actor holds it."""
-    fed = HostFedFFN(half, next(half.parameters()).device)
+    fed = FedFFN(half, next(half.parameters()).device)
     fed.replayed = FFNGraphs(fed, rows, narrow=narrow, capture=capture)
     return fed
 

@@ -1,7 +1,7 @@
 """A small model served by both halves on the GPU kernels, through the engine's own loops, and what the one-process reference says."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.local import LocalCluster
+from afd_ray.engine.loop import OnLost
+from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.quantise import dequantise, quantise
 from afd_ray.kernels.quantised import quantise_attention, quantise_dense, quantise_experts
 from afd_ray.membership.epoch import Epoch
@@ -64,6 +66,8 @@ def cluster(
     *,
     cache_dtype: torch.dtype | None = None,
     wire_dtype: torch.dtype | None = None,
+    meshes: Sequence[Mesh] | None = None,
+    on_lost: OnLost | None = None,
 ) -> LocalCluster:
     """To be entered."""
     attention = compute.attention(load_attention(checkpoint, shared=epoch.shared_at_attention))
@@ -73,7 +77,17 @@ def cluster(
         return made(load_ffn(checkpoint, shard))
 
     sizes = {"num_blocks": 64, "block_size": BLOCK, "max_tokens_per_micro_batch": CHUNK}
-    return LocalCluster(attention, load, epoch, **sizes, compute=compute, cache_dtype=cache_dtype, wire_dtype=wire_dtype)
+    return LocalCluster(
+        attention,
+        load,
+        epoch,
+        **sizes,
+        compute=compute,
+        cache_dtype=cache_dtype,
+        wire_dtype=wire_dtype,
+        meshes=meshes,
+        on_lost=on_lost,
+    )
 
 
 def served(local: LocalCluster, asked: list[Request]) -> dict[str, list[int | None]]:

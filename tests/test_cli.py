@@ -131,7 +131,11 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         (["serve", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
         (["serve", "--set", "attention.replica=2"], 2, "attention.replica: unknown key, did you mean attention.replicas?"),
         (["serve", "--set", "model.path=/nowhere"], 2, "model.path: /nowhere is no directory"),
-        (["serve", "--set", "handoff.kind=nccl"], 2, "handoff.kind: nccl is not supported yet"),
+        (
+            ["serve", "--set", "handoff.kind=nccl"],
+            2,
+            "handoff.kind: nccl needs GPUs on both sides, set attention.num_gpus above 0",
+        ),
         (["serve", "--port", "70000"], 2, "must be an integer from 0 to 65535, got '70000'"),
         (["serve", "--address", "here"], 2, "must be HOST:PORT or auto, got 'here'"),
         (["generate", "--prompt", ""], 2, "--prompt: must not be empty"),

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from afd_ray.config import (
     parse_config,
 )
 from afd_ray.config_reading import bundled_names
+from afd_ray.membership.shape import Shape
 
 
 def message(raw: object) -> str:
@@ -80,7 +82,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"attention": [1]}, "attention: must be a section with keys of its own, got [1]"),
         ({"pipeline": {"micro_batches": 5}}, "pipeline.micro_batches: must be auto or at most 4, got 5"),
         ({"pipeline": {"micro_batches": "two"}}, "pipeline.micro_batches: must be auto or an integer, got 'two'"),
-        ({"handoff": {"kind": "udp"}}, "handoff.kind: must be auto, shm, tcp, gloo or nccl, got 'udp'"),
+        ({"handoff": {"kind": "udp"}}, "handoff.kind: must be auto, shm, tcp, gloo, ipc or nccl, got 'udp'"),
         ({"placement": {"separate_nodes": 3}}, "placement.separate_nodes: must be auto or true or false, got 3"),
         ({"autoscaling": {"min": {"ffn": 9}}}, "autoscaling.min.ffn: 9 must be at most autoscaling.max.ffn, 4"),
         ({"server": {"port": 70000}}, "server.port: must be at most 65535, got 70000"),
@@ -163,10 +165,29 @@ def test_a_missing_file_names_itself_and_the_bundled_ones(tmp_path: Path) -> Non
         load_config(tmp_path)
 
 
-def test_what_is_not_built_yet_is_refused() -> None:
-    config = load_config(None, ["handoff.kind=nccl"])
-    with pytest.raises(ConfigError, match=r"handoff\.kind: nccl is not supported yet, use auto"):
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ([], "needs GPUs on both sides, set attention.num_gpus above 0 or use auto, shm, tcp or gloo"),
+        (["attention.num_gpus=0.5"], "needs GPUs on both sides, set ffn.num_gpus above 0"),
+        (
+            ["attention.num_gpus=1", "ffn.colocated=true"],
+            "must not be with ffn.colocated, where nothing is handed over; use auto",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ipc", "nccl"])
+def test_links_between_devices_want_devices(kind: str, overrides: list[str], reason: str) -> None:
+    config = load_config(None, [f"handoff.kind={kind}", *overrides])
+    with pytest.raises(ConfigError, match=re.escape(f"handoff.kind: {kind} {reason}")):
         check_supported(config)
+    check_supported(load_config(None, [f"handoff.kind={kind}", "attention.num_gpus=0.5", "ffn.num_gpus=0.5"]))
+
+
+def test_with_links_between_devices_nobody_learns_how_many_micro_batches_pay() -> None:
+    shapes = [Shape.of(load_config(None, [f"handoff.kind={kind}"])) for kind in ("auto", "ipc")]
+    assert [shape.epoch(1).adaptive for shape in shapes] == [True, False]
+    assert shapes[1].epoch(1).micro_batches == 4
 
 
 def test_gpus_may_be_asked_for() -> None:

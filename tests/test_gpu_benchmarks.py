@@ -6,15 +6,19 @@ from types import ModuleType
 import pytest
 import torch
 
+from afd_ray.handoff.device.nccl import Library
+from afd_ray.handoff.device.streams import Device
 from afd_ray.planning.measured import AttentionTime, FfnTime
-from benchmarks import gpu_attention, gpu_experts, gpu_ffn_step, gpu_step
+from benchmarks import gpu_attention, gpu_experts, gpu_ffn_step, gpu_handoff, gpu_step
 from benchmarks._gpu import Line, times_of
 from benchmarks._gpu_peers import Peers, cells, padded_by_expert
+from tests.device_group import Pipes
+from tests.host_device import HostDevice
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
-@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts, gpu_ffn_step, gpu_step])
+@pytest.mark.parametrize("benchmark", [gpu_attention, gpu_experts, gpu_ffn_step, gpu_handoff, gpu_step])
 def test_say_that_there_is_none(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([]) == 2
     assert capsys.readouterr() == ("", "no CUDA GPU here\n")
@@ -43,6 +47,20 @@ def test_a_peer_that_cannot_be_had_is_left_out_and_why_is_told_once() -> None:
 def test_the_quickest_peer_counts() -> None:
     assert cells({"one": 30.0, "two": None, "three": 20.0}, ours_us=10.0) == "30 | - | 20 | 2.00"
     assert cells({"one": None}, ours_us=10.0) == "- | -"
+
+
+def test_the_hand_off_is_timed_beside_the_bare_mechanism() -> None:
+    """Between two processes, on a device of threads: what it says there is no time, but every row arrives."""
+    tools = gpu_handoff.Tools(HostDevice, host_library)
+    with gpu_handoff.other_process(tools) as pipe:
+        found = {name: gpu_handoff.timed(name, tools, pipe, rounds=3) for name in gpu_handoff.WAYS}
+    assert [name for name, timed in found.items() if not timed.is_right] == []
+    told = gpu_handoff.line("ipc", 1.5, gpu_handoff.Timed(10.0, True), gpu_handoff.Timed(11.0, True), gpu_handoff.mps_state())
+    assert told == "| ipc | off | 1.5 | 10.0 | 11.0 | 1.10 |"
+
+
+def host_library(device: Device) -> Library:
+    return Pipes()
 
 
 def test_assignments_are_padded_expert_by_expert() -> None:

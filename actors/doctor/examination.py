@@ -149,9 +149,9 @@ async def _meet_all(config: Config, hosts: list[Host]) -> list[Meeting]:
 def _kinds(config: Config, *, within: bool) -> list[LinkKind]:
     """Those that links within one host, or between two, may be of."""
     kind = config.handoff.kind
-    if kind == "auto":
+    if kind == "auto" or kind == "ipc" or kind == "nccl":  # headers of rows between devices
         return ["shm"] if within and shm.supported() else ["tcp"]
-    return [] if kind == "nccl" else [kind]
+    return [kind]
 
 
 async def _meet(number: int, first: Host, second: Host, kind: LinkKind) -> Meeting:

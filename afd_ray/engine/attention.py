@@ -134,7 +134,8 @@ class AttentionLoop(StepLoop):
         self.scheduler.epoch = wire.epoch.number
         self._flights = [None] * slots
         self._parked = [True] * slots
-        self._routing = RowRouting(wire.epoch.expert_map(self.half.config), wire.epoch.routed)
+        experts, device = wire.epoch.expert_map(self.half.config), wire.mesh.device
+        self._routing = RowRouting(experts, wire.epoch.routed, None if wire.epoch.routed else device)
         self.expert_loads = torch.zeros_like(self.expert_loads)
         self._meter.forget_ffn()
         self._work_came = True
@@ -301,7 +302,7 @@ class AttentionLoop(StepLoop):
 
     def _part(self, flight: Flight, message: Message) -> Part:
         """What a rank returned for some of the rows that its instance got."""
-        (sums,) = message.tensors
+        (sums,) = message.received()
         instance = self.wire.epoch.instance_of(message.header.source)[0]
         returned = slice(message.header.first_row, message.header.first_row + len(sums))
         rows = flight.sent[instance]
@@ -321,12 +322,8 @@ class AttentionLoop(StepLoop):
         """One layer's rows to the FFN ranks: all of an instance's ranks get the same, an instance that none goes to a bare header."""
         wire, routing = self.wire, self._routing
         assert routing is not None
-        routed = flight.passage.to_host(routed)
-        ids = None
-        if routed.experts is not None:
-            flight.chosen.append(routed.experts)
-            ids = routing.choose_copies(routed.experts)
-        tensors = pack_rows(routed._replace(experts=ids), wire.dtype, id_dtype(routing.ids))
+        routed, ids = self._leaving(flight, routed)
+        tensors = pack_rows(routed, wire.dtype, id_dtype(routing.ids))
         flight.sent = routing.rows_by_instance(ids, flight.rows)
         flight.awaited = 0
         place = {"slot": slot, "layer": flight.layer, "step": flight.step}
@@ -338,10 +335,39 @@ class AttentionLoop(StepLoop):
             for peer in wire.epoch.instance_ranks(instance):
                 wire.mesh.send(peer, header, parts)
 
+    def _leaving(self, flight: Flight, routed: Routed) -> tuple[Routed, Tensor | None]:
+        """The rows where the links take them from, with ids as they go on the wire; and these for the routing.
+
+        To device memory the host waits for the ids alone, and only where rows take ways of their own.
+        """
+        wire, routing = self.wire, self._routing
+        assert routing is not None
+        device = wire.mesh.device
+        if device is None:
+            routed = flight.passage.to_host(routed)
+        if routed.experts is None:
+            return routed, None
+        experts = routed.experts
+        if device is not None:
+            experts = experts.clone()  # a captured step gives the next layer's in the same place
+            if wire.epoch.routed:
+                experts = experts.cpu().long()
+                wire.mesh.settle()
+            elif routing.renumbers:
+                experts = experts.long().clamp_(
+                    0, self.half.config.moe_num_experts - 1
+                )  # whatever a broken epoch left in the rows
+        flight.chosen.append(experts)
+        ids = routing.choose_copies(experts)
+        return routed._replace(experts=ids if device is None else ids.to(device)), ids
+
     def _finish(self, slot: int, flight: Flight, started_ns: int) -> None:
         """Sample after the last layer, publish, and give the slot its next micro-batch."""
         sampling = [chunk.sequence for chunk in flight.batch.chunks if chunk.samples]
-        sampled = sample(flight.passage.logits(), sampling) if sampling else []
+        logits = flight.passage.logits() if sampling else None
+        flight.chosen = [torch.cat(flight.chosen).cpu()] if flight.chosen else []
+        self.wire.mesh.settle()  # else rows that never came would count as computed
+        sampled = [] if logits is None else sample(logits, sampling)
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
         self._free_ns = time.monotonic_ns()
@@ -390,7 +416,10 @@ class AttentionLoop(StepLoop):
 def _rows_of(tensors: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
     if rows is None:
         return tensors
-    return tuple([tensor.index_select(0, rows) for tensor in tensors]) if len(rows) else ()
+    if not len(rows):
+        return ()
+    rows = rows.to(tensors[0].device)
+    return tuple([tensor.index_select(0, rows) for tensor in tensors])
 
 
 def _hand_on_error(asked: "Future[None]", reached: "Future[None]") -> None:

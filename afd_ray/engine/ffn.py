@@ -216,7 +216,7 @@ class FFNLoop(StepLoop):
 
     def _gather(self, arrivals: list[Arrival]) -> Routed:
         """The rows that have come, in the order of the attention ranks, in the compute dtype, or in 8 bits."""
-        parts = [arrival.message.tensors for arrival in arrivals if arrival.message.header.rows]
+        parts = [arrival.message.received() for arrival in arrivals if arrival.message.header.rows]
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype, narrow=self.half.takes_narrow)
 
@@ -268,7 +268,7 @@ class FFNLoop(StepLoop):
         if not slot.shares:
             return own
         ranks = self.wire.epoch.instance_ranks(self._instance)
-        parts = [own if rank == self.wire.rank else slot.shares[rank].tensors[0].to(own.dtype) for rank in ranks]
+        parts = [own if rank == self.wire.rank else slot.shares[rank].received()[0].to(own.dtype) for rank in ranks]
         total = parts[0] + parts[1]
         for part in parts[2:]:
             total += part

@@ -24,7 +24,7 @@ class Part(NamedTuple):
     rows: slice | Tensor
     """Which of the micro-batch's."""
     sums: Tensor
-    """[n, H] in host memory, valid only until it is handed over."""
+    """[n, H], where the links have brought it, valid only until it is handed over."""
 
 
 class Passage(Protocol):

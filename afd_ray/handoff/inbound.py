@@ -36,7 +36,7 @@ class Inbound:
             self.messages += 1
             self.size_bytes += length_bytes
             if header.epoch == self._epoch:
-                return tuple.__new__(Message, (header, tensors, release))
+                return tuple.__new__(Message, (header, tensors, release, None))
             self.stale_messages += 1
             release()
         return None

@@ -12,6 +12,8 @@ from afd_ray.handoff.message import Header, LinkError, Mesh, Message, layout_for
 class LoopbackMesh:
     """One member of an in-process group; `close` reaches the peers as a broken edge, as on a wire."""
 
+    device = None
+
     def __init__(self, rank: int, world_size: int, epoch: int, poison: bool) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -24,6 +26,9 @@ class LoopbackMesh:
         self._next_edge = 0
         self._woken = False
         self._closed = False
+
+    def settle(self) -> None:
+        """Nothing is launched."""
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         if not 0 <= peer < self.world_size or peer == self.rank:

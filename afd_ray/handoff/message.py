@@ -85,14 +85,30 @@ class Message(NamedTuple):
     header: Header
     tensors: tuple[Tensor, ...]
     release: Callable[[], None]
+    arrive: Callable[[], None] | None = None
+    """To be called before what reads the tensors is launched; None: they are there already.
+
+    On a device both are orders to this thread's stream: it goes on once the tensors have come, and gives them back once it has read them.
+    """
 
     @property
     def borrowed(self) -> bool:
-        """Whether its tensors lie in the edge's buffer."""
-        return self.release is not _nothing_to_release
+        """Whether its tensors hold up what comes behind them on the edge."""
+        return self.release is not _nothing_to_release and self.arrive is None
+
+    def received(self) -> tuple[Tensor, ...]:
+        """Its tensors, for what is launched from now on."""
+        if self.arrive is not None:
+            self.arrive()
+        return self.tensors
 
     def copied(self) -> "Message":
-        """The same message in memory of its own, its buffer released: for what cannot be used yet, lest it hold up the edge."""
+        """The same message in memory of its own, its buffer released: for what cannot be used yet, lest it hold up the edge.
+
+        On a device it stays where it is: there each message of an edge has a place of its own.
+        """
+        if self.arrive is not None:
+            return self
         tensors = tuple([tensor.clone() for tensor in self.tensors])
         self.release()
         return Message(self.header, tensors, _nothing_to_release)
@@ -122,6 +138,15 @@ class Mesh(Protocol):
     def world_size(self) -> int: ...
     @property
     def epoch(self) -> int: ...
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors of DISPATCH, REDUCE and PARTIAL lie that are sent and received; None: in host memory, as all others do."""
+
+    def settle(self) -> None:
+        """Wait for all that this thread has launched; LinkError unless every tensor that it read had come whole.
+
+        On a device a stream that waited for a peer which is gone goes on with whatever lay there.
+        """
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         """Copy the tensors once into the edge's buffer and return without waiting for the peer.

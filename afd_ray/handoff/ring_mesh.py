@@ -30,6 +30,8 @@ class EdgeCount(NamedTuple):
 class RingMesh:
     """One member of a group across processes and hosts; see `Mesh` for what it promises, `open_mesh` to make one."""
 
+    device = None
+
     def __init__(self, terms: Terms, world_size: int, peers: Mapping[int, int], spin_us: float) -> None:
         self.rank = terms.rank
         self.world_size = world_size
@@ -74,6 +76,9 @@ class RingMesh:
         For those who do not receive: a receiver is told by `receive`, after what arrived before.
         """
         self._wiring.breaks.listener = tell
+
+    def settle(self) -> None:
+        """Nothing is launched."""
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         edge = self._outbound.get(peer)

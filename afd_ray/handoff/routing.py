@@ -73,8 +73,11 @@ def ownership(rows: tuple[int, ...], tensor_parallel: int) -> tuple[Owned, ...]:
 class RowRouting:
     """The ways that the rows of an attention rank take in one epoch. Decides from ids alone: equal rows, equal ways."""
 
-    def __init__(self, experts: ExpertMap, routed: bool) -> None:
-        """`routed`: rows go only to instances that hold one of their experts; else each instance gets them all."""
+    def __init__(self, experts: ExpertMap, routed: bool, device: torch.device | None = None) -> None:
+        """`routed`: rows go only to instances that hold one of their experts; else each instance gets them all.
+
+        `device`: where ids are given; None: in host memory, where they must be for `routed`, whose ways the host has to know.
+        """
         self._instances = len(experts)
         self._routed = routed
         flat = [expert for held in experts for expert in held]
@@ -82,10 +85,11 @@ class RowRouting:
         for place, expert in enumerate(flat):
             copies[expert].append(place)
         most = max(map(len, copies.values()), default=0)
-        self._numbered_alike = flat == list(range(len(flat)))
+        self.renumbers = flat != list(range(len(flat)))
+        """Whether ids on the wire are others than the model's."""
         # [E, C]: ids of each expert's copies, the first one again where there are fewer.
-        self._copies = torch.tensor([places + places[:1] * (most - len(places)) for places in copies.values()])
-        self._counts = torch.tensor([len(places) for places in copies.values()])
+        self._copies = torch.tensor([places + places[:1] * (most - len(places)) for places in copies.values()], device=device)
+        self._counts = torch.tensor([len(places) for places in copies.values()], device=device)
         self._instance_of = torch.tensor([i for i, held in enumerate(experts) for _ in held])
         self.ids = len(flat)
 
@@ -94,9 +98,9 @@ class RowRouting:
 
         Of several copies a routed row takes one in an instance that it goes to anyway, if there is one; else rows take them in turn.
         """
-        if self._numbered_alike:
+        if not self.renumbers:
             return experts
-        turn = torch.arange(len(experts))[:, None] % self._counts[experts]  # [N, K]
+        turn = torch.arange(len(experts), device=experts.device)[:, None] % self._counts[experts]  # [N, K]
         if not self._routed:
             return self._copies[experts, turn]
         return self._near_copies(experts, turn)

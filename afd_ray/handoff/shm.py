@@ -95,7 +95,7 @@ def create_segment(capacities: Mapping[int, int], nonce: bytes) -> Segment:
     """A named segment for peers of this host; OSError when the host's shared memory is too small."""
     sweep_orphans()
     plan = plan_segment(capacities)
-    name, descriptor = _create_file()
+    name, descriptor = create_file()
     try:
         os.posix_fallocate(descriptor, 0, plan.size_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
         mapping = mmap.mmap(descriptor, plan.size_bytes)
@@ -108,7 +108,8 @@ def create_segment(capacities: Mapping[int, int], nonce: bytes) -> Segment:
     return Segment(mapping, plan, name)
 
 
-def _create_file() -> tuple[str, int]:
+def create_file() -> tuple[str, int]:
+    """An empty file of shared memory: its name, and a descriptor with a lock that says that its owner lives."""
     while True:
         name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 LinkKind = Literal["auto", "shm", "tcp", "gloo"]
+DeviceLinkKind = Literal["ipc", "nccl"]
+"""Of links between devices; their headers take links of the kind `auto`."""
 LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 
 _REACH_SHARE = 0.5

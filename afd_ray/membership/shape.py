@@ -35,6 +35,8 @@ class Shape:
         micro_batches = config.pipeline.micro_batches
         ffn = config.ffn
         count = None if micro_batches == "auto" else micro_batches
+        if count is None and config.handoff.between_devices and ffn.ranks:
+            count = MOST_MICRO_BATCHES  # a host that waits for no stage does not learn how long it lasts
         return cls(config.attention.replicas, ffn.tensor_parallel, ffn.ranks // ffn.tensor_parallel, count)
 
     def scaled(self, attention: int | None = None, ffn: int | None = None, tensor_parallel: int | None = None) -> "Shape":

@@ -66,8 +66,10 @@ class Bucket(NamedTuple):
 class SlotGraphs:
     """One slot's memory, and its graphs by bucket."""
 
-    def __init__(self, half: AttentionHalf, cache: PagedCache, needs: Needs, sizes: tuple[int, ...], capture: Capture) -> None:
-        self.half, self.cache, self._instances, self._capture = half, cache, needs.instances, capture
+    def __init__(
+        self, half: AttentionHalf, cache: PagedCache, needs: Needs, sizes: tuple[int, ...], capture: Capture, stays: bool
+    ) -> None:
+        self.half, self.cache, self._instances, self._capture, self.stays = half, cache, needs.instances, capture, stays
         config, device, most = half.config, cache.blocks.device, sizes[-1]
         self._narrow = _layer(half, 0).scales is not None
         self._residual = torch.zeros(most, config.hidden_size, dtype=config.dtype, device=device)
@@ -177,10 +179,10 @@ class SlotGraphs:
 class AttentionGraphs:
     """Of one attention rank."""
 
-    def __init__(self, half: AttentionHalf, cache: PagedCache, needs: Needs, capture: Capture) -> None:
-        """Captures them all; `half` is warmed up, `cache` has a spare block."""
+    def __init__(self, half: AttentionHalf, cache: PagedCache, needs: Needs, capture: Capture, *, stays: bool = False) -> None:
+        """Captures them all; `half` is warmed up, `cache` has a spare block. `stays`: what the FFN returns is on the device."""
         self.needs, self._sizes = needs, buckets(needs.decoding)
-        self._slots = [SlotGraphs(half, cache, needs, self._sizes, capture) for _ in range(needs.slots)]
+        self._slots = [SlotGraphs(half, cache, needs, self._sizes, capture, stays) for _ in range(needs.slots)]
 
     def begin(self, slot: int, chunks: Many[Chunk]) -> "CapturedPassage | None":
         """None for a micro-batch with chunks of prompts, or with more rows than there are graphs for."""
@@ -227,8 +229,9 @@ class CapturedPassage:
         graphs, count = self._graphs, sum(len(part.sums) for part in parts)
         if not len(self._static.places):
             return
-        staging = Staging(self._static.residual.device, *graphs.returned(len(self._static.residual), count))
-        places, sums = staging.tensors
+        of_places, of_sums = graphs.returned(len(self._static.residual), count)
+        staging = Staging(self._static.residual.device, of_places, *([] if graphs.stays else [of_sums]))
+        places, sums = (*staging.tensors, self._static.sums)[:2]
         write_parts(parts, sums, places)
         staging.send_into(graphs.memory[1])
         self._is_returned = True

@@ -16,7 +16,7 @@ from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import Chunk
 from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
 from afd_ray.kernels.gpu.captured_ffn import FFNGraphs
-from afd_ray.kernels.gpu.halves import GPUFFN, HostFedFFN, gpu_attention, gpu_ffn
+from afd_ray.kernels.gpu.halves import GPUFFN, FedFFN, gpu_attention, gpu_ffn
 from afd_ray.kernels.regather import Read, regather
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.layout import Part
@@ -38,14 +38,16 @@ class GPUCompute:
         quantise_projections: bool = False,
         quantise_rows: bool = False,
         capture: Callable[[], Capture] | None = None,
+        stays: bool = False,
     ) -> None:
         """`share` of the GPU that this actor may use; the CPU, where Triton interprets its kernels, is for tests.
 
         Held in e4m3, whatever they were read as: `quantise_experts`, routed experts; `quantise_dense`, shared experts and dense layers;
         `quantise_projections`, attention's. `quantise_rows`: attention gives what goes to the
         FFN in e4m3 too, as a wire of 8 bits or experts in e4m3 want it. `capture`: makes what captures a set of graphs, at the end of a
-        warm-up; None: every step is launched anew.
+        warm-up; None: every step is launched anew. `stays`: rows cross between devices, and are on this one when they come and go.
         """
+        self._stays = stays
         self._quantise_rows, self._capture = quantise_rows, capture
         self._graphs: dict[PagedCache, AttentionGraphs] = {}
         self.device, self._share = device, share
@@ -54,11 +56,11 @@ class GPUCompute:
         """Of the FFN, that attention is warmed up for."""
 
     @classmethod
-    def of_first_gpu(cls, share: float, *, graphs: bool, **quantise: bool) -> "GPUCompute":
+    def of_first_gpu(cls, share: float, *, graphs: bool, stays: bool, **quantise: bool) -> "GPUCompute":
         """On the first CUDA GPU that this process sees; `graphs`: steps that only decode are captured."""
         device = torch.device("cuda", 0)
         capture = partial(CUDAGraphs, device) if graphs else None
-        return cls(device, share, capture=capture, **quantise)
+        return cls(device, share, capture=capture, stays=stays, **quantise)
 
     @property
     def narrow_parts(self) -> frozenset[Part]:
@@ -74,7 +76,7 @@ class GPUCompute:
         """By graphs where there are any for these chunks."""
         graphs = self._graphs.get(cache)
         captured = None if graphs is None else graphs.begin(slot, chunks)
-        return captured or GPUPassage(half, cache, chunks, self._instances)
+        return captured or GPUPassage(half, cache, chunks, self._instances, stays=self._stays)
 
     def attention(self, half: AttentionHalf) -> AttentionHalf:
         """Raises ValueError in one line for a shape that the kernels do not take."""
@@ -82,7 +84,7 @@ class GPUCompute:
 
     def ffn(self, half: FFNHalf) -> FFNHalf:
         """As `attention`."""
-        return HostFedFFN(self.colocated_ffn(half), self.device)
+        return FedFFN(self.colocated_ffn(half), self.device, stays=self._stays)
 
     def regathered_ffn(self, held: FFNHalf, wanted: FFNShard, read: Read) -> FFNHalf:
         """As `attention`."""
@@ -133,11 +135,11 @@ class GPUCompute:
             if needs.slots <= held.needs.slots and needs.instances <= held.needs.instances:
                 return
             needs = needs._replace(slots=max(needs.slots, held.needs.slots))
-        self._graphs[cache] = AttentionGraphs(half, cache, needs, capture())
+        self._graphs[cache] = AttentionGraphs(half, cache, needs, capture(), stays=self._stays)
 
     def warm_up_ffn(self, half: FFNHalf, rows: int, narrow: bool) -> None:
         """As `warm_up_attention`."""
-        assert isinstance(half, HostFedFFN)
+        assert isinstance(half, FedFFN)
         with _told_in_one_line("ffn"):
             warm_up_ffn(half)
             if self._capture is not None and half.replayed is None:

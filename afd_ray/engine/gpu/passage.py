@@ -1,4 +1,4 @@
-"""A micro-batch's rows on a GPU, from layer to layer without the host waiting; what comes from the FFN and goes there passes through host memory."""
+"""A micro-batch's rows on a GPU, from layer to layer without the host waiting; to and from the FFN through host memory, or by links between devices."""
 
 from collections.abc import Sequence as Many
 
@@ -17,9 +17,14 @@ from afd_ray.models.step3 import AttentionHalf, Narrow, Routed
 class GPUPassage:
     """A `Passage` through a half as `gpu_attention` gives it."""
 
-    def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], instances: int = 0) -> None:
-        """`instances`: of the FFN, at least so many are reckoned with, so that kernels are the same whoever returns rows."""
-        self._instances = instances
+    def __init__(
+        self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], instances: int = 0, *, stays: bool = False
+    ) -> None:
+        """`instances`: of the FFN, at least so many are reckoned with, so that kernels are the same whoever returns rows.
+
+        `stays`: what the FFN returns is on the device.
+        """
+        self._instances, self._stays = instances, stays
         self._half, self._cache, self._device = half, cache, cache.blocks.device
         self._step = send(describe(chunks, cache, half.config.num_attention_heads), half, self._device)
         self._residual: Tensor = half.embed_tokens(self._step.token_ids)  # [N, H]
@@ -57,9 +62,15 @@ class GPUPassage:
             return
         rows, width = self._residual.shape
         count, instances = sum(len(part.sums) for part in parts), max(self._instances, *(part.instance + 1 for part in parts))
-        staging = Staging(self._device, (self._residual.dtype, (count, width)), (torch.int32, (instances, rows)))
-        write_parts(parts, *staging.tensors)
-        self._returned = Returned(*staging.send())
+        of_sums, of_places = (self._residual.dtype, (count, width)), (torch.int32, (instances, rows))
+        if self._stays:
+            sums, staging = self._residual.new_empty(count, width), Staging(self._device, of_places)
+            write_parts(parts, sums, *staging.tensors)
+            self._returned = Returned(sums, *staging.send())
+        else:
+            staging = Staging(self._device, of_sums, of_places)
+            write_parts(parts, *staging.tensors)
+            self._returned = Returned(*staging.send())
 
     def logits(self) -> Tensor:
         rows, returned = self._step.sample_rows, self._returned
@@ -74,7 +85,7 @@ class GPUPassage:
 
 
 def write_parts(parts: Many[Part], sums: Tensor, places: Tensor) -> None:
-    """All parts one after the other into `sums` [R, H], and where an instance's part of a row lies there, or -1, into `places` [U, N]."""
+    """All parts one after the other into `sums` [R, H], and where an instance's part of a row lies there, or -1, into `places` [U, N] in host memory."""
     places.fill_(-1)
     first = 0
     for instance, rows, part in parts:

@@ -14,7 +14,7 @@ from afd_ray.engine.gpu.step import Step, padding, send
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.handoff.quantise import quantise
 from afd_ray.handoff.rows import ID_DTYPES
-from afd_ray.kernels.gpu.halves import GPUAttentionLayer, Returned, decoding_counts, head
+from afd_ray.kernels.gpu.halves import FedFFN, GPUAttentionLayer, Returned, decoding_counts, head
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, Narrow, Routed
 
 
@@ -29,14 +29,14 @@ def warm_up_attention(half: AttentionHalf, cache: PagedCache, needs: Needs, ffn:
     _wait(cache.blocks.device)
 
 
-def warm_up_ffn(half: FFNHalf) -> None:
-    """`half` takes rows from host memory, wide or in e4m3; waits for the device."""
-    hidden = torch.zeros(1, half.config.hidden_size, dtype=half.config.dtype)
+def warm_up_ffn(half: FedFFN) -> None:
+    """`half` takes rows from `rows_from`, wide or in e4m3; waits for the device."""
+    hidden = torch.zeros(1, half.config.hidden_size, dtype=half.config.dtype, device=half.rows_from)
     narrow = Narrow(*quantise(hidden))
     for index in _one_of_each(half.layers, lambda layer: layer.moe is None):
         for routed in (Routed(hidden, None, None), Routed(narrow.values, None, None, narrow)):
             if half.config.is_moe(index):
-                weights = torch.ones(1, half.config.moe_top_k, dtype=hidden.dtype)
+                weights = torch.ones(1, half.config.moe_top_k, dtype=hidden.dtype, device=hidden.device)
                 for dtype in (*ID_DTYPES, torch.int32):  # the last in captured graphs
                     half(index, routed._replace(experts=torch.zeros_like(weights, dtype=dtype), weights=weights))
             else:

@@ -269,21 +269,31 @@ class GPUFFN(FFNHalf):
         return partial
 
 
-class HostFedFFN(FFNHalf):
-    """An FFN half on a GPU whose rows come from host memory and go back there."""
+class FedFFN(FFNHalf):
+    """An FFN half on a GPU whose rows come from attention ranks and go back there."""
 
     takes_narrow = True
 
-    def __init__(self, half: GPUFFN, device: torch.device) -> None:
+    def __init__(self, half: GPUFFN, device: torch.device, *, stays: bool = False) -> None:
+        """`stays`: rows are on the device when they come and go; else in host memory."""
         nn.Module.__init__(self)
-        self.config, self.shard, self.layers, self.device = half.config, half.shard, half.layers, device
+        self.config, self.shard, self.layers, self.device, self.stays = half.config, half.shard, half.layers, device, stays
         self.replayed: Callable[[int, Routed], Tensor | None] | None = None
         """Gives what `forward` does, for the rows that it takes."""
 
+    @property
+    def rows_from(self) -> torch.device:
+        return self.device if self.stays else torch.device("cpu")
+
     def forward(self, layer: int, routed: Routed) -> Tensor:
-        """As `FFNHalf.forward`; waits for the device."""
+        """As `FFNHalf.forward`; waits for the device unless rows stay there."""
         partial = self.replayed(layer, routed) if self.replayed is not None else None
-        return self._launched(layer, routed) if partial is None else partial
+        if partial is not None:
+            return partial
+        if self.stays:
+            launched: Tensor = self.layers[layer](*routed)
+            return launched
+        return self._launched(layer, routed)
 
     def _launched(self, layer: int, routed: Routed) -> Tensor:
         rows: Sequence[Tensor] = routed.narrow or (routed.hidden,)

@@ -1,0 +1,1 @@
+"""The calls of CUDA and NCCL that links between devices come down to. No GPU has run them yet."""

@@ -1,0 +1,66 @@
+"""What links between GPUs call, as far as that can be looked at without one."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from actors.attention import build_cache
+from actors.device import links_for
+from afd_ray.config import parse_config
+from afd_ray.engine.gpu.compute import GPUCompute
+from afd_ray.handoff.terms import DeviceLinkKind
+from afd_ray.models.presets import PRESETS
+
+HAS_CUDA_BINDINGS = importlib.util.find_spec("cuda") is not None
+
+
+@pytest.mark.skipif(HAS_CUDA_BINDINGS, reason="cuda-bindings is installed here")
+@pytest.mark.parametrize("kind", ["ipc", "nccl"])
+def test_what_is_not_installed_is_named_in_one_line(kind: DeviceLinkKind) -> None:
+    with pytest.raises(
+        RuntimeError, match=rf"^handoff\.kind: {kind} needs cuda-bindings, which is not installed .* cuda13"
+    ) as error:
+        links_for(kind, 0, {1: 4096}, 4, shares_gpu=True, lingers=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not HAS_CUDA_BINDINGS or torch.cuda.is_available(), reason="wants cuda-bindings, and no driver")
+def test_the_driver_s_functions_take_what_they_are_given() -> None:
+    """Without a driver they come as far as looking for it."""
+    from cuda.bindings import driver
+
+    handle = driver.CUipcMemHandle()
+    handle.reserved = bytes(range(64))
+    assert bytes(handle.reserved) == bytes(range(64))
+    flags = driver.CU_MEMHOSTREGISTER_PORTABLE | driver.CU_MEMHOSTREGISTER_DEVICEMAP
+    wait = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+    calls = [
+        (driver.cuStreamWriteValue32, 0, 4096, 5, 0),
+        (driver.cuStreamWaitValue32, 0, 4096, 5, wait),
+        (driver.cuMemAlloc, 256),
+        (driver.cuMemFree, 4096),
+        (driver.cuIpcGetMemHandle, 4096),
+        (driver.cuIpcOpenMemHandle, handle, int(driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)),
+        (driver.cuIpcCloseMemHandle, 4096),
+        (driver.cuMemHostRegister, 4096, 4096, flags),
+        (driver.cuMemHostGetDevicePointer, 4096, 0),
+        (driver.cuMemHostUnregister, 4096),
+    ]
+    for function, *arguments in calls:
+        with pytest.raises(RuntimeError, match="libcuda"):
+            function(*arguments)
+
+
+def test_rows_under_way_take_room_from_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, blocks = PRESETS["step3-tiny"], {}
+    monkeypatch.setattr(GPUCompute, "cache_bytes", lambda *arguments: 64 << 20)
+    for kind in ("auto", "ipc", "nccl"):
+        asked = {
+            "attention": {"num_gpus": 1},
+            "ffn": {"num_gpus": 1},
+            "handoff": {"kind": kind},
+            "pipeline": {"max_running_requests": 9999},
+        }
+        blocks[kind] = build_cache(parse_config(asked), model, GPUCompute(torch.device("cpu")))[1].total
+    assert blocks["auto"] > blocks["ipc"] > blocks["nccl"] > 0
