@@ -216,7 +216,7 @@ class Faulty:
 
     def __init__(self, mesh: Mesh, count: int, fault: Callable[["Faulty"], None]) -> None:
         self.inner, self.left, self.fault = mesh, count, fault
-        self.rank, self.world_size, self.epoch = mesh.rank, mesh.world_size, mesh.epoch
+        self.rank, self.world_size, self.epoch, self.device = mesh.rank, mesh.world_size, mesh.epoch, mesh.device
         self.silent = False
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
@@ -234,6 +234,9 @@ class Faulty:
         self.left -= 1
         if self.left == 0:
             self.fault(self)
+
+    def settle(self) -> None:
+        self.inner.settle()
 
     def wait(self, timeout_s: float | None, under_way: bool = False) -> None:
         self.inner.wait(timeout_s, under_way)
