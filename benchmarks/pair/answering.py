@@ -17,6 +17,7 @@ class Answering:
     """A mesh without a peer: what is sent is answered at once by what a peer would send some time later."""
 
     rank = world_size = epoch = 1
+    device = None
 
     def __init__(self) -> None:
         self.due: deque[Message] = deque()
@@ -28,6 +29,9 @@ class Answering:
         raise LinkError(self.rank, "nothing will come")
 
     def wake(self) -> None:
+        pass
+
+    def settle(self) -> None:
         pass
 
     def close(self) -> None:
