@@ -354,9 +354,8 @@ class AttentionLoop(StepLoop):
                 experts = experts.cpu().long()
                 wire.mesh.settle()
             elif routing.renumbers:
-                experts = experts.long().clamp_(
-                    0, self.half.config.moe_num_experts - 1
-                )  # whatever a broken epoch left in the rows
+                # Whatever a broken epoch left in the rows.
+                experts = experts.long().clamp_(0, self.half.config.moe_num_experts - 1)
         flight.chosen.append(experts)
         ids = routing.choose_copies(experts)
         return routed._replace(experts=ids if device is None else ids.to(device)), ids

@@ -1,7 +1,7 @@
 """Every layer of every micro-batch, one event after the other: what a live cluster does, with its own scheduler, conductor and choice of slots.
 
 Attention ranks serve their slots one at a time, the FFN serves waves one at a time, slots go round on their own and wait for the other ranks of their
-wave. Slow (`benchmarks/results/simulator.md`): for small clusters and short traces. All FFN ranks are taken for one that lasts as long as the slowest: where
+wave. For small clusters and short traces: days are `in_rounds`'s. All FFN ranks are taken for one that lasts as long as the slowest: where
 rows are routed, instances that got none do not get ahead.
 """
 
