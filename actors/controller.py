@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from actors import ledger
+from actors.aside import persist
 from actors.autoscaler import Autoscaler
 from actors.crew import Crew
 from actors.heap import freeze_heap
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 NAME = "afd-controller"
 NAMESPACE = "afd"
 STOP_TIMEOUT_S = 10.0
+ADOPT_PAUSE_S = 0.2
 CALLED_OFF = "called off by an operator"
 
 
@@ -46,9 +48,13 @@ class Controller(Inquiry):
         super().__init__(Transition(config, model, self._crew, self._store))
         self._autoscaler = Autoscaler(config, model.num_hidden_layers, self._transition, ledger.Shelf(name))
         if self._left is not None:
-            this: Any = ray.get_actor(name, namespace=NAMESPACE)
-            this.adopt.remote()
+            persist(self._call_adopt, ADOPT_PAUSE_S)
         freeze_heap()
+
+    def _call_adopt(self) -> None:
+        """On the event loop, which only calls get to. Ray may fail one that comes while this actor is still called restarting."""
+        this: Any = ray.get_actor(self._name, namespace=NAMESPACE)
+        ray.get(this.adopt.remote())
 
     @ray.method
     async def adopt(self) -> None:
@@ -56,12 +62,13 @@ class Controller(Inquiry):
         await self._adopt()
 
     async def _adopt(self) -> None:
-        left, self._left = self._left, None
+        left = self._left
         if left is None:
             return
         logger.warning("the controller was restarted, and takes the cluster over")
         missing = self._crew.adopt(left.actors)
         self._transition.epochs.loads, self._transition.epochs.decided = left.loads, left.epochs
+        self._left = None
         self._transition.tell(Adopted(left.record))
         for member in missing:
             self._transition.tell(Lost(member, "it ended while there was no controller"))

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -136,7 +137,7 @@ class Crew:
 
         Whatever else bears this cluster's name is ended: a controller that died had begun to start it, and could not tell.
         """
-        missing = []
+        self._held, self.hands, missing = [], {}, []
         for reservation, found in described:
             self._held.append(Held(reservation, [one.name if one else None for one in found]))
             for one in filter(None, found):
@@ -155,7 +156,8 @@ class Crew:
             name = actor["name"]
             if actor["namespace"] == self.namespace and name.startswith(self._ray_name("")) and name not in known:
                 logger.warning("%s was started and never taken into the cluster: it is ended", name)
-                ray.kill(ray.get_actor(name, namespace=self.namespace))
+                with suppress(ValueError):  # it has ended meanwhile
+                    ray.kill(ray.get_actor(name, namespace=self.namespace))
         release_named(self._ray_name("e"), keep={held.reservation.id for held in self._held})
 
     def _found(self, member: str | None, bundle: int) -> Found | None:
