@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_a_difference_has_what_happened_between_and_what_is_now() -> None:
     assert between.flights == Flights(1, 11, 100, 100.0, 50.0, 1, 12.0)
     assert {stage: us.mean for stage, us in between.stages.items()} == {"attention": 300.0, "f2a": 7.0}
     assert LATER.since(LATER).stages == {}
+
+
+def test_how_much_layers_differ_from_micro_batch_to_micro_batch_is_told_from_sums() -> None:
+    """The second layer lasts four times as long as the first; both last 1.5 or 0.5 times their mean."""
+    seen = [(15.0, 60.0), (5.0, 20.0)]
+    flights = reduce(
+        Flights.plus, [Flights(1, attention_by_layer_us=us, attention_squares=sum(x * x for x in us)) for us in seen]
+    )
+    assert flights.attention_spread == pytest.approx(0.5)
+    assert (flights.minus(flights).attention_spread, flights.ffn_spread) == (0.0, 0.0)
+    assert flights.plus(flights).minus(flights) == flights
 
 
 def test_a_histogram_less_an_earlier_one_has_the_quantiles_of_what_came_between() -> None:

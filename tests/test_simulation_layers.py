@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -34,11 +35,13 @@ class Tokens(Notebook):
         self.gaps_us += [gap_ps / 1e6] * tokens
 
 
-def cluster_of(stages: StageModel, log: Notebook, attention: int = 1, slots: int = 1, layers: int = LAYERS) -> LayerCluster:
+def cluster_of(
+    stages: StageModel, log: Notebook, attention: int = 1, slots: int = 1, layers: int = LAYERS, seed: int = 0
+) -> LayerCluster:
     def make() -> SlotRank:
         return SlotRank(blocks=1000, block_size=16, budget=512, max_running=64)
 
-    cluster = LayerCluster(stages, layers, make, log, 512, slots, adaptive=False)
+    cluster = LayerCluster(stages, layers, make, log, 512, slots, adaptive=False, seed=seed)
     cluster.form([Member(f"attention-{rank}") for rank in range(attention)], [Member("ffn-0")], Shape(1))
     return cluster
 
@@ -109,6 +112,33 @@ def test_a_rank_alone_lasts_as_long_as_one_alone_did(tmp_path: Path) -> None:
     cluster.submit(Job(0, 0, 1, 2))
     run(cluster)
     assert log.gaps_us == [LAYERS * 170.0]
+
+
+def uneven(path: Path, spread: float) -> Profile:
+    points = {"rows": 1, "us": 100.0, "spread": spread}
+    path.write_text(json.dumps({"attention": [points | {"context_tokens": 0}], "ffn": [points]}))
+    return Profile.read(path)
+
+
+def gaps_us(profile: Profile, attention: int, seed: int = 0) -> list[float]:
+    """Of a sequence on each rank."""
+    log = Tokens()
+    cluster = cluster_of(profile, log, attention=attention, seed=seed)
+    for number in range(attention):
+        cluster.submit(Job(number, 0, 1, 400))
+    run(cluster)
+    return log.gaps_us
+
+
+def test_layers_that_last_unevenly_keep_their_mean_and_hold_up_waves(tmp_path: Path) -> None:
+    profile, even = uneven(tmp_path / "profile.json", 0.5), LAYERS * 200.0
+    alone, three = (gaps_us(profile, attention) for attention in (1, 3))
+    assert fmean(alone) == pytest.approx(even, rel=0.03)
+    assert stdev(alone) == pytest.approx((LAYERS * 2) ** 0.5 * 50, rel=0.2)
+    # The longest of three of such layers lasts about 1.4 times the mean.
+    assert fmean(three) == pytest.approx(LAYERS * (140 + 100), rel=0.05)
+    assert alone == gaps_us(profile, 1) != gaps_us(profile, 1, seed=1)
+    assert set(gaps_us(uneven(tmp_path / "even.json", 0.0), 1)) == {even}
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------------------------

@@ -401,7 +401,10 @@ class AttentionLoop(StepLoop):
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
         by_layer_us = tuple(times.attention_by_layer), tuple(times.ffn_by_layer)
-        self.flights = self.flights.plus(Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us))
+        squares = [sum(us * us for us in layers) for layers in by_layer_us]
+        self.flights = self.flights.plus(
+            Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us, *squares)
+        )
         self.prompt_tokens += flight.batch.prompt_tokens
         self._count_experts(flight)
 

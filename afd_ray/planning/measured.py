@@ -118,7 +118,8 @@ def _read(file: Path) -> Measured:
 def estimate(points: Points, at: float) -> Estimate:
     """From (work, microseconds), at least one: along the line through the two points around `at`.
 
-    Beyond the first or last point the line through the two nearest goes on; a single point is scaled in proportion.
+    Beyond the first or last point the line through the two nearest goes on, but less work never takes less than in proportion, nor more work less time;
+    a single point is scaled in proportion.
     """
     known = sorted(_medians(points).items())
     if len(known) == 1:
@@ -126,7 +127,12 @@ def estimate(points: Points, at: float) -> Estimate:
         return Estimate(us * at / work, at == work)
     above = next((i for i, (work, _) in enumerate(known) if i and work >= at), len(known) - 1)
     (left, left_us), (right, right_us) = known[above - 1 : above + 1]
-    return Estimate(left_us + (right_us - left_us) * (at - left) / (right - left), left <= at <= right)
+    us = left_us + (right_us - left_us) * (at - left) / (right - left)
+    if at < left:
+        us = max(us, left_us * at / left)
+    elif at > right:
+        us = max(us, right_us)
+    return Estimate(us, left <= at <= right)
 
 
 def _medians(points: Points) -> dict[float, float]:

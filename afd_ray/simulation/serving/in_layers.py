@@ -6,6 +6,8 @@ rows are routed, instances that got none do not get ahead.
 """
 
 import heapq
+import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +27,23 @@ MakeRank = Callable[[], SlotRank]
 class _Flight:
     """One micro-batch of an attention rank on its way through the layers."""
 
-    __slots__ = ("batch", "began_ps", "context", "layer", "observed", "rows", "since", "stages_us", "transfer_ps", "under_way")
+    __slots__ = (
+        "batch",
+        "began_ps",
+        "context",
+        "layer",
+        "observed",
+        "rows",
+        "since",
+        "spread",
+        "stages_us",
+        "transfer_ps",
+        "under_way",
+    )
 
-    def __init__(self, batch: MicroBatch, began_ps: int, stages_us: Sequence[float], transfer_ps: int) -> None:
-        """`stages_us`: of attention, layer after layer, and then the head. `transfer_ps`: one way."""
-        self.batch, self.began_ps, self.stages_us, self.transfer_ps = batch, began_ps, stages_us, transfer_ps
+    def __init__(self, batch: MicroBatch, began_ps: int, stages_us: Sequence[float], spread: float, transfer_ps: int) -> None:
+        """`stages_us`: of attention, layer after layer, and then the head, on average; `spread` as `StageModel` has it. `transfer_ps`: one way."""
+        self.batch, self.began_ps, self.stages_us, self.spread, self.transfer_ps = batch, began_ps, stages_us, spread, transfer_ps
         self.rows, self.context = batch.rows, context_of(batch)
         self.layer = self.since = 0
         self.under_way = False
@@ -56,7 +70,8 @@ class _Slot:
         self.wave: Wave | None = None
         self.layer = 0
         self.stages_us: Sequence[float] = ()
-        """Of the wave's layers."""
+        """Of the wave's layers, on average."""
+        self.spread = 0.0
         self.arrived: set[int] = set()
         """Attention ranks whose rows are here; those of the next wave may come early."""
 
@@ -67,9 +82,17 @@ class LayerCluster(Cluster):
     plans_itself = True
 
     def __init__(
-        self, stages: StageModel, layers: int, make_rank: MakeRank, log: Log, token_budget: int, slots: int, adaptive: bool
+        self,
+        stages: StageModel,
+        layers: int,
+        make_rank: MakeRank,
+        log: Log,
+        token_budget: int,
+        slots: int,
+        adaptive: bool,
+        seed: int = 0,
     ) -> None:
-        """`slots`: micro-batches in flight at most; `adaptive`: each rank uses as many of them as pay."""
+        """`slots`: micro-batches in flight at most; `adaptive`: each rank uses as many of them as pay. `seed`: of what stages last."""
         super().__init__(stages, layers, log, token_budget)
         self.micro_batches = slots
         self._most, self._adaptive, self._make_rank = slots, adaptive, make_rank
@@ -83,6 +106,7 @@ class LayerCluster(Cluster):
         self._stirred: set[int] = set()
         """Ranks that have been given something, and have yet to look."""
         self._company = stages.company(1)
+        self._random = random.Random(seed)
 
     @property
     def ranks(self) -> Sequence[SlotRank]:
@@ -190,7 +214,8 @@ class LayerCluster(Cluster):
                 self._start(self._conductor.park(index, slot))
             return False
         transfer_ps = picoseconds(self._stages.transfer_us(batch.rows) / 2)
-        loop.flights[slot] = _Flight(batch, self.now_ps, self._attention_us(index, batch), transfer_ps)
+        spread = self._stages.attention_spread(batch.rows)
+        loop.flights[slot] = _Flight(batch, self.now_ps, self._attention_us(index, batch), spread, transfer_ps)
         loop.parked[slot] = False
         self._meet()
         self._start(self._conductor.announce(index, slot, batch.rows))
@@ -206,7 +231,7 @@ class LayerCluster(Cluster):
     def _attend(self, index: int, slot: int) -> None:
         """The flight's next layer, or the head."""
         flight = self._flight(index, slot)
-        us = self._company.attention * flight.stages_us[flight.layer]
+        us = self._company.attention * flight.stages_us[flight.layer] * self._chance(flight.spread)
         done = self._dispatch if flight.layer < self._layers else self._finish
         self._loops[index].busy = flight.under_way = True
         flight.observed.attended(us)
@@ -246,6 +271,13 @@ class LayerCluster(Cluster):
         """Who has work has changed, or may have."""
         self._company = self._stages.company(max(1, sum(any(loop.flights) for loop in self._loops)))
 
+    def _chance(self, spread: float) -> float:
+        """How many times as long as on average a stage lasts: log-normal, 1 in the mean."""
+        if not spread:
+            return 1.0
+        variance = math.log(1 + spread * spread)
+        return self._random.lognormvariate(-variance / 2, math.sqrt(variance))
+
     def _transfer_ps(self, flight: _Flight) -> int:
         return round(self._company.transfer * flight.transfer_ps)
 
@@ -284,6 +316,7 @@ class LayerCluster(Cluster):
         slot.wave, slot.layer = wave, 0
         mean_us = self._stages.ffn_us(rows, self.shape) * self._slowest_ffn
         slot.stages_us = [mean_us * share for share in self._stages.ffn_by_layer(rows, self._layers)]
+        slot.spread = self._stages.ffn_spread(rows)
         self._serve()
 
     def _arrive(self, index: int, slot: int) -> None:
@@ -303,7 +336,7 @@ class LayerCluster(Cluster):
             return
         self._turns.remove(index)
         self._turns.append(index)
-        us = self._company.ffn * slots[index].stages_us[slots[index].layer]
+        us = self._company.ffn * slots[index].stages_us[slots[index].layer] * self._chance(slots[index].spread)
         self._ffn_busy = True
         self._after(picoseconds(us), self._pass_on, index, us)
 

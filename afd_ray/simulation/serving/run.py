@@ -40,7 +40,7 @@ class Simulation:
     def __init__(self, scene: Scene, arrivals: Iterator[Arrival], policy: Policy, seed: int = 0) -> None:
         config, scaling = scene.config, scene.config.autoscaling
         self.measures = Measures(scaling.tpot_target_ms, scaling.ttft_target_ms, scaling.period_s)
-        self.cluster = scene.cluster(self.measures)
+        self.cluster = scene.cluster(self.measures, seed)
         self.pools = Pools(scene, self.cluster, lambda wait_s, what: self.at(self.now_s + wait_s, what))
         self.watch = Watch(scene, self.cluster, self.pools, self.measures)
         self.state: State = {}

@@ -57,7 +57,7 @@ class Scene(NamedTuple):
         """What the policy is asked for."""
         return Goals.of(self.config.autoscaling, self.config.ffn.tensor_parallel)
 
-    def cluster(self, log: Log) -> Cluster:
+    def cluster(self, log: Log, seed: int) -> Cluster:
         """Nobody in it yet."""
         config, blocks = self.config, self.kv_blocks
         budget, micro_batches = config.pipeline.max_tokens_per_micro_batch, config.pipeline.micro_batches
@@ -69,7 +69,7 @@ class Scene(NamedTuple):
         }
         if config.simulation.detail == "layers":
             slots, adaptive = self.slots, micro_batches == "auto"
-            return LayerCluster(self.stages, self.layers, lambda: SlotRank(**sizes), log, budget, slots, adaptive)
+            return LayerCluster(self.stages, self.layers, lambda: SlotRank(**sizes), log, budget, slots, adaptive, seed)
         kind = ScheduledRank if self.step_by_step else CountedRank
         return RoundCluster(self.stages, self.layers, lambda costs: kind(costs=costs, **sizes), log, budget)
 

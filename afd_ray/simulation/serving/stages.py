@@ -45,12 +45,20 @@ class StageModel(Protocol):
         """How many times as long as that each layer lasts, and then the head: as many as there are layers in all."""
         ...
 
+    def attention_spread(self, rows: float) -> float:
+        """How much a layer differs from micro-batch to micro-batch: its standard deviation as a share of its mean."""
+        ...
+
     def ffn_us(self, rows: float, shape: Shape) -> float:
         """For the rows of all attention ranks together."""
         ...
 
     def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
         """How many times as long as that each layer lasts."""
+        ...
+
+    def ffn_spread(self, rows: float) -> float:
+        """As `attention_spread`."""
         ...
 
     def transfer_us(self, rows: float) -> float:
@@ -85,6 +93,12 @@ class LinearStages(NamedTuple):
     def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
         return (1.0,) * layers
 
+    def attention_spread(self, rows: float) -> float:
+        return 0.0
+
+    def ffn_spread(self, rows: float) -> float:
+        return 0.0
+
     def ffn_us(self, rows: float, shape: Shape) -> float:
         if self.scaling == "shared":
             return self.ffn.duration_us(rows) / shape.ranks
@@ -111,7 +125,8 @@ class Profile:
     The file (`read`) is JSON: {"attention": [{"rows", "context_tokens", "us"}, ...], "ffn": [{"rows", "us", "ranks"}, ...],
     "transfer": [{"bytes", "us"}, ...], "bytes_per_row"}; microseconds of one layer of one micro-batch, `context_tokens` of all its rows together,
     `ranks` the FFN ranks that were there (default 1), transfers both ways. A point's `by_layer`, if it has one, is how many times `us` each layer lasted,
-    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
+    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. Its `spread`, if it has one, is the standard deviation
+    of a layer from micro-batch to micro-batch, as a share of the mean. `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
     ranks had work at all these points, and points at which one alone had.
     """
 
@@ -129,6 +144,7 @@ class Profile:
         self._transfer = _curve(transfer) if transfer else _curve([(0.0, 0.0)])
         self._ranks, self._alone = 1, Company()
         self._attention_by_layer, self._ffn_by_layer = _Layers(attention_by_layer or {}), _Layers(ffn_by_layer or {})
+        self._attention_spread = self._ffn_spread = _curve([(0.0, 0.0)])
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
@@ -142,6 +158,7 @@ class Profile:
                 [(p["bytes"] / width, p["us"]) for p in raw.get("transfer", [])],
                 *(_layers_of(raw[role]) for role in ("attention", "ffn")),
             )
+            profile._attention_spread, profile._ffn_spread = (_spreads_of(raw[role]) for role in ("attention", "ffn"))
             profile._compare(raw.get("alone", {}), width)
             return profile
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -155,6 +172,12 @@ class Profile:
 
     def ffn_by_layer(self, rows: float, layers: int) -> Sequence[float]:
         return self._ffn_by_layer.at(rows, (1.0,) * layers)
+
+    def attention_spread(self, rows: float) -> float:
+        return float(np.interp(rows, *self._attention_spread))
+
+    def ffn_spread(self, rows: float) -> float:
+        return float(np.interp(rows, *self._ffn_spread))
 
     def ffn_us(self, rows: float, shape: Shape) -> float:
         measured = min(self._ffn, key=lambda ranks: (abs(math.log(ranks / shape.ranks)), ranks))
@@ -206,6 +229,11 @@ def _layers_of(points: Sequence[Mapping[str, Any]]) -> dict[float, list[float]]:
         if point.get("by_layer"):
             measured.setdefault(float(point["rows"]), []).append([float(share) for share in point["by_layer"]])
     return {rows: [statistics.median(layer) for layer in zip(*of_rows, strict=True)] for rows, of_rows in measured.items()}
+
+
+def _spreads_of(points: Sequence[Mapping[str, Any]]) -> tuple["np.ndarray", "np.ndarray"]:
+    """Of the points that have one, by rows."""
+    return _curve([(float(point["rows"]), float(point["spread"])) for point in points if "spread" in point] or [(0.0, 0.0)])
 
 
 def line_of(pace: Pace | None) -> CostLine:
