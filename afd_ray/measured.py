@@ -33,18 +33,21 @@ class Flights:
     attention_by_layer_us: tuple[float, ...] = ()
     """Layer after layer, and then the head."""
     ffn_by_layer_us: tuple[float, ...] = ()
-    attention_squares: float = 0.0
-    """Of each the squares of all the durations in `attention_by_layer_us`."""
-    ffn_squares: float = 0.0
+    attention_changes_us: float = 0.0
+    """How far each layer's duration was from that in the slot's micro-batch before, where that had as many rows."""
+    attention_compared_us: float = 0.0
+    """Of those pairs both durations together."""
+    ffn_changes_us: float = 0.0
+    ffn_compared_us: float = 0.0
 
     @property
     def attention_spread(self) -> float:
-        """How much a layer differs from micro-batch to micro-batch: its standard deviation as a share of its mean, over all layers."""
-        return _spread(self.attention_by_layer_us, self.attention_squares, self.count)
+        """How much a layer differs from micro-batch to micro-batch: the Gini coefficient of its durations, 0 to 1. Drifts have no part in it."""
+        return self.attention_changes_us / self.attention_compared_us if self.attention_compared_us else 0.0
 
     @property
     def ffn_spread(self) -> float:
-        return _spread(self.ffn_by_layer_us, self.ffn_squares, self.count)
+        return self.ffn_changes_us / self.ffn_compared_us if self.ffn_compared_us else 0.0
 
     def plus(self, other: "Flights") -> "Flights":
         return self._with(other, operator.add)
@@ -63,26 +66,20 @@ class Flights:
             tuple(starmap(combine, zip_longest(mine, others, fillvalue=0.0)))
             for mine, others in zip(self._by_layer, other._by_layer, strict=True)
         )
-        squares = map(combine, self._squares, other._squares)
-        return Flights(*map(combine, self._sums(), other._sums()), *layers, *squares)
+        changes = map(combine, self._changes, other._changes)
+        return Flights(*map(combine, self._sums(), other._sums()), *layers, *changes)
 
     @property
     def _by_layer(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.attention_by_layer_us, self.ffn_by_layer_us
 
     @property
-    def _squares(self) -> tuple[float, float]:
-        return self.attention_squares, self.ffn_squares
+    def _changes(self) -> tuple[float, ...]:
+        return self.attention_changes_us, self.attention_compared_us, self.ffn_changes_us, self.ffn_compared_us
 
     def _sums(self) -> tuple[Any, ...]:
         times = self.attention_us, self.ffn_us, self.transfers, self.transfer_us
         return self.count, self.rows, self.context_tokens, *times
-
-
-def _spread(sums: Iterable[float], squares: float, count: int) -> float:
-    """Of `count` samples of several quantities each, from their sums and the sum of all squares."""
-    of_means = sum(each * each for each in sums)
-    return max(0.0, squares * count / of_means - 1) ** 0.5 if of_means else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,11 @@ import json
 import random
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 
 import pytest
 
+from afd_ray.engine.stage_costs import FlightTimes
 from afd_ray.lookback import PERIOD_S, WINDOW_S, Lookback
 from afd_ray.measured import Flights, Measured, MeasuredFFN
 from tests.measured_scenes import histogram
@@ -53,14 +55,16 @@ def test_a_difference_has_what_happened_between_and_what_is_now() -> None:
 
 
 def test_how_much_layers_differ_from_micro_batch_to_micro_batch_is_told_from_sums() -> None:
-    """The second layer lasts four times as long as the first; both last 1.5 or 0.5 times their mean."""
-    seen = [(15.0, 60.0), (5.0, 20.0)]
-    flights = reduce(
-        Flights.plus, [Flights(1, attention_by_layer_us=us, attention_squares=sum(x * x for x in us)) for us in seen]
-    )
-    assert flights.attention_spread == pytest.approx(0.5)
-    assert (flights.minus(flights).attention_spread, flights.ffn_spread) == (0.0, 0.0)
-    assert flights.plus(flights).minus(flights) == flights
+    """The second layer lasts four times as long as the first, and both by turns 1.5 and 0.5 times their mean."""
+    seen = [FlightTimes() for _ in range(9)]
+    for number, times in enumerate(seen):
+        for mean in (10.0, 40.0):
+            times.attended(mean * (1.5 if number % 2 else 0.5))
+            times.fed(mean)
+    every = reduce(Flights.plus, [Flights(1, 0, 0, 0, 0, 0, 0, (), (), *now.changes(before)) for before, now in pairwise(seen)])
+    assert (every.attention_spread, every.ffn_spread) == (0.5, 0.0)
+    assert every.minus(every).attention_spread == 0.0
+    assert every.plus(every).minus(every) == every
 
 
 def test_a_histogram_less_an_earlier_one_has_the_quantiles_of_what_came_between() -> None:

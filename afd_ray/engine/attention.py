@@ -22,7 +22,7 @@ from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
 from afd_ray.engine.request_clocks import RequestClocks
 from afd_ray.engine.sampling import sample
 from afd_ray.engine.scheduler import Scheduler
-from afd_ray.engine.stage_costs import StageCosts, StageMeter
+from afd_ray.engine.stage_costs import FlightTimes, StageCosts, StageMeter
 from afd_ray.handoff.message import Header, Kind, Message
 from afd_ray.handoff.routing import RowRouting, row_owners
 from afd_ray.handoff.rows import id_dtype, pack_rows
@@ -57,6 +57,8 @@ class AttentionLoop(StepLoop):
         self.expert_loads = torch.zeros(half.config.moe_num_experts, dtype=torch.int64)
         """How many rows chose each expert in this epoch, over all layers; replaced, never changed, at the end of a micro-batch."""
         self._flights: list[Flight | None] = []
+        self._before: list[tuple[int, FlightTimes] | None] = []
+        """Of each slot the rows and times of its last micro-batch."""
         self._parked: list[bool] = []
         self._work_came = False
         self._boundary = Boundary()
@@ -132,7 +134,7 @@ class AttentionLoop(StepLoop):
         slots = wire.epoch.micro_batches
         self.scheduler.reslot(slots)
         self.scheduler.epoch = wire.epoch.number
-        self._flights = [None] * slots
+        self._flights, self._before = [None] * slots, [None] * slots
         self._parked = [True] * slots
         experts, device = wire.epoch.expert_map(self.half.config), wire.mesh.device
         self._routing = RowRouting(experts, wire.epoch.routed, None if wire.epoch.routed else device)
@@ -401,9 +403,11 @@ class AttentionLoop(StepLoop):
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
         by_layer_us = tuple(times.attention_by_layer), tuple(times.ffn_by_layer)
-        squares = [sum(us * us for us in layers) for layers in by_layer_us]
+        slot = flight.batch.slot
+        before, self._before[slot] = self._before[slot], (rows, times)
+        changes = times.changes(before[1]) if before is not None and before[0] == rows else ()
         self.flights = self.flights.plus(
-            Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us, *squares)
+            Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us, *changes)
         )
         self.prompt_tokens += flight.batch.prompt_tokens
         self._count_experts(flight)

@@ -1,5 +1,7 @@
 """What a stage costs by its rows and their context, learned from the stages that were run."""
 
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +158,11 @@ class FlightTimes:
     def ffn(self) -> float:
         return sum(self.ffn_by_layer)
 
+    def changes(self, before: "FlightTimes") -> tuple[float, float, float, float]:
+        """How far the attention layers are from those of another micro-batch, and the sum of both; the same of the FFN's."""
+        attention = _changes(self.attention_by_layer, before.attention_by_layer)
+        return *attention, *_changes(self.ffn_by_layer, before.ffn_by_layer)
+
     def attended(self, duration_us: float) -> None:
         """The attention rank worked on its next layer, or on the head."""
         self.attention_by_layer.append(duration_us)
@@ -174,6 +181,10 @@ class FlightTimes:
         if carried is not None:
             self.carried += carried
             self.carries += 1
+
+
+def _changes(now: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
+    return sum(map(abs, map(operator.sub, now, before))), sum(now) + sum(before)
 
 
 class StageMeter:

@@ -9,6 +9,7 @@ import heapq
 import math
 import random
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from afd_ray.engine.pipeline import Ready, micro_batches_for, next_slot
@@ -272,11 +273,14 @@ class LayerCluster(Cluster):
         self._company = self._stages.company(max(1, sum(any(loop.flights) for loop in self._loops)))
 
     def _chance(self, spread: float) -> float:
-        """How many times as long as on average a stage lasts: log-normal, 1 in the mean."""
+        """How many times as long as on average a stage lasts: log-normal, 1 in the mean, of this Gini coefficient.
+
+        That one because the longer of two then lasts 1 + `spread` in the mean, however the real ones are distributed.
+        """
         if not spread:
             return 1.0
-        variance = math.log(1 + spread * spread)
-        return self._random.lognormvariate(-variance / 2, math.sqrt(variance))
+        sigma = math.sqrt(2) * NormalDist().inv_cdf((1 + spread) / 2)
+        return self._random.lognormvariate(-sigma * sigma / 2, sigma)
 
     def _transfer_ps(self, flight: _Flight) -> int:
         return round(self._company.transfer * flight.transfer_ps)

@@ -111,9 +111,9 @@ def shares(by_layer_us: Sequence[float], mean_us: float) -> list[float]:
     return [round(us / mean_us, 3) for us in by_layer_us] if mean_us else []
 
 
-def spread_of(count: int, spread: float) -> dict[str, float]:
-    """Of so many micro-batches; empty where they are too few to tell."""
-    return {"spread": round(spread, 3)} if count >= LEAST_FLIGHTS else {}
+def spread_of(compared_us: float, spread: float) -> dict[str, float]:
+    """Empty where no micro-batch could be compared with the one before."""
+    return {"spread": round(spread, 3)} if compared_us else {}
 
 
 class Points:
@@ -136,14 +136,14 @@ class Points:
         for own in spans:
             rows, context = round(own.rows / own.count, 1), round(own.context_tokens / own.count)
             us, layers = round(own.attention_us / own.count, 2), shares(own.attention_by_layer_us, own.attention_us)
-            spread = spread_of(own.count, own.attention_spread)
+            spread = spread_of(own.attention_compared_us, own.attention_spread)
             attention.append({"rows": rows, "context_tokens": context, "us": us, "by_layer": layers} | spread)
             if own.transfers and trial.requests <= facts.attention:
                 transfer.append({"bytes": round(rows * facts.bytes_per_row), "us": round(own.transfer_us / own.transfers, 2)})
         if spans:
             every, waves = reduce(Flights.plus, spans), max(own.count for own in spans)
             rows, us = round(every.rows / waves, 1), round(every.ffn_us / every.count, 2)
-            layers, spread = shares(every.ffn_by_layer_us, every.ffn_us), spread_of(waves, every.ffn_spread)
+            layers, spread = shares(every.ffn_by_layer_us, every.ffn_us), spread_of(every.ffn_compared_us, every.ffn_spread)
             ffn = {"rows": rows, "us": us, "ranks": facts.ffn, "by_layer": layers} | spread
             self._taken.setdefault(trial, []).append(Trio(attention, [ffn], transfer))
 

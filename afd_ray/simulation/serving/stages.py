@@ -46,7 +46,7 @@ class StageModel(Protocol):
         ...
 
     def attention_spread(self, rows: float) -> float:
-        """How much a layer differs from micro-batch to micro-batch: its standard deviation as a share of its mean."""
+        """How much a layer differs from micro-batch to micro-batch: the Gini coefficient of how long it lasts, 0 to less than 1."""
         ...
 
     def ffn_us(self, rows: float, shape: Shape) -> float:
@@ -125,8 +125,8 @@ class Profile:
     The file (`read`) is JSON: {"attention": [{"rows", "context_tokens", "us"}, ...], "ffn": [{"rows", "us", "ranks"}, ...],
     "transfer": [{"bytes", "us"}, ...], "bytes_per_row"}; microseconds of one layer of one micro-batch, `context_tokens` of all its rows together,
     `ranks` the FFN ranks that were there (default 1), transfers both ways. A point's `by_layer`, if it has one, is how many times `us` each layer lasted,
-    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. Its `spread`, if it has one, is the standard deviation
-    of a layer from micro-batch to micro-batch, as a share of the mean. `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
+    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. Its `spread`, if it has one, says how much
+    a layer differs from micro-batch to micro-batch: the mean distance of two as a share of their sum (Gini coefficient). `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
     ranks had work at all these points, and points at which one alone had.
     """
 
