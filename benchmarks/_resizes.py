@@ -115,9 +115,9 @@ class Scaled(NamedTuple):
 
     @property
     def apart_s(self) -> float:
-        """The most that a resize was decided earlier or later than its like."""
+        """The most that a resize was decided earlier or later than its like, to a tenth: live decisions come some milliseconds late."""
         pairs = zip(self.live_moves, self.simulated_moves, strict=False)
-        return max((abs(one.at_s - other.at_s) for one, other in pairs), default=0.0)
+        return max((round(abs(one.at_s - other.at_s), 1) for one, other in pairs), default=0.0)
 
     @property
     def alike(self) -> bool:
