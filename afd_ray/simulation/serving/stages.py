@@ -1,16 +1,16 @@
 """How long simulated stages last: from lines (paced actors), from a cost model, or from a profile of a live cluster."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from afd_ray.config import Pace
 from afd_ray.engine.stage_costs import CostLine
+from afd_ray.simulation.serving.profile_file import Alone, AttentionPoint, FfnPoint, ProfileFile
 
 Scaling = Literal["shared", "routed", "none"]
 
@@ -122,12 +122,7 @@ def share_of_rows(instances: int, experts: int, chosen: int) -> float:
 class Profile:
     """Measured stage times, between the measured points by straight lines, beyond them by the nearest one.
 
-    The file (`read`) is JSON: {"attention": [{"rows", "context_tokens", "us"}, ...], "ffn": [{"rows", "us", "ranks"}, ...],
-    "transfer": [{"bytes", "us"}, ...], "bytes_per_row"}; microseconds of one layer of one micro-batch, `context_tokens` of all its rows together,
-    `ranks` the FFN ranks that were there (default 1), transfers both ways. A point's `by_layer`, if it has one, is how many times `us` each layer lasted,
-    of attention the head behind them; it holds for the numbers of rows that are nearest to the point's. Its `spread`, if it has one, says how much
-    a layer differs from micro-batch to micro-batch: the mean distance of two as a share of their sum (Gini coefficient). `alone`, if it is there: {"ranks", "attention", "ffn", "transfer"}, how many attention
-    ranks had work at all these points, and points at which one alone had.
+    `ProfileFile` says what there is of each: numbers of rows, context, layers, how much they differ, and what one rank alone measured.
     """
 
     def __init__(
@@ -148,21 +143,19 @@ class Profile:
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
-        """Raises ValueError in one line when the file is not a profile."""
-        try:
-            raw = json.loads(path.read_text())
-            width = float(raw.get("bytes_per_row", 1.0))
-            profile = cls(
-                [(p["rows"], p["context_tokens"], p["us"]) for p in raw["attention"]],
-                [(p["rows"], p["us"], p.get("ranks", 1)) for p in raw["ffn"]],
-                [(p["bytes"] / width, p["us"]) for p in raw.get("transfer", [])],
-                *(_layers_of(raw[role]) for role in ("attention", "ffn")),
-            )
-            profile._attention_spread, profile._ffn_spread = (_spreads_of(raw[role]) for role in ("attention", "ffn"))
-            profile._compare(raw.get("alone", {}), width)
-            return profile
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}: is no profile of stage times: {error!r}") from None
+        """Raises ValueError in one line when the file is not a profile, OSError when it cannot be read."""
+        file = ProfileFile.read(path)
+        width = file.bytes_per_row
+        profile = cls(
+            [(p.rows, p.context_tokens, p.us) for p in file.attention],
+            [(p.rows, p.us, p.ranks) for p in file.ffn],
+            [(p.bytes / width, p.us) for p in file.transfer],
+            _layers_of(file.attention),
+            _layers_of(file.ffn),
+        )
+        profile._attention_spread, profile._ffn_spread = _spreads_of(file.attention), _spreads_of(file.ffn)
+        profile._compare(file.alone, width)
+        return profile
 
     def attention_us(self, rows: float) -> tuple[float, float]:
         return _between(rows, self._rows, self._fixed), _between(rows, self._rows, self._per_token)
@@ -192,17 +185,17 @@ class Profile:
         share = (busy - 1) / (self._ranks - 1)
         return Company(*(alone + (1 - alone) * share for alone in self._alone))
 
-    def _compare(self, alone: Mapping[str, Any], width: float) -> None:
+    def _compare(self, alone: Alone, width: float) -> None:
         """What one rank alone measured, with what is said of all of them."""
-        self._ranks = int(alone.get("ranks", 1))
+        self._ranks = alone.ranks
         ratios: tuple[list[float], ...] = ([], [], [])
-        for point in alone.get("attention", ()):
-            fixed, per_token = self.attention_us(point["rows"])
-            ratios[0].append(point["us"] / (fixed + per_token * point["context_tokens"]))
-        for point in alone.get("ffn", ()):
-            ratios[1].append(point["us"] / self.ffn_us(point["rows"], Shape(point["ranks"])))
-        for point in alone.get("transfer", ()):
-            ratios[2].append(point["us"] / max(1e-3, self.transfer_us(point["bytes"] / width)))
+        for attention in alone.attention:
+            fixed, per_token = self.attention_us(attention.rows)
+            ratios[0].append(attention.us / max(1e-3, fixed + per_token * attention.context_tokens))
+        for ffn in alone.ffn:
+            ratios[1].append(ffn.us / max(1e-3, self.ffn_us(ffn.rows, Shape(ffn.ranks))))
+        for transfer in alone.transfer:
+            ratios[2].append(transfer.us / max(1e-3, self.transfer_us(transfer.bytes / width)))
         self._alone = Company(*(statistics.median(found) if found else 1.0 for found in ratios))
 
 
@@ -222,18 +215,18 @@ class _Layers:
         return found if len(found) == len(otherwise) else otherwise
 
 
-def _layers_of(points: Sequence[Mapping[str, Any]]) -> dict[float, list[float]]:
+def _layers_of(points: Sequence[AttentionPoint] | Sequence[FfnPoint]) -> dict[float, list[float]]:
     """Of the points that have them; of those of one number of rows the medians."""
     measured: dict[float, list[Sequence[float]]] = {}
     for point in points:
-        if point.get("by_layer"):
-            measured.setdefault(float(point["rows"]), []).append([float(share) for share in point["by_layer"]])
+        if point.by_layer:
+            measured.setdefault(point.rows, []).append(point.by_layer)
     return {rows: [statistics.median(layer) for layer in zip(*of_rows, strict=True)] for rows, of_rows in measured.items()}
 
 
-def _spreads_of(points: Sequence[Mapping[str, Any]]) -> tuple["np.ndarray", "np.ndarray"]:
+def _spreads_of(points: Sequence[AttentionPoint] | Sequence[FfnPoint]) -> tuple["np.ndarray", "np.ndarray"]:
     """Of the points that have one, by rows."""
-    return _curve([(float(point["rows"]), float(point["spread"])) for point in points if "spread" in point] or [(0.0, 0.0)])
+    return _curve([(point.rows, point.spread) for point in points if point.spread is not None] or [(0.0, 0.0)])
 
 
 def line_of(pace: Pace | None) -> CostLine:
