@@ -71,7 +71,9 @@ class Profiler:
     def __init__(self, subject: Subject) -> None:
         """Raises RuntimeError, one line, when it has no stages to measure."""
         self._subject, self._drawn = subject, random.Random(0)
-        self._facts = facts = Facts(**subject.measured()["facts"])
+        began = subject.measured()
+        self._facts = facts = Facts(**began["facts"])
+        self._epoch = began["epoch"]
         if not facts.ffn:
             raise RuntimeError("a colocated cluster has no stages apart to measure")
         self._points = Points(facts)
@@ -79,10 +81,15 @@ class Profiler:
         """Of a round."""
 
     def round(self) -> Iterator[None]:
-        """Every trial once; something is yielded before each."""
+        """Every trial once; something is yielded before each. Raises RuntimeError, one line, when the cluster is resized or repaired."""
         for trial in self.trials:
             yield
-            self._points.add(trial, span_of(trial, run_trial(self._subject, trial, self._facts, self._drawn)))
+            looks = run_trial(self._subject, trial, self._facts, self._drawn)
+            if any(look.epoch != self._epoch for look in looks):
+                raise RuntimeError(
+                    "the cluster was resized meanwhile: a profile is of one shape (autoscaling.policy fixed keeps it)"
+                )
+            self._points.add(trial, span_of(trial, looks))
 
     def dump(self, about: dict[str, Any]) -> dict[str, Any]:
         """The profile (`simulation.profile`) by all rounds so far, as JSON values; raises RuntimeError, one line, when nothing could be measured."""

@@ -1,5 +1,6 @@
 """A policy that raises, answers nonsense or takes too long changes nothing."""
 
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,11 @@ NONSENSE = {
     "a huge state": Decision(Counts(1, 1), "?", {"all": list(range(100_000))}),
     "no reason": Decision(Counts(1, 1), 5),  # type: ignore[arg-type]
 }
+
+
+def test_a_policy_that_exits_ends_nothing() -> None:
+    decision = decide(lambda observation, state, now: sys.exit(7), SEEN, REMEMBERED, 0.0)
+    assert (decision.failed, decision.reason) == (True, "the policy raised SystemExit: 7")
 
 
 def test_a_policy_that_raises_leaves_all_as_it_is() -> None:

@@ -11,6 +11,7 @@ from actors import profiling
 from actors.cli import main
 from actors.profiling import ROUNDS, Prompts, profile
 from afd_ray.measured import Flights, Measured
+from afd_ray.simulation.serving.profile_file import ProfileFile
 from afd_ray.simulation.serving.profiling import Facts
 
 FACTS = Facts(
@@ -56,7 +57,9 @@ class Imagined:
         self._add(running=0, completions=self._sums.completions + len(prompts))
 
     def _fly(self, rows: int, count: int) -> None:
-        flown = Flights(count, count * rows, 0, count * (10.0 + 2 * rows), count * (5.0 + rows))
+        attention, ffn = count * (10.0 + 2 * rows), count * (5.0 + rows)
+        layers = FACTS.layers
+        flown = Flights(count, count * rows, 0, attention, ffn, 0, 0.0, (*layers * (attention,), 0.0), layers * (ffn,))
         self._add(flights=self._sums.flights.plus(flown))
 
     def _add(self, **changes: Any) -> None:
@@ -98,3 +101,24 @@ def test_mistakes_are_told_in_a_line(
 def test_without_a_server_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["profile", "--url", "http://127.0.0.1:1", "-o", str(tmp_path / "profile.json")]) == 1
     assert "no server at http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_the_file_is_written_and_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(profiling, "Served", lambda *args: Imagined())
+    path = tmp_path / "profile.json"
+    assert main(["profile", "--url", "http://127.0.0.1:1", "-o", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "attention, one rank" in shown
+    assert "FFN, the rows" in shown
+    found = ProfileFile.read(path)
+    assert {len(point.by_layer) for point in found.attention} == {FACTS.layers + 1}
+
+
+def test_a_cluster_that_is_resized_meanwhile_has_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, epochs = Imagined(), iter([1, 1, 1, 1, 1, 1])
+    measured = subject.measured
+    monkeypatch.setattr(subject, "measured", lambda: measured() | {"epoch": next(epochs, 2)})
+    with pytest.raises(RuntimeError, match="resized meanwhile"):
+        profile(subject, {"of": "a test"})

@@ -17,7 +17,7 @@ FFN = {"rows": 1, "us": 7.0}
     [
         ({"attention": []}, "attention: Tuple should have at least 1 item"),
         ({"ffn": None}, "ffn: Input should be a valid"),
-        ({"attention": [ATTENTION | {"us": -1}]}, "attention.0.us: Input should be greater than or equal to 0"),
+        ({"attention": [ATTENTION | {"us": -1}]}, "attention.0.us: Input should be greater than 0"),
         ({"attention": [ATTENTION | {"rows": 0}]}, "attention.0.rows: Input should be greater than 0"),
         ({"attention": [ATTENTION, ATTENTION | {"spread": 1}]}, "attention.1.spread: Input should be less than 1"),
         ({"ffn": [FFN | {"spread": "x"}]}, "ffn.0.spread: Input should be a valid number"),

@@ -55,11 +55,18 @@ def test_without_matplotlib_a_line_says_so(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
+def test_a_fraction_in_a_trace_is_no_files_suffix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--config", "simulate", "--trace", "poisson:duration_s=60,rate=0.5", "--policy", "fixed"]) == 0
+    assert "fixed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--trace", "nothing.csv"], "nothing.csv"),
         (["--trace", "weekly"], "no kind of trace"),
+        (["--trace", ""], "no kind of trace"),
+        (["--trace", "poisson:rate=0.5,prompt=0.5"], "prompt must be at least 1 and at most 1e+12, got 0.5"),
         (["--policy", "clever"], "autoscaling.policy: clever is not known"),
         (["--policy", "no_such_module:policy"], "cannot be loaded"),
         (["--config", "demo"], "attention.pace and ffn.pace must be given"),

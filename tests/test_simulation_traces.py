@@ -98,6 +98,7 @@ def test_public_formats_are_read(tmp_path: Path, name: str, text: str, arrivals:
     [
         ("a,b\n1,2\n", "no trace in"),
         ('{"timestamp": 0}\n', ":1: cannot be read"),
+        ('{"timestamp": NaN, "input_length": 5, "output_length": 5}\n', ":1: its time must be a number, got nan"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,many,10\n", ":2: cannot be read"),
         (BURSTGPT + "3,,1,GPT-4,10,10,20,API log\n", ":5: comes before"),
     ],
@@ -112,3 +113,17 @@ def test_a_broken_trace_is_refused_with_the_line(tmp_path: Path, text: str, said
 def test_a_trace_is_drawn_as_it_is_asked_for() -> None:
     """A day at a thousand a second is not built to take its first request."""
     assert isinstance(next(islice(draw(parse_synthetic("diurnal:rate=1000"), 0), 1)), Arrival)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["rate=nan", "rate=2e6", "duration_s=inf", "prompt=0", "output=-4", "spread=-1", "swing=5", "burst=nan", "longest=0"],
+)
+def test_a_trace_that_makes_no_sense_is_refused_by_its_key(setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trace: {setting.partition('=')[0]} must be [^\n]* and at most [^\n]*, got "):
+        parse_synthetic(f"poisson:{setting}")
+
+
+def test_a_key_may_be_given_once() -> None:
+    with pytest.raises(ValueError, match="rate is given twice"):
+        parse_synthetic("poisson:rate=1,rate=2")

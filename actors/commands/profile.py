@@ -78,8 +78,9 @@ def _show(found: dict[str, Any]) -> None:
     for stage, title in titles.items():
         points = found[stage]
         table = Table(title=title, title_justify="left")
-        for column in points[0] if points else ():
+        columns = dict.fromkeys(name for point in points for name, value in point.items() if isinstance(value, int | float))
+        for column in columns:
             table.add_column(column.replace("_", " "), justify="right")
         for point in points:
-            table.add_row(*(f"{value:,.6g}" for value in point.values()))
+            table.add_row(*(f"{point[column]:,.6g}" if column in point else "" for column in columns))
         Console().print(table)

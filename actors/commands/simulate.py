@@ -81,13 +81,16 @@ def _show_progress(line: ProgressLine, length_s: float, now_s: float) -> None:
 
 def _trace(text: str, seed: int) -> tuple[Callable[[], "Iterator[Arrival]"], float]:
     """The arrivals, as often as they are asked for, and how long they go on."""
-    from afd_ray.simulation.serving import draw, parse_synthetic, read_trace
+    from afd_ray.simulation.serving import KINDS, draw, parse_synthetic, read_trace
 
     path = Path(text)
-    if path.suffix or path.exists():
-        last_s = 0.0
+    drawn = text.partition(":")[0] in KINDS  # 0.5 in it is no suffix
+    if text and (path.exists() or (path.suffix and not drawn)):
+        last_s = None
         for arrival in read_trace(path):
             last_s = arrival.at_s
+        if last_s is None:
+            raise ValueError(f"{text}: no request in it has a prompt and an answer")
         return lambda: read_trace(path), last_s
     synthetic = parse_synthetic(text)
     return lambda: draw(synthetic, seed), synthetic.duration_s

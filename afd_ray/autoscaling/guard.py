@@ -39,7 +39,7 @@ def decide(policy: Policy, observation: Observation, state: State, now: float) -
     """One guarded decision on the caller's thread; never raises."""
     try:
         answer: object = policy(observation, state, now)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _failed(observation, state, f"the policy raised {type(error).__name__}: {_shown(error)}")
     return checked(answer, observation, state)
 

@@ -16,7 +16,7 @@ def load_policy(name: str) -> Policy:
         raise ValueError(f"autoscaling.policy: {name} is not known, use {', '.join(BUILT_IN)} or module:function")
     try:
         policy = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise ValueError(f"autoscaling.policy: {name} cannot be loaded: {' '.join(str(error).split())}") from None
     if not callable(policy):
         raise ValueError(f"autoscaling.policy: {name} is no function")

@@ -5,9 +5,10 @@ from afd_ray.simulation.serving.run import Simulation, simulate
 from afd_ray.simulation.serving.scene import Scene
 from afd_ray.simulation.serving.stages import LinearStages, Profile
 from afd_ray.simulation.serving.trace_files import read_trace
-from afd_ray.simulation.serving.traces import Arrival, Synthetic, draw, parse_synthetic
+from afd_ray.simulation.serving.traces import KINDS, Arrival, Synthetic, draw, parse_synthetic
 
 __all__ = [
+    "KINDS",
     "Arrival",
     "LinearStages",
     "Outcome",

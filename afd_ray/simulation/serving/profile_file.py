@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 Spread = Annotated[float, Field(ge=0, lt=1)]
+Microseconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class _Record(BaseModel):
@@ -14,7 +15,7 @@ class _Record(BaseModel):
 
 class _Stage(_Record):
     rows: PositiveFloat
-    us: NonNegativeFloat
+    us: Microseconds
     """Of one layer of one micro-batch."""
     by_layer: tuple[NonNegativeFloat, ...] = ()
     """How many times `us` each layer lasted, of attention the head behind them; it holds for the numbers of rows that are nearest."""

@@ -9,6 +9,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain
@@ -26,6 +27,8 @@ def read_trace(path: Path) -> Iterator[Arrival]:
     first_s, last_s = None, 0.0
     with path.open(encoding="utf-8-sig", newline="") as lines:
         for number, (at_s, prompt, output) in _records(lines, path):
+            if not math.isfinite(at_s):
+                raise ValueError(f"{path}:{number}: its time must be a number, got {at_s}")
             if first_s is None:
                 first_s = at_s
             if output < 1 or prompt < 1:

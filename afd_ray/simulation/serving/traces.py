@@ -55,23 +55,40 @@ KINDS: Mapping[str, Mapping[str, float]] = {
 """The named kinds: what differs from `Synthetic`'s defaults."""
 
 
+LEAST: Mapping[str, float] = {"prompt": 1, "output": 1, "spread": 0, "swing": 0, "longest": 1}
+"""What the others may not even be is 0."""
+MOST: Mapping[str, float] = {"rate": 1e6, "swing": 1}
+UNBOUNDED = 1e12
+
+
 def parse_synthetic(text: str) -> Synthetic:
     """From `kind` or `kind:key=value,key=value`; raises ValueError in one line."""
     kind, _, settings = text.partition(":")
     if kind not in KINDS:
         raise ValueError(f"trace: {kind} is no file and no kind of trace, kinds are {', '.join(KINDS)}")
     values: dict[str, float] = dict(KINDS[kind])
+    given: set[str] = set()
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         if key not in Synthetic._fields:
             raise ValueError(f"trace: {key} is not known, {kind} takes {', '.join(Synthetic._fields)}")
-        try:
-            values[key] = float(value)
-        except ValueError:
-            raise ValueError(f"trace: {key} must be a number, got {value!r}") from None
-    if values.get("rate", 1) <= 0 or values.get("duration_s", 1) <= 0:
-        raise ValueError(f"trace: rate and duration_s must be more than 0, got {text}")
+        if key in given:
+            raise ValueError(f"trace: {key} is given twice, in {text}")
+        given.add(key)
+        values[key] = _bounded(key, value)
     return Synthetic(**values)
+
+
+def _bounded(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"trace: {key} must be a number, got {text!r}") from None
+    least, most = LEAST.get(key), MOST.get(key, UNBOUNDED)
+    if not (value > 0 if least is None else value >= least) or not value <= most:
+        bounds = "more than 0" if least is None else f"at least {least:g}"
+        raise ValueError(f"trace: {key} must be {bounds} and at most {most:g}, got {text}")
+    return value
 
 
 def draw(trace: Synthetic, seed: int) -> Iterator[Arrival]:
