@@ -94,7 +94,7 @@ class Profiler:
     def dump(self, about: dict[str, Any]) -> dict[str, Any]:
         """The profile (`simulation.profile`) by all rounds so far, as JSON values; raises RuntimeError, one line, when nothing could be measured."""
         if not self._points:
-            raise RuntimeError("nothing was measured: the cluster served other requests, or was resized, all the while")
+            raise RuntimeError("nothing was measured: the cluster served other requests all the while")
         return self._points.dump(about | {"attention": self._facts.attention, "ffn": self._facts.ffn})
 
     def _steps(self) -> int:

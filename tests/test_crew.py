@@ -38,6 +38,15 @@ async def begin(crew: Crew, number: int, attention: list[str], ffn: list[list[st
     await asyncio.gather(providing, return_exceptions=True)
 
 
+async def test_an_actor_that_ends_before_it_is_looked_up_stops_nothing(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heir = Crew(parse_config({"model": {"path": str(tiny_directory)}}), b"s" * 32, uuid.uuid4().hex[:8], NAMESPACE, "")
+    gone = {"namespace": NAMESPACE, "name": f"afd-{heir.uid}-attention-9"}
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: [gone])
+    assert heir.adopt([]) == heir.adopt([]) == []
+
+
 async def test_the_next_controller_ends_what_the_last_one_had_only_begun_to_start(tiny_directory: Path) -> None:
     config = parse_config({"model": {"path": str(tiny_directory)}})
     crew, heir = (Crew(config, b"s" * 32, uid, NAMESPACE, "") for uid in 2 * [uuid.uuid4().hex[:8]])

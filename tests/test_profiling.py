@@ -24,11 +24,11 @@ FACTS = Facts(
 )
 
 
-def look(flights: Flights, running: int = 2, completions: int = 0, prompt_tokens: int = 16, epoch: int = 1) -> Look:
+def look(flights: Flights, running: int = 2, completions: int = 0, prompt_tokens: int = 16) -> Look:
     rank = Measured(
         0.0, 1.0, running=running, completions=completions, prompt_tokens=prompt_tokens, steps=flights.count, flights=flights
     )
-    return Look(epoch, {"attention-0": rank})
+    return Look(1, {"attention-0": rank})
 
 
 def flown(count: int, rows: int = 8, context: int = 800, attention_us: float = 50.0) -> Flights:
@@ -73,9 +73,18 @@ def test_only_steps_in_which_all_decode_are_measured() -> None:
     assert span.count == 40
 
 
-def test_a_trial_during_which_the_epoch_changed_or_others_ran_is_left_out() -> None:
+def test_how_much_stages_differ_is_told_where_micro_batches_could_be_compared() -> None:
+    points = Points(FACTS)
+    for requests, compared_us in ((2, 0.0), (4, 400.0)):
+        span = replace(flown(10), attention_changes_us=compared_us / 4, attention_compared_us=compared_us)
+        points.add(Trial(requests, 8, 50), [replace(span, ffn_changes_us=compared_us / 8, ffn_compared_us=compared_us)])
+    found = points.dump({})
+    assert [point.get("spread") for point in found["attention"]] == [None, 0.25]
+    assert [point.get("spread") for point in found["ffn"]] == [None, 0.125]
+
+
+def test_a_trial_during_which_others_ran_is_left_out() -> None:
     trial = Trial(2, 8, 50)
-    assert not span_of(trial, [look(flown(10)), look(flown(50), epoch=2)])
     assert not span_of(trial, [look(flown(10), running=3), look(flown(50), running=3)])
 
 

@@ -444,6 +444,20 @@ def test_a_request_that_never_fits_is_refused_in_one_line(checkpoint: Checkpoint
         local.attention[0].submit(Request("long", (1,) * 40)).result(10)
 
 
+def test_flights_tell_every_layer_and_how_far_it_is_from_the_one_before(checkpoint: Checkpoint) -> None:
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 2)) as local:
+        local.generate([Request("one", (1, 2, 3), SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))])
+        prompt_and_one = local.attention[0].flights
+        local.generate([Request("more", (1, 2, 3), SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))])
+        more = local.attention[0].flights.minus(prompt_and_one)
+    layers = local.attention[0].half.config.num_hidden_layers
+    assert (prompt_and_one.count, prompt_and_one.attention_compared_us) == (2, 0.0), "three rows, then one"
+    assert (len(more.attention_by_layer_us), len(more.ffn_by_layer_us)) == (layers + 1, layers)
+    assert 0 < more.attention_compared_us < 2 * sum(more.attention_by_layer_us)
+    assert 0 < more.ffn_compared_us < 2 * sum(more.ffn_by_layer_us)
+    assert 0 < more.attention_spread < 1
+
+
 @pytest.mark.parametrize("broken", ["rotary", "complete", "publish"])
 def test_a_loop_that_fails_anywhere_forgets_every_request(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, broken: str

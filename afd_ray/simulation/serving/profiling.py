@@ -91,7 +91,7 @@ def trials(facts: Facts, steps: int) -> Iterator[Trial]:
 
 
 def span_of(trial: Trial, looks: Sequence[Look]) -> list[Flights]:
-    """What each rank computed in the part of a trial that is to be measured; empty where the looks do not show it."""
+    """What each rank computed in the part of a trial that is to be measured, in one epoch; empty where the looks do not show it."""
     if trial.of_prompts:
         chosen = list(looks)
     else:
@@ -99,7 +99,7 @@ def span_of(trial: Trial, looks: Sequence[Look]) -> list[Flights]:
         prompts = all_run[-1].prompt_tokens if all_run else 0
         ended = all_run[0].completions if all_run else 0
         chosen = [look for look in all_run if look.prompt_tokens == prompts and look.completions == ended]
-    if len(chosen) < 2 or chosen[0].epoch != chosen[-1].epoch:
+    if len(chosen) < 2:
         return []
     first, last = chosen[0].ranks, chosen[-1].ranks
     spans = [last[name].flights.minus(first[name].flights) for name in last if name in first]

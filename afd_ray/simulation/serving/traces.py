@@ -56,7 +56,7 @@ KINDS: Mapping[str, Mapping[str, float]] = {
 
 
 LEAST: Mapping[str, float] = {"prompt": 1, "output": 1, "spread": 0, "swing": 0, "longest": 1}
-"""What the others may not even be is 0."""
+"""The others are more than 0."""
 MOST: Mapping[str, float] = {"rate": 1e6, "swing": 1}
 UNBOUNDED = 1e12
 
