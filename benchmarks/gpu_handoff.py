@@ -258,6 +258,7 @@ def other_process(tools: Tools) -> Iterator[Connection]:
     here, there = context.Pipe()
     process = context.Process(target=answer, args=(there, tools), daemon=True)
     process.start()
+    there.close()  # so that what it had to say ends with it
     try:
         yield here
         here.send(None)

@@ -1,11 +1,13 @@
 """What links between GPUs call, as far as that can be looked at without one."""
 
 import importlib.util
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from actors.attention import build_cache
 from actors.device import links_for
 from afd_ray.config import parse_config
 from afd_ray.engine.gpu.compute import GPUCompute
@@ -52,7 +54,47 @@ def test_the_driver_s_functions_take_what_they_are_given() -> None:
             function(*arguments)
 
 
+def test_a_thread_has_the_device_s_context_before_it_orders_a_stream_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread whose first call is the driver's has none, and torch's guards make none of device 0."""
+    entered, called = [], []
+
+    def ordered(*arguments: object) -> tuple[int]:
+        called.append((threading.get_ident(), arguments))
+        return (0,)
+
+    waits = SimpleNamespace(CU_STREAM_WAIT_VALUE_GEQ=0)
+    driver = SimpleNamespace(
+        cuStreamWaitValue32=ordered,
+        cuStreamWriteValue32=ordered,
+        CUstreamWaitValue_flags=waits,
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.delitem(sys.modules, "afd_ray.handoff.gpu.cuda", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: entered.append((threading.get_ident(), len(called))))
+    cuda = importlib.import_module("afd_ray.handoff.gpu.cuda")
+    monkeypatch.delitem(sys.modules, "afd_ray.handoff.gpu.cuda")
+    stream = cuda.CudaStream(SimpleNamespace(cuda_stream=7, device=torch.device("cuda", 0)))
+
+    def order() -> None:
+        stream.wait(4096, 1)
+        stream.write(4100, 2)
+
+    thread = threading.Thread(target=order)
+    thread.start()
+    ident = thread.ident
+    thread.join()
+    assert entered == [(ident, 0)]
+    assert called == [(ident, (7, 4096, 1, 0)), (ident, (7, 4100, 2, 0))]
+    order()
+    assert entered[1:] == [(threading.get_ident(), 2)]
+
+
 def test_rows_under_way_take_room_from_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from actors.attention import build_cache
+
     model, blocks = PRESETS["step3-tiny"], {}
     monkeypatch.setattr(GPUCompute, "cache_bytes", lambda *arguments: 64 << 20)
     for kind in ("auto", "ipc", "nccl"):

@@ -52,4 +52,8 @@ class CupyNccl:
 
     def communicator(self, unique_id: bytes, rank: int) -> Communicator:
         torch.cuda.set_device(self._place)
-        return CupyCommunicator(nccl.NcclCommunicator(2, tuple(array("b", unique_id)), rank), rank)
+        try:
+            made = nccl.NcclCommunicator(2, tuple(array("b", unique_id)), rank)
+        except KeyError as error:  # CuPy knows no name for NCCL's newer results: 6, a remote error; 7, in progress
+            raise RuntimeError(f"NCCL's result is {error}") from None
+        return CupyCommunicator(made, rank)
