@@ -91,10 +91,10 @@ class CudaDevice:
         return known
 
     def side_stream(self) -> CudaStream:
-        return CudaStream(torch.cuda.Stream(self.place))
+        return CudaStream(_urgent(self.place))
 
     def aside(self) -> AbstractContextManager[None]:
-        aside: AbstractContextManager[None] = torch.cuda.stream(torch.cuda.Stream(self.place))
+        aside: AbstractContextManager[None] = torch.cuda.stream(_urgent(self.place))
         return aside
 
     def allocate(self, size_bytes: int) -> Tensor:
@@ -130,6 +130,11 @@ class CudaDevice:
 
     def _tensor(self, address: int, size_bytes: int) -> Tensor:
         return torch.as_tensor(_Array(address, size_bytes), device=self.place)
+
+
+def _urgent(place: torch.device) -> torch.cuda.Stream:
+    """Of the 32 that torch gives out in turn with this priority: those of the others may be capturing a graph, which would take in what is ordered."""
+    return torch.cuda.Stream(place, priority=-1)
 
 
 class _Array:
