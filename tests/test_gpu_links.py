@@ -91,6 +91,39 @@ def test_a_thread_has_the_device_s_context_before_it_orders_a_stream_to_wait(mon
     assert entered[1:] == [(threading.get_ident(), 2)]
 
 
+@pytest.mark.parametrize("version", ["13.6.0", "14.2.0"])
+def test_a_unique_id_is_what_this_cupy_takes_for_one(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes from 14 on, before a tuple of signed ones; between members it is bytes."""
+    drawn, taken = bytes(range(200, 256)) + bytes(72), []
+    given = drawn if version.startswith("14") else tuple(byte - 256 if byte > 127 else byte for byte in drawn)
+
+    def communicator(ranks: int, unique_id: object, rank: int) -> object:
+        taken.append((ranks, unique_id, rank))
+        if rank:
+            raise KeyError(6)
+        return object()
+
+    nccl = SimpleNamespace(get_version=lambda: 22809, get_unique_id=lambda: given, NcclCommunicator=communicator)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, module in {
+        "cupy": SimpleNamespace(__version__=version),
+        "cupy.cuda": SimpleNamespace(nccl=nccl),
+        "cuda": ModuleType("cuda"),
+        "cuda.bindings": SimpleNamespace(driver=None),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("afd_ray.handoff.gpu.cuda", "afd_ray.handoff.gpu.nccl"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    library = importlib.import_module("afd_ray.handoff.gpu.nccl").CupyNccl(torch.device("cuda", 0), shares_gpu=False)
+    for name in ("afd_ray.handoff.gpu.cuda", "afd_ray.handoff.gpu.nccl"):
+        monkeypatch.delitem(sys.modules, name)
+    assert library.unique_id() == drawn
+    library.communicator(drawn, 0)
+    assert taken == [(2, given, 0)]
+    with pytest.raises(RuntimeError, match="NCCL's result is 6"):
+        library.communicator(drawn, 1)
+
+
 def test_rows_under_way_take_room_from_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     from actors.attention import build_cache
