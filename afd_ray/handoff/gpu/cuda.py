@@ -15,6 +15,9 @@ from torch import Tensor
 
 from afd_ray.handoff.device.streams import Mark
 
+SHARED_BYTES = 2 << 20
+"""What a handle opens is made of whole pieces of so many bytes: nothing else may lie in them."""
+
 
 class CudaMark:
     def __init__(self, event: torch.cuda.Event) -> None:
@@ -98,7 +101,7 @@ class CudaDevice:
         return aside
 
     def allocate(self, size_bytes: int) -> Tensor:
-        return self._tensor(int(self._call(driver.cuMemAlloc, size_bytes)), size_bytes)
+        return self._tensor(int(self._call(driver.cuMemAlloc, -(-size_bytes // SHARED_BYTES) * SHARED_BYTES)), size_bytes)
 
     def free(self, memory: Tensor) -> None:
         self._call(driver.cuMemFree, memory.data_ptr())
