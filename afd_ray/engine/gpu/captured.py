@@ -128,6 +128,8 @@ class AttentionGraphs:
 class CapturedPassage:
     """A `Passage` of rows that decode through the graphs of a slot; there is one at a time of a slot."""
 
+    whole = False
+
     def __init__(self, graphs: SlotGraphs, bucket: int, chunks: Many[Chunk]) -> None:
         self._graphs, self._bucket, self._rows = graphs, graphs.buckets[bucket], len(chunks)
         self._static, self._is_returned = self._bucket.static, False
