@@ -26,7 +26,16 @@ SHORT_MINUTES = 15.0
 """Below it benchmarks run with --quick."""
 LEAST_S = 5.0
 """A part is not begun with less."""
-ORDER = ("gpu_probe", "gpu_tests", "gpu_step", "gpu_ffn_step", "gpu_experts", "gpu_attention", "gpu_end_to_end")
+ORDER = (
+    "gpu_probe",
+    "gpu_tests",
+    "gpu_step",
+    "gpu_ffn_step",
+    "gpu_experts",
+    "gpu_attention",
+    "gpu_decode_step",
+    "gpu_end_to_end",
+)
 """The others follow, by name."""
 LIMITS_S = {"gpu_probe": 60.0, "gpu_tests": 240.0, "gpu_end_to_end": 300.0}
 LIMIT_S = 180.0
