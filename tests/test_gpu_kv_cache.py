@@ -8,7 +8,7 @@ import torch
 from afd_ray.engine.gpu.kv_cache import GPUPagedCache
 from afd_ray.engine.kv_cache import PagedCache
 from tests.engine_cache import CacheSize, cache_of, content
-from tests.test_kv_link import TINY, TOKENS, Leaver, Taker, leaver_of
+from tests.test_kv_link import TIMEOUT_S, TINY, TOKENS, Leaver, Taker, leaver_of
 from tests.triton_device import DEVICE
 
 E4M3 = torch.float8_e4m3fn
@@ -26,6 +26,13 @@ def filled(make: Make, size: CacheSize) -> Leaver:
     return leaver
 
 
+def forgotten(leaver: Leaver) -> None:
+    """It may be asked again."""
+    assert leaver.gone.wait(TIMEOUT_S)
+    leaver.gone.clear()
+    leaver.let_go.clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
 @pytest.mark.parametrize(
     ("from_device", "to_device"), [(True, True), (True, False), pytest.param(False, True, marks=pytest.mark.full)]
@@ -38,8 +45,8 @@ def test_what_arrives_is_what_was_there_wherever_either_side_has_it(
     if to_device:
         taker.cache = on_device(size._replace(block_size=5, num_blocks=12))
     for positions in (1, TOKENS):
-        leaver.let_go.clear()
         assert taker.fetch(leaver.ticket, positions) == ""
+        forgotten(leaver)
         expected = content(leaver.cache, leaver.block_table, positions).float().cpu()
         assert expected.any()
         assert torch.equal(content(taker.cache, taker.block_table, positions).float().cpu(), expected)
@@ -71,7 +78,7 @@ def test_a_fetch_that_breaks_off_leaves_the_cache_usable() -> None:
     leaver.cache.outgoing = broken  # type: ignore[method-assign]
     assert "hung up" in taker.fetch(leaver.ticket)
     leaver.cache.outgoing = whole  # type: ignore[method-assign]
-    leaver.let_go.clear()
+    forgotten(leaver)
     assert taker.fetch(leaver.ticket) == ""
     assert torch.equal(content(taker.cache, taker.block_table, TOKENS), content(leaver.cache, leaver.block_table, TOKENS))
     leaver.server.close()
