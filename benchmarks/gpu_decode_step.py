@@ -5,7 +5,8 @@ e4m3 (weights, and rows between the halves; keys and values in bfloat16), all 61
 L2 cache, so that each layer reads them anew, as if it had its own. Beside it `step3-92m` in bfloat16.
 What the graph gives is checked against the same layers launched one by one, four of them: with random weights more layers tell of rounding, which makes
 now and then a row choose another expert. The bound is bytes (weights, keys and values) over the bandwidth of a large
-sum of the same run. "host" is the host's own time for a whole step, from the sequences to the launch, by layer; "launched anew" the step's time without graphs.
+sum of the same run. "host" is the host's own time for a whole step, from the sequences to the launch, by layer; "launched anew" the step's time without graphs. A second table has the
+captured times beside the sums of their kernels.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,15 +25,15 @@ from torch import nn
 from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.gpu.passage import GPUPassage
-from afd_ray.engine.gpu.whole_step import WholeSteps
+from afd_ray.engine.gpu.whole_step import WholePassage, WholeSteps
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.sequence import Chunk, Sequence
-from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs
+from afd_ray.kernels.gpu.capture import Capture, CUDAGraphs, eagerly
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import AttentionHalf, FFNHalf
 from afd_ray.request import Request
-from benchmarks._gpu import Limits, Line, answer, eager_us, error, launch_us
+from benchmarks._gpu import KernelSums, Limits, Line, Run, answer, eager_us, error, launch_us
 from benchmarks._random_model import random_attention, random_ffn
 
 PAGE = 64
@@ -73,25 +75,41 @@ def main(argv: Many[str] | None = None) -> int:
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     device = torch.device("cuda")
+    sums = KernelSums("model | rows | context")
     for case in (STEP_3,) if args.quick else (STEP_3, STEP_3._replace(rows=128), SMALL, SMALL._replace(rows=8)):
-        yield line(case, device, limits)
-        gc.collect()
-        torch.cuda.empty_cache()
+        yield line(case, device, limits, sums)
+        _emptied()
+    with torch.inference_mode():
+        yield from sums.lines()
 
 
 @torch.inference_mode()
-def line(case: Case, device: torch.device, limits: Limits) -> Line:
+def line(case: Case, device: torch.device, limits: Limits, sums: KernelSums) -> Line:
     halves, chunks, layers = halves_of(case, device), chunks_of(case), case.config.num_hidden_layers
     found = difference(halves, chunks, CUDAGraphs(device))
     repeat(halves, layers)
     steps = steps_of(halves, case.rows, CUDAGraphs(device))
-    passage = steps.begin(0, chunks)
-    assert passage is not None
+    passage = begun(steps, chunks)
     bound = limits.bound_us(layers * (halves.weight_bytes + kv_bytes(case)), 0, torch.bfloat16)
     took = eager_us(passage.launch)
     anew, host = eager_us(lambda: one_by_one(halves, chunks)), launch_us(lambda: steps.begin(0, chunks))
     figures = f"{bound / 1e3:.2f} | {took / 1e3:.2f} | {bound / took:.2f} | {anew / 1e3:.2f} | {host / layers:.1f} | {found:.1e}"
+    sums.add(f"{case.name} | {case.rows} | {case.context}", took, partial(again, case, device))
     return Line(f"| {case.name} | {layers} | {case.rows} | {case.context} | {figures} |", found < LARGEST_ERROR, None)
+
+
+def again(case: Case, device: torch.device) -> Run:
+    """All that the graph of such a step launches."""
+    _emptied()
+    halves = halves_of(case, device)
+    repeat(halves, case.config.num_hidden_layers)
+    return begun(steps_of(halves, case.rows, eagerly), chunks_of(case)).launch
+
+
+def begun(steps: WholeSteps, chunks: Many[Chunk]) -> WholePassage:
+    passage = steps.begin(0, chunks)
+    assert passage is not None
+    return passage
 
 
 def halves_of(case: Case, device: torch.device) -> Halves:
@@ -120,8 +138,7 @@ def repeat(halves: Halves, count: int) -> None:
 
 def difference(halves: Halves, chunks: Many[Chunk], capture: Capture) -> float:
     """Relative error of the logits by the graph; of the median row, for a few may choose another expert."""
-    passage = steps_of(halves, len(chunks), capture).begin(0, chunks)
-    assert passage is not None
+    passage = begun(steps_of(halves, len(chunks), capture), chunks)
     ours, right = passage.logits(), one_by_one(halves, chunks).logits()
     return statistics.median(error(*rows) for rows in zip(ours, right, strict=True))
 
@@ -151,6 +168,11 @@ def one_by_one(halves: Halves, chunks: Many[Chunk]) -> GPUPassage:
 def kv_bytes(case: Case) -> int:
     """Of one layer."""
     return case.rows * case.context * case.config.kv_width * case.config.dtype.itemsize
+
+
+def _emptied() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

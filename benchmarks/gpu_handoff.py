@@ -258,6 +258,7 @@ def other_process(tools: Tools) -> Iterator[Connection]:
     here, there = context.Pipe()
     process = context.Process(target=answer, args=(there, tools), daemon=True)
     process.start()
+    there.close()  # so that what it had to say ends with it
     try:
         yield here
         here.send(None)
@@ -320,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with other_process(Tools(cuda_device, cuda_library)) as pipe:
                 bare, ours = (timed(name, Tools(cuda_device, cuda_library), pipe, rounds) for name in (f"bare {link}", link))
-        except (ImportError, RuntimeError, EOFError) as error:
+        except (ImportError, RuntimeError, EOFError, OSError) as error:
             print(f"\n{link} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         print(line(link, limits.bound_us(moved, 0, torch.bfloat16), bare, ours, mps_state()), flush=True)

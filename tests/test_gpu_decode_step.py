@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from afd_ray.engine.gpu.whole_step import WholePassage
 from afd_ray.kernels.gpu.capture import Run, eagerly
 from benchmarks import gpu_decode_step
-from benchmarks.gpu_decode_step import CHECKED, Case, chunks_of, difference, halves_of, kv_bytes, repeat, steps_of
+from benchmarks.gpu_decode_step import CHECKED, Case, again, begun, chunks_of, difference, halves_of, kv_bytes, repeat, steps_of
 from tests.gpu_cluster import WIDE
 from tests.triton_device import DEVICE
 
@@ -43,8 +44,20 @@ def test_layers_share_weights_and_cache_and_are_one_launch() -> None:
     assert len(halves.attention.layers) == halves.cache.layers == len(halves.cache.blocks) == 7
     assert halves.cache.blocks.untyped_storage().nbytes() == (3 * 2 + 1) * 64 * 2 * 64 * 4, "pages of one layer, and a spare one"
     steps = steps_of(halves, CASE.rows, counted)
-    steps.begin(0, chunks_of(CASE))
-    assert launched == [1]
+    begun(steps, chunks_of(CASE)).launch()
+    assert launched == [1, 1]
+
+
+@torch.inference_mode()
+def test_what_is_profiled_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    torch.manual_seed(0)
+    steps: list[WholePassage] = []
+    monkeypatch.setattr(gpu_decode_step, "begun", lambda *arguments: steps.append(begun(*arguments)) or steps[-1])
+    run, logits = again(CASE, torch.device(DEVICE)), steps[0].logits()
+    steps[0]._static.residual.zero_()
+    run()
+    assert torch.equal(steps[0].logits(), logits)
 
 
 def test_the_bound_reads_weights_by_their_size_and_keys_and_values_once() -> None:

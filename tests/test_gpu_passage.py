@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-from actors.attention import build_cache
 from actors.device import compute_for
 from afd_ray.config import parse_config
 from afd_ray.engine.compute import HostCompute
@@ -128,6 +127,9 @@ def test_a_cache_that_the_kernels_do_not_take_is_refused(
 
 def test_there_is_room_for_four_times_as_many_blocks_in_e4m3_as_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the spare block."""
+    pytest.importorskip("ray")
+    from actors.attention import build_cache
+
     compute, model = GPUCompute(HERE), PRESETS["step3-tiny"]
     block_bytes = 16 * model.num_hidden_layers * model.kv_width
     monkeypatch.setattr(GPUCompute, "cache_bytes", lambda *arguments: 40 * block_bytes)

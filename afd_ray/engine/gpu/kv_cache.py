@@ -15,9 +15,9 @@ class GPUPagedCache(PagedCache):
     """Any thread may have keys and values brought or fetched: a stream aside does it, behind what steps have launched by then."""
 
     def __init__(self, *, device: torch.device, **sizes: Any) -> None:
-        """As `PagedCache`."""
+        """As `PagedCache`. Of the streams that torch gives out in turn, those of this priority capture no graph."""
         super().__init__(device=device, **sizes)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def outgoing(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
         slots = self._slots(block_table, tokens)
