@@ -143,13 +143,6 @@ def test_there_is_room_for_four_times_as_many_blocks_in_e4m3_as_in_float32(monke
     assert blocks == {"auto": 10 - 1, "fp8": 40 - 1}
 
 
-def test_keys_and_values_on_a_gpu_are_not_lent() -> None:
-    cache = PagedCache(layers=1, num_blocks=2, block_size=4, head_dim=16, dtype=torch.float32, device=torch.device("meta"))
-    assert not cache.in_host_memory
-    with pytest.raises(RuntimeError, match="on a GPU"):
-        list(cache.spans([0], 2))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_an_actor_that_finds_no_gpu_says_so_in_one_line() -> None:
     with pytest.raises(RuntimeError, match=r"^attention\.num_gpus: 0\.5 needs a CUDA GPU, and torch .* finds none") as error:
