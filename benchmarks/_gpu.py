@@ -148,10 +148,10 @@ def median_us(run: Run) -> float:
     return median * 1e3
 
 
-def eager_us(run: Run) -> float:
+def eager_us(run: Run, for_ms: int = 100) -> float:
     """Median time on the device, launched anew each time, with whatever it waits for the host in between; the L2 cache is emptied before each."""
     run()  # compiles
-    median: float = triton.testing.do_bench(run, return_mode="median")
+    median: float = triton.testing.do_bench(run, rep=for_ms, return_mode="median")
     return median * 1e3
 
 
