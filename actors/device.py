@@ -24,7 +24,7 @@ def compute_for(role: str, num_gpus: float, *, graphs: bool = False, stays: bool
     asked = f"{role}.num_gpus: {num_gpus:g}"
     if not torch.cuda.is_available():
         raise RuntimeError(f"{asked} needs a CUDA GPU, and torch {torch.__version__} finds none in this actor's process")
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         raise RuntimeError(f"{asked} needs Triton, which is not installed here (extras cuda12 and cuda13 have it)")
     from afd_ray.engine.gpu.compute import GPUCompute
 
@@ -63,10 +63,14 @@ def links_for(
     return DeviceLinks(NcclCarrier(device, rank, peers, places, library, LINGER_S if lingers else 0.0), device)
 
 
-def _require(module: str, name: str, kind: str) -> None:
+def is_installed(module: str) -> bool:
+    """Without importing it."""
     try:
-        found = importlib.util.find_spec(module)
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a package above it
-        found = None
-    if found is None:
+        return False
+
+
+def _require(module: str, name: str, kind: str) -> None:
+    if not is_installed(module):
         raise RuntimeError(f"handoff.kind: {kind} needs {name}, which is not installed here (extras cuda12 and cuda13 have it)")

@@ -10,7 +10,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, wit
 
 from actors.cluster import ClusterError
 from actors.controller import NAMESPACE
-from afd_ray.diagnosis.findings import Finding
+from afd_ray.diagnosis.finding import Finding
 from afd_ray.diagnosis.joining import clash, explain
 from afd_ray.versions import all_versions
 

@@ -97,9 +97,8 @@ def _device_links(kind: DeviceLinkKind, terms: Terms, epoch: Epoch, rank: int, d
     peers = {peer: frame_bytes(epoch, rank, peer, model, dtype, rows) for peer in epoch.peers(rank)}
     if kind == "nccl":  # what it does not carry needs no places
         peers = {peer: size_bytes if min(rank, peer) < epoch.attention else 0 for peer, size_bytes in peers.items()}
-    shares_gpu = min(config.attention.num_gpus, config.ffn.num_gpus) < 1
     lingers = rank >= epoch.attention
-    return links_for(kind, rank, peers, places_for(epoch.micro_batches), shares_gpu=shares_gpu, lingers=lingers)
+    return links_for(kind, rank, peers, places_for(epoch.micro_batches), shares_gpu=config.shares_gpus, lingers=lingers)
 
 
 def _close(group: AFDGroup) -> None:

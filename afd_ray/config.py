@@ -272,6 +272,11 @@ class Config(Section):
     server: Server = Server()
     simulation: Simulation = Simulation()
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether two actors may be on one GPU."""
+        return min(self.attention.num_gpus, self.ffn.num_gpus) < 1
+
     def context_limit(self, model_limit: int) -> int:
         """Tokens of prompt and answer that a request may have at most; `model_limit`: what the model allows."""
         limits = (model_limit, self.model.max_context, self.attention.kv_cache.tokens)

@@ -60,6 +60,13 @@ def decode(cached: torch.dtype, splits: int, page: int = 64, heads: int = HEADS,
     return decode_attention.attend(Rows(meta(64, heads, dim), blocks, ints(8192), ints(64), ints(64)), splits=splits)
 
 
+def narrow_decode(cached: torch.dtype, splits: int, dim: int = DIM) -> None:
+    """As `decode`, and what it gives in e4m3."""
+    blocks, into = meta(1024, 64, 1, 2, dim, dtype=cached), narrow_rows(64, HEADS * dim)
+    rows = Rows(meta(64, HEADS, dim), blocks, ints(8192), ints(64), ints(64))
+    decode_attention.attend_narrow(rows, into, splits=splits)
+
+
 def latents(cached: torch.dtype, splits: int) -> Tensor:
     """DeepSeek-V3's 128 heads."""
     q = meta(64, 128, 576, dtype=torch.float16 if cached == torch.float8_e4m3fn else cached)
@@ -195,6 +202,17 @@ LAUNCHES = {
     "decode, bf16, blocks of 16": Launch(lambda: decode(torch.bfloat16, 1, page=16), {"attend_kernel": STREAMED}, full=True),
     "decode, fp8, blocks of 16": Launch(
         lambda: decode(torch.float8_e4m3fn, 1, page=16), {"attend_kernel": DEQUANTISED}, full=True
+    ),
+    "decode to e4m3, bf16": Launch(
+        lambda: narrow_decode(torch.bfloat16, 2), {"attend_kernel": STREAMED, "combine_kernel": COMBINED}, full=True
+    ),
+    "decode to e4m3, bf16, one split": Launch(lambda: narrow_decode(torch.bfloat16, 1), {"attend_kernel": STREAMED}),
+    "decode to e4m3, fp8, one split": Launch(lambda: narrow_decode(torch.float8_e4m3fn, 1), {"attend_kernel": DEQUANTISED}),
+    "decode to e4m3, heads of 128": Launch(
+        lambda: narrow_decode(torch.bfloat16, 2, dim=128), {"attend_kernel": STREAMED, "combine_kernel": COMBINED}, full=True
+    ),
+    "decode to e4m3, heads of 128, one split": Launch(
+        lambda: narrow_decode(torch.bfloat16, 1, dim=128), {"attend_kernel": STREAMED}, full=True
     ),
     "latents, bf16": Launch(lambda: latents(torch.bfloat16, 2), {"attend_kernel": LATENT, "combine_kernel": COMBINED}, full=True),
     "latents, fp8": Launch(

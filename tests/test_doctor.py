@@ -12,7 +12,8 @@ from actors.doctor.host import listen_error, unmet
 from actors.doctor.meetings import meet_here
 from afd_ray.config import Config, load_config
 from afd_ray.diagnosis.facts import ClusterFacts, HostFacts, Meeting, Silent
-from afd_ray.diagnosis.findings import OPEN_FILES, Finding, diagnose
+from afd_ray.diagnosis.finding import Finding
+from afd_ray.diagnosis.findings import OPEN_FILES, diagnose
 from afd_ray.diagnosis.joining import clash, explain
 
 MIB = 1 << 20

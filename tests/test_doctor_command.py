@@ -62,3 +62,14 @@ async def test_every_host_of_a_cluster_is_looked_at_and_every_pair_meets(two_nod
     assert sorted((link.kind, link.error) for link in facts.meetings) == [("shm", None), ("shm", None), ("tcp", None)]
     assert facts.silent == ()
     assert "labels" in [finding.check for finding in diagnose(config, facts)]
+    assert facts.placed == {}
+
+
+@pytest.mark.ray
+async def test_where_actors_would_be_placed_is_known(two_nodes: None) -> None:
+    from actors.doctor.examination import examine_cluster
+    from afd_ray.config import load_config
+
+    facts = await examine_cluster(load_config(None, ["server.port=0"]))
+    (attention,), (ffn,) = facts.placed["attention"], facts.placed["ffn"]
+    assert {attention, ffn} == {host.name for host in facts.hosts}

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from afd_ray.engine.kv_cache import PagedCache, slot_indices
-from afd_ray.kernels.gpu.decode_attention import SHORTEST_SPLIT, TILES, attend, splits_for
+from afd_ray.kernels.gpu.decode_attention import SHORTEST_SPLIT, TILES, attend, attend_narrow, splits_for
 from afd_ray.kernels.gpu.paged_softmax import Rows
+from afd_ray.kernels.gpu.quantise_rows import quantise_rows, room
 from afd_ray.models import step3
+from afd_ray.models.step3 import Narrow
 from tests.triton_device import CLOSE, DEVICE, DTYPES, error, noise
 
 
@@ -126,6 +128,14 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     assert torch.equal(attend(case.rows, splits=2)[1:2], alone)
 
 
+def test_what_the_splits_of_a_row_give_is_not_rounded_before_it_is_combined() -> None:
+    """Queries of zeros give means of values, whose sums are exact."""
+    case = paged(Shape((600, 999)), torch.bfloat16)
+    means = paged(Shape((600, 999)), torch.bfloat16).rows._replace(q=torch.zeros_like(case.rows.q))
+    whole, split = (attend(means, splits=splits) for splits in (1, 3))
+    assert (whole == split).float().mean() > 0.99
+
+
 def test_rows_may_share_a_table() -> None:
     """As the rows of a prompt do."""
     case = paged(Shape((40,)), torch.float32)
@@ -156,6 +166,63 @@ def test_random_shapes(seed: int) -> None:
     dtype = rng.choice([*DTYPES, torch.float8_e4m3fn])
     case = paged(shape, dtype, seed)
     assert error(attend(case.rows, splits=rng.randrange(1, 9)), case.expected) < CLOSE[dtype], shape
+
+
+def check_narrow(rows: Rows, splits: int, **scales: float) -> Tensor:
+    """What is attended in e4m3, among rows of others, is to the bit what is attended, then quantised; gives the values, unscaled."""
+    count, heads, dim = rows.q.shape
+    among = room(count + 2, heads * dim, rows.q.device)
+    for tensor in among:
+        tensor.view(torch.uint8).fill_(0xAA)
+    attend_narrow(rows, Narrow(*(tensor[1:-1] for tensor in among)), splits=splits, **scales)
+    right = quantise_rows(attend(rows, splits=splits, **scales).flatten(1))
+    for found, expected in zip(among, right, strict=True):
+        codes = found.view(torch.uint8)
+        assert torch.equal(codes[1:-1], expected.view(torch.uint8))
+        assert (codes[[0, -1]] == 0xAA).all()
+    return among.values[1:-1].float()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "splits"),
+    [(torch.float32, 1), (torch.float16, 3), (torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float8_e4m3fn, 1)],
+    ids=str,
+)
+def test_in_e4m3_it_is_what_was_rounded_then_quantised(dtype: torch.dtype, splits: int) -> None:
+    check_narrow(paged(Shape((*AROUND_A_TILE, *AROUND_A_SPLIT, 600), dim=128), dtype).rows, splits)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_in_e4m3_with_two_scales_a_head_and_heads_that_do_not_fill_a_tile(splits: int) -> None:
+    check_narrow(paged(Shape((0, 1, 300), heads=21, key_heads=3, dim=256), torch.bfloat16).rows, splits)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("splits", [1, 2])
+def test_in_e4m3_what_the_model_s_dtype_cannot_hold_stays_not_finite(splits: int) -> None:
+    rows, scales = paged(Shape((0, 300), dim=128), torch.float8_e4m3fn).rows, {"key_scale": 0.5, "value_scale": 1e6}
+    finite = attend(rows, splits=splits, **scales).flatten(1).isfinite()
+    assert torch.equal(check_narrow(rows, splits, **scales).isfinite(), finite)
+    assert 0 < finite[1].sum() < finite.shape[1]
+
+
+def test_no_rows_and_heads_smaller_than_a_block_in_e4m3() -> None:
+    check_narrow(paged(Shape((), dim=128), torch.float32).rows, splits=2)
+    with pytest.raises(ValueError, match=r"head_dim must be a multiple of 128 .* got 64"):
+        check_narrow(paged(Shape((1,), dim=64), torch.float32).rows, splits=1)
+    with pytest.raises(ValueError, match="needs room"):
+        attend_narrow(paged(Shape((1,), dim=128), torch.float32).rows, room(1, 128, torch.device(DEVICE)), splits=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes_in_e4m3(seed: int) -> None:
+    rng = random.Random(seed)
+    key_heads = rng.choice([1, 1, 2, 8])
+    contexts = tuple(rng.choice([0, 1, 64, 256, rng.randrange(1500)]) for _ in range(rng.randrange(1, 6)))
+    shape = Shape(contexts, key_heads * rng.randrange(1, 40), key_heads, rng.choice([128, 256]), rng.choice([1, 16, 64]))
+    rows = paged(shape, rng.choice([*DTYPES, torch.float8_e4m3fn]), seed).rows
+    check_narrow(rows, rng.randrange(1, 9), key_scale=rng.choice([1.0, 0.3]), value_scale=rng.choice([1.0, 1e-4, 700.0]))
 
 
 @pytest.mark.parametrize(("programs", "expected"), [(0, 1), (1, 29), (16, 8), (64, 2), (128, 1), (132, 1), (256, 1), (4096, 1)])

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
+from afd_ray.engine.gpu.step import Described, describe, send
+from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.sequence import Chunk, Sequence
 from afd_ray.handoff.quantise import dequantise, quantise
 from afd_ray.handoff.rows import pack_rows
@@ -16,9 +18,10 @@ from afd_ray.kernels.gpu.quantise_rows import quantise_rows
 from afd_ray.kernels.quantised import QuantisedExperts, quantise_dense, quantise_experts
 from afd_ray.membership.epoch import Epoch
 from afd_ray.models.checkpoint import Checkpoint, load_attention, load_ffn, read_ffn
-from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Narrow, Routed, Slice, Step3Model
+from afd_ray.models.step3 import AttentionHalf, FFNHalf, FFNLayer, FFNShard, Narrow, Routed, Slice, Step3Model
 from afd_ray.request import Request
 from tests.gpu_cluster import E4M3, HERE, MAX_TOKENS, PROMPTS, WIDE, cluster, requests, rounded_model, rounding, served, written
+from tests.specialisations import recorded
 from tests.triton_device import CLOSE, COMPILED, DEVICE, DTYPES, error, noise
 
 CLOSE_ENOUGH = CLOSE[E4M3]
@@ -170,6 +173,39 @@ def test_chunks_and_decoding_rows_give_the_reference_s_logits(checkpoint: Checkp
             passage.add(ffn(layer, passage.attend(layer)))
         right = torch.stack([last_logits(model, prompts[index][: start + count]) for index, start, count in step])
         assert error(passage.logits(), right) < (TURNED if whole_model else CLOSE_ENOUGH)
+
+
+@pytest.mark.parametrize(("decoding", "chunk"), [(3, 0), (0, 4), (3, 4)], ids=["decoding", "a prompt", "both"])
+def test_attention_gives_the_output_s_product_what_a_launch_of_its_own_would(decoding: int, chunk: int) -> None:
+    """To the bit; steps that only decode have no such launch."""
+    config = replace(WIDE, head_dim=128)
+    half = AttentionHalf(config)
+    for name, weight in half.named_parameters():
+        weight.data = torch.randn(weight.shape, generator=noise(len(name))) / 8
+    compute = narrowest()
+    attention = compute.attention(half.requires_grad_(False))
+    layer, outputs = attention.layers[1], []
+    assert layer.gives_narrow
+    for gives_narrow in (True, False):
+        layer.gives_narrow = gives_narrow
+        cache = compute.cache(config, num_blocks=16, block_size=4, dtype=config.dtype)
+        cache.blocks.copy_(torch.randn(cache.blocks.shape, generator=noise(1)))
+        step = send(mixed(cache, decoding, chunk, config.num_attention_heads), attention, HERE)
+        residual = torch.randn(decoding + chunk, config.hidden_size, generator=noise(2)).to(DEVICE, config.dtype)
+        with recorded() as launched:
+            outputs.append(layer(residual, None, cache.blocks[1], step.rows)[0])
+        kernels = {each.kernel for each in launched}
+        assert COMPILED or ("quantise_rows_kernel" in kernels) is (bool(chunk) or not gives_narrow)
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)
+
+
+def mixed(cache: PagedCache, decoding: int, chunk: int, heads: int) -> Described:
+    sequences = [Sequence(Request(str(index), tuple(range(9)))) for index in range(decoding + 1)]
+    for index, sequence in enumerate(sequences):
+        sequence.block_table = [3 * index + 2, 3 * index, 3 * index + 1]
+    chunks = [Chunk(sequence, 3 * index, 1, samples=True) for index, sequence in enumerate(sequences[:decoding])]
+    return describe([*chunks, *([Chunk(sequences[decoding], 2, chunk, samples=True)] if chunk else [])], cache, heads)
 
 
 def whole() -> FFNShard:

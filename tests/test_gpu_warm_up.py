@@ -1,5 +1,6 @@
 """After the warm-up no step asks for a kernel that is not compiled yet; what cannot be compiled is told in one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,16 +62,25 @@ def test_steps_ask_for_no_kernel_that_the_warm_up_has_not_launched(
     assert asked_for - warmed == set()
 
 
-def test_that_goes_for_e4m3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "multiprocessors", "launches"),
+    [(64, 1, {"quantise_rows_kernel"}), (128, 6, {"quantise_rows_kernel", "combine_kernel"})],
+    ids=["heads that share a scale", "heads of whole blocks"],
+)
+def test_that_goes_for_e4m3_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_dim: int, multiprocessors: int, launches: set[str]
+) -> None:
+    """Rows of prompts that stand beside a changing number of others are quantised by the same kernel."""
     compute = GPUCompute(HERE, quantise_experts=True, quantise_dense=True, quantise_projections=True, quantise_rows=True)
     monkeypatch.setattr(linear, "multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(halves, "multiprocessors", lambda device: multiprocessors)
+    checkpoint = written(tmp_path, replace(WIDE, head_dim=head_dim))
     with recorded() as warmed:
-        local = cluster(written(tmp_path, WIDE), Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3, wire_dtype=E4M3)
+        local = cluster(checkpoint, Epoch(1, 1, 1, 1, 1), compute, cache_dtype=E4M3, wire_dtype=E4M3)
     with recorded() as asked_for, local:
-        served(local, requests(prompts=(1, 5), max_tokens=2))
-    assert {launched.kernel for launched in asked_for} == (KERNELS | {"linear_kernel", "quantise_rows_kernel"}) - {
-        "combine_kernel"
-    }
+        for prompts in ((5,), (1, 5, 1)):
+            served(local, requests(prompts, max_tokens=2))
+    assert {launched.kernel for launched in asked_for} == (KERNELS - {"combine_kernel"}) | {"linear_kernel"} | launches
     assert asked_for - warmed == set()
 
 

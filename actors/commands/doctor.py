@@ -10,7 +10,7 @@ from actors.commands.joining import use_token
 if TYPE_CHECKING:
     from afd_ray.config import Config
     from afd_ray.diagnosis.facts import ClusterFacts
-    from afd_ray.diagnosis.findings import Finding
+    from afd_ray.diagnosis.finding import Finding
 
 
 def add_parser(commands: Any) -> None:

@@ -42,6 +42,7 @@ HEAD = "node:__internal_head__"
 class Host(NamedTuple):
     """A node of the cluster, and our actor there."""
 
+    node_id: str
     name: str
     address: str
     labels: dict[str, str]
@@ -67,13 +68,15 @@ async def examine_cluster(config: Config) -> ClusterFacts:
         seen = await asyncio.gather(*(_facts(host) for host in hosts))
         answering = [host for host, facts in zip(hosts, seen, strict=True) if isinstance(facts, HostFacts)]
         serving = _is_serving()
+        placed, placement_error = ({}, None) if serving else _placement(config, hosts)
         return ClusterFacts(
             hosts=tuple(facts for facts in seen if isinstance(facts, HostFacts)),
             silent=tuple(facts for facts in seen if isinstance(facts, Silent)),
             meetings=tuple(await _meet_all(config, answering)),
             shm_needed_bytes=0 if serving else shared_bytes(config, len(answering)),
             port_error=None if serving else await _port_error(config, answering),
-            placement_error=None if serving else _placement_error(config),
+            placement_error=placement_error,
+            placed=placed,
         )
     finally:
         for host in hosts:
@@ -106,7 +109,7 @@ def _hosts(config: Config) -> list[Host]:
         options = {"num_cpus": 0, "max_concurrency": 2 * AT_ONCE, "scheduling_strategy": strategy}
         witness = ray.remote(Witness).options(**options).remote(config, address)
         unique = name if names[name] == 1 else f"{name}/{node['NodeID'][:8]}"
-        hosts.append(Host(unique, address, dict(node["Labels"] or {}), HEAD in node["Resources"], witness))
+        hosts.append(Host(node["NodeID"], unique, address, dict(node["Labels"] or {}), HEAD in node["Resources"], witness))
     return hosts
 
 
@@ -193,9 +196,14 @@ async def _port_error(config: Config, hosts: list[Host]) -> str | None:
     return error
 
 
-def _placement_error(config: Config) -> str | None:
+def _placement(config: Config, hosts: list[Host]) -> tuple[dict[str, tuple[str, ...]], str | None]:
+    """By role the names of the hosts that its actors would be placed on, or why they have no room."""
     try:
-        plan(groups(config), inventory(), separate_nodes(config))
+        planned = plan(groups(config), inventory(), separate_nodes(config), config.placement.topology_label)
     except Infeasible as error:
-        return str(error)
-    return None
+        return {}, str(error)
+    names = {host.node_id: host.name for host in hosts}
+    placed: dict[str, dict[str, None]] = {}
+    for group, node_id in planned:
+        placed.setdefault(group.role, {})[names.get(node_id, node_id)] = None
+    return {role: tuple(chosen) for role, chosen in placed.items()}, None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from actors.doctor.devices import device_facts
 from afd_ray.config import Config, model_directory
 from afd_ray.diagnosis.facts import HostFacts
 from afd_ray.models.checkpoint import Checkpoint, digest
@@ -36,6 +37,7 @@ def host_facts(config: Config, address: str) -> HostFacts:
         model=model,
         model_error=model_error,
         token=os.environ.get("RAY_AUTH_MODE") == "token",
+        devices=device_facts() if config.attention.num_gpus or config.ffn.num_gpus else None,
     )
 
 

@@ -5,6 +5,23 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What a host has for actors on GPUs."""
+
+    gpus: int
+    error: str | None
+    """Why there are none."""
+    driver: str | None
+    """Version of NVIDIA's."""
+    torch_cuda: str | None
+    """The CUDA that torch is built for; None: it has none."""
+    nccl: str | None
+    """Version that torch has loaded, as "2.27.5"."""
+    missing: frozenset[str]
+    """Modules that GPUs, or links between them, may need, and that are not installed."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostFacts:
     """One host, as a process on it sees it."""
 
@@ -31,6 +48,8 @@ class HostFacts:
     """Whether Ray asks for a token there."""
     labels: Mapping[str, str] | None = field(default_factory=dict)
     """None: Ray gives them when it starts there, and they may be any."""
+    devices: DeviceFacts | None = None
+    """None: no actor is to have a GPU."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.address})"
@@ -68,3 +87,5 @@ class ClusterFacts:
     """Why the ingress could not listen."""
     placement_error: str | None = None
     """Why the configured actors have no room."""
+    placed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By role the hosts that its actors would be placed on; empty where that is not known."""

@@ -2,43 +2,16 @@
 
 import difflib
 import ipaddress
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple
 
 from afd_ray.config import Config
+from afd_ray.diagnosis.devices import device_findings
 from afd_ray.diagnosis.facts import ClusterFacts, HostFacts, Meeting
+from afd_ray.diagnosis.finding import Finding, by_value, listed, others
 
 CLOCK_APART_S = 0.5
 OPEN_FILES = 4096
 """Ray opens some for every worker, the ingress one for every client."""
-
-Check = Literal[
-    "start",
-    "versions",
-    "addresses",
-    "ports",
-    "clock",
-    "shared memory",
-    "open files",
-    "token",
-    "labels",
-    "room",
-    "reachability",
-    "model",
-    "access",
-]
-Severity = Literal["error", "warning"]
-
-
-class Finding(NamedTuple):
-    """`error`: a cluster will not come up, or not be safe; `warning`: it will, and something will not be as it should."""
-
-    check: Check
-    severity: Severity
-    where: str
-    found: str
-    change: str
 
 
 def diagnose(config: Config, facts: ClusterFacts) -> list[Finding]:
@@ -51,6 +24,7 @@ def diagnose(config: Config, facts: ClusterFacts) -> list[Finding]:
         *_token(facts.hosts),
         *_labels(config, facts.hosts),
         *_model(config, facts.hosts),
+        *device_findings(config, facts),
         *_shared_memory(facts),
         *_reachability(facts.meetings),
         *open_doors(config),
@@ -74,22 +48,11 @@ def _versions(hosts: Iterable[HostFacts]) -> Iterator[Finding]:
         for requirement in host.unmet:
             yield Finding("versions", "error", str(host), f"needs {requirement}", "install this project anew on that host")
     for package in sorted({package for host in hosts for package in host.versions}):
-        found = _by_value({host.name: host.versions.get(package, "missing") for host in hosts})
+        found = by_value({host.name: host.versions.get(package, "missing") for host in hosts})
         if len(found) > 1:
-            where = ", ".join(name for names in list(found.values())[1:] for name in names)
-            yield Finding("versions", "error", where, f"{package} differs: {_listed(found)}", f"install one {package} everywhere")
-
-
-def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
-    """Which hosts have each value, the most common one first."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for host, value in values.items():
-        found[value].append(host)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-
-def _listed(found: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{value} on {', '.join(names)}" for value, names in found.items())
+            yield Finding(
+                "versions", "error", others(found), f"{package} differs: {listed(found)}", f"install one {package} everywhere"
+            )
 
 
 def _addresses(hosts: Iterable[HostFacts]) -> Iterator[Finding]:
@@ -146,10 +109,11 @@ def _model(config: Config, hosts: Iterable[HostFacts]) -> Iterator[Finding]:
         if host.model_error is not None:
             change = f"put the checkpoint at {config.model.path} on every host, by a copy or a shared directory"
             yield Finding("model", "error", str(host), host.model_error, change)
-    found = _by_value({host.name: host.model for host in hosts if host.model is not None})
+    found = by_value({host.name: host.model for host in hosts if host.model is not None})
     if len(found) > 1:
-        where = ", ".join(name for names in list(found.values())[1:] for name in names)
-        yield Finding("model", "error", where, f"the checkpoint differs: {_listed(found)}", "copy one checkpoint to every host")
+        yield Finding(
+            "model", "error", others(found), f"the checkpoint differs: {listed(found)}", "copy one checkpoint to every host"
+        )
 
 
 def _shared_memory(facts: ClusterFacts) -> Iterator[Finding]:

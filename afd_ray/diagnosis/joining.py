@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from afd_ray.diagnosis.findings import Finding
+from afd_ray.diagnosis.finding import Finding
 
 
 def clash(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Finding | None:

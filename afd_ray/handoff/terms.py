@@ -6,6 +6,8 @@ from typing import Literal
 LinkKind = Literal["auto", "shm", "tcp", "gloo"]
 DeviceLinkKind = Literal["ipc", "nccl"]
 """Of links between devices; their headers take links of the kind `auto`."""
+NCCL_SHARES_GPU = (2, 30)
+"""NCCL's version from which two ranks may be on one GPU."""
 LINK_KINDS: tuple[LinkKind, ...] = ("auto", "shm", "tcp", "gloo")
 
 _REACH_SHARE = 0.5

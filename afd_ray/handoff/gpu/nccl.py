@@ -11,9 +11,8 @@ from torch import Tensor
 from afd_ray.handoff.device.nccl import Communicator
 from afd_ray.handoff.device.streams import Stream
 from afd_ray.handoff.gpu.cuda import CudaStream
+from afd_ray.handoff.terms import NCCL_SHARES_GPU
 
-SHARED_GPU = 23000
-"""NCCL's version from which two ranks may share a GPU."""
 AS_BYTES = int(cupy_version.partition(".")[0]) >= 14
 """How CuPy takes and gives a unique id; before, as a tuple of its bytes, signed."""
 
@@ -39,11 +38,12 @@ class CupyNccl:
 
     def __init__(self, place: torch.device, *, shares_gpu: bool) -> None:
         """`shares_gpu`: a peer may be on the same GPU. RuntimeError in one line where this NCCL cannot do that."""
-        version = nccl.get_version()
+        loaded: int = nccl.get_version()
+        version = (loaded // 10000, loaded // 100 % 100)
         if shares_gpu:
-            if version < SHARED_GPU:
+            if version < NCCL_SHARES_GPU:
                 raise RuntimeError(
-                    f"handoff.kind: nccl with actors that share a GPU needs NCCL 2.30 or later, {version // 10000}.{version // 100 % 100} is loaded;"
+                    f"handoff.kind: nccl with actors that share a GPU needs NCCL 2.30 or later, {version[0]}.{version[1]} is loaded;"
                     " use ipc, or set num_gpus to 1"
                 )
             os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")

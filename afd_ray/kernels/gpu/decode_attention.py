@@ -3,9 +3,13 @@
 One program takes a row, up to 64 query heads that share a key head, and a span of the row's tokens: the heads fill the M side of the
 tensor cores' tile, so keys and values are read once for all of them. The spans of a row are combined by a second kernel.
 
-Legend of shapes: N rows, A query heads, G key heads, D head_dim, P blocks of the cache, S splits of a row's tokens.
+What attention gives may be in e4m3 at once, for a product that takes that: the last kernel quantises what it has rounded.
+
+Legend of shapes: N rows, A query heads, G key heads, D head_dim, P blocks of the cache, S splits of a row's tokens, M heads of a program,
+B blocks of a head that share a scale.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afd_ray.kernels.gpu.paged_softmax import LOG2_E, Rows, Tile, attend_tokens, check, sizes
+from afd_ray.handoff.quantise import BLOCK
+from afd_ray.kernels.gpu.e4m3 import quantised
+from afd_ray.kernels.gpu.paged_softmax import LOG2_E, Rows, Tile, attend_tokens, check, rounded, sizes
+from afd_ray.models.step3 import Narrow
 
 FEWEST_HEADS = 16
 """M of the smallest tensor-core tile; fewer heads leave it partly empty."""
@@ -42,6 +49,7 @@ def attend_kernel(
     starts,  # [N]
     contexts,  # [N]
     out,  # [N, A, D]; with splits [S, N, A, D] float32
+    exponents,  # [N, A, B] uint8 of an `out` in e4m3, or None
     weights,  # [S, N, A] float32: log2 of the sum of a span's exponentials
     score_scale,  # softmax scale x key scale x log2(e)
     value_scale,
@@ -56,6 +64,8 @@ def attend_kernel(
     TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype of both products' operands
+    ROUNDED: tl.constexpr,  # dtype of the model; with splits float32
+    BLOCK: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
@@ -90,7 +100,7 @@ def attend_kernel(
     # A row of no tokens, which pads a batch, gives zeros.
     attended = sums * (value_scale / tl.where(total > 0.0, total, 1.0))[:, None]
     place = ((split * tl.num_programs(1) + row) * HEADS + head).to(tl.int64)
-    tl.store(out + place[:, None] * DIM + dim, attended.to(out.dtype.element_ty), mask=is_head[:, None])
+    _store(out, exponents, place, attended.to(ROUNDED), is_head, BLOCK)
     if IS_SPLIT:
         tl.store(weights + place, highest + tl.log2(total), mask=is_head)
 
@@ -101,12 +111,15 @@ def combine_kernel(
     weights,  # [S, N, A] float32
     contexts,  # [N]
     out,  # [N, A, D]
+    exponents,  # [N, A, B] uint8 of an `out` in e4m3, or None
     splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    ROUNDED: tl.constexpr,  # dtype of the model
+    BLOCK: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + row)
@@ -117,8 +130,23 @@ def combine_kernel(
     logs = tl.load(weights + place, mask=is_used, other=-1e30)
     shares = tl.exp2(logs - tl.max(logs, 0))
     attended = tl.load(parts + place[:, None] * DIM + dim[None, :], mask=is_used[:, None], other=0.0)
-    mean = tl.sum(attended * shares[:, None], 0) / tl.sum(shares, 0)
-    tl.store(out + (row * HEADS + head) * DIM + dim, mean.to(out.dtype.element_ty))
+    mean = tl.sum(attended * shares[:, None], 0, keep_dims=True) / tl.sum(shares, 0)
+    only = tl.arange(0, 1)
+    _store(out, exponents, (row * HEADS + head).to(tl.int64) + only, mean.to(ROUNDED), only == 0, BLOCK)
+
+
+@triton.jit
+def _store(out, exponents, place, attended, is_head, BLOCK: tl.constexpr):
+    """Heads [M, D] as the model rounds them, where place [M] counts all rows' heads; in e4m3 where there are exponents."""
+    M: tl.constexpr = attended.shape[0]
+    DIM: tl.constexpr = attended.shape[1]
+    if exponents is not None:
+        BLOCKS: tl.constexpr = DIM // BLOCK
+        attended, exponent = quantised(tl.reshape(attended.to(tl.float32), [M * BLOCKS, BLOCK]))
+        attended = tl.reshape(attended, [M, DIM])
+        of_head = exponents + place[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+        tl.store(of_head, tl.reshape(exponent, [M, BLOCKS]), mask=is_head[:, None])
+    tl.store(out + place[:, None] * DIM + tl.arange(0, DIM)[None, :], attended, mask=is_head[:, None])
 
 
 @triton.jit
@@ -163,34 +191,71 @@ def attend(rows: Rows, *, splits: int, key_scale: float = 1.0, value_scale: floa
     return attend_in_splits(rows, TILES[rows.blocks.dtype], splits, score_scale, value_scale, sizes(rows) | {"ROTARY": 0})
 
 
+def attend_narrow(rows: Rows, into: Narrow, *, splits: int, key_scale: float = 1.0, value_scale: float = 1.0) -> None:
+    """What `attend` gives as `quantise_rows` quantises it, [N, A * D], contiguous, but without that launch.
+
+    Raises ValueError as `attend` does, and where blocks are not within heads (`quantises_heads`).
+    """
+    check(rows, {})
+    count, heads, dim = rows.q.shape
+    if not quantises_heads(dim):
+        raise ValueError(f"head_dim must be a multiple of {BLOCK} for heads in e4m3, got {dim}")
+    shapes = [tuple(tensor.shape) for tensor in into]
+    if shapes != [(count, heads * dim), (count, heads * dim // BLOCK)]:
+        raise ValueError(f"what is attended needs room for its values and exponents, got {shapes}")
+    score_scale, constants = dim**-0.5 * key_scale, sizes(rows) | {"ROTARY": 0}
+    _launch(rows, TILES[rows.blocks.dtype], splits, (score_scale, value_scale), constants, *into)
+
+
+def quantises_heads(dim: int) -> bool:
+    """Whether heads of that size can be given in e4m3."""
+    return dim % BLOCK == 0
+
+
 def attend_in_splits(
-    rows: Rows, tile: Tile, splits: int, score_scale: float, value_scale: float, constants: dict[str, Any]
+    rows: Rows, tile: Tile, splits: int, score_scale: float, value_scale: float, constants: Mapping[str, Any]
 ) -> Tensor:
     """Both kernels over checked rows; `constants` are the sizes that `attend_kernel` is compiled for."""
+    out = rows.q.new_empty(len(rows.q), constants["HEADS"], constants["DIM"])
+    _launch(rows, tile, splits, (score_scale, value_scale), constants, out, None)
+    return out
+
+
+def _launch(
+    rows: Rows,
+    tile: Tile,
+    splits: int,
+    scales: tuple[float, float],
+    constants: Mapping[str, Any],
+    out: Tensor,
+    exponents: Tensor | None,
+) -> None:
+    """`scales`: of scores and values."""
     if not 1 <= splits <= MOST_SPLITS:
         raise ValueError(f"splits must be from 1 to {MOST_SPLITS}, got {splits}")
     count, heads, key_heads, dim = len(rows.q), constants["HEADS"], constants["KEY_HEADS"], constants["DIM"]
-    out = rows.q.new_empty(count, heads, dim)
     if not count:
-        return out
-    parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+        return
+    is_split, dtype = splits > 1, rounded(rows.q.dtype)
+    parts = out.new_empty(splits, count, heads, dim, dtype=torch.float32) if is_split else out
     weights = out.new_empty(splits, count, heads, dtype=torch.float32)
     tile_heads = min(tile.queries, max(FEWEST_HEADS, triton.next_power_of_2(heads // key_heads)))
-    span = {"splits": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens}
+    span = {"splits": splits, "SHORTEST": SHORTEST_SPLIT, "TILE_TOKENS": tile.tokens, "BLOCK": BLOCK}
     # The tiles of one row's heads are neighbours: what one reads, the others find in the L2 cache.
     attend_kernel[(key_heads * triton.cdiv(heads // key_heads, tile_heads), count, splits)](
         *rows,
         parts,
+        None if is_split else exponents,
         weights,
-        score_scale * LOG2_E,
-        value_scale,
+        scales[0] * LOG2_E,
+        scales[1],
         TILE_HEADS=tile_heads,
-        IS_SPLIT=splits > 1,
+        IS_SPLIT=is_split,
+        ROUNDED=tl.float32 if is_split else dtype,
         **span,
         **constants,
         **tile.options,
     )
-    if splits > 1:
-        sizes = {"HEADS": heads, "DIM": dim, "PADDED_SPLITS": padded(splits)}
-        combine_kernel[(count, heads)](parts, weights, rows.contexts, out, **sizes, **span)
-    return out
+    if is_split:
+        sizes = {"HEADS": heads, "DIM": dim, "PADDED_SPLITS": padded(splits), "ROUNDED": dtype}
+        combine_kernel[(count, heads)](parts, weights, rows.contexts, out, exponents, **sizes, **span)

@@ -20,3 +20,10 @@ def power_of_two(exponent):
 def to_e4m3(scaled):
     """Rounded to nearest. What is not finite becomes nan, as in torch; the GPU's own conversion would make the largest value of infinity."""
     return tl.where(tl.abs(scaled) <= 448.0, scaled, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
+def quantised(blocks):
+    """float32 [B, BLOCK] to e4m3 [B, BLOCK] and exponents [B] uint8."""
+    exponent = scale_exponent(tl.max(tl.abs(blocks), 1))
+    return to_e4m3(blocks * power_of_two(254 - exponent)[:, None]), exponent.to(tl.uint8)

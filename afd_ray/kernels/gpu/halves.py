@@ -18,7 +18,7 @@ from afd_ray.kernels.gpu.expert_gemm import Experts, feed_every_row, feed_forwar
 from afd_ray.kernels.gpu.linear import Parts, joined, multiprocessors, product, rounded_product
 from afd_ray.kernels.gpu.norm_quantise import Normalised, add_norm_quantise
 from afd_ray.kernels.gpu.paged_softmax import Rows
-from afd_ray.kernels.gpu.quantise_rows import dequantise_rows, quantise_rows
+from afd_ray.kernels.gpu.quantise_rows import dequantise_rows, quantise_rows, room
 from afd_ray.kernels.gpu.rope_kv_write import rotate_and_write
 from afd_ray.kernels.gpu.router import MOST_EXPERTS, route
 from afd_ray.kernels.gpu.transfers import download, upload
@@ -100,8 +100,9 @@ class Projections(nn.Module):
         k, v = self.kv_proj(rows.hidden).chunk(2, dim=1)
         return Projected(self.wq(latent).view(-1, self.heads, self.dim), k, v)
 
-    def out(self, attended: Tensor) -> tuple[Tensor | None, Parts | None]:
+    def out(self, attended: Tensor | Narrow) -> tuple[Tensor | None, Parts | None]:
         """What is attended [N, A, D] to what the residual still lacks: updates [1, N, H], or a product."""
+        assert isinstance(attended, Tensor)
         return self.o_proj(attended.flatten(1))[None], None
 
 
@@ -126,8 +127,10 @@ class NarrowProjections(Projections):
         k, v = together.columns(latents, dim), together.columns(latents + dim, dim)
         return Projected(q.view(-1, self.heads, self.dim), k, v)
 
-    def out(self, attended: Tensor) -> tuple[Tensor | None, Parts | None]:
-        return None, product(quantise_rows(attended.flatten(1)), self.output)
+    def out(self, attended: Tensor | Narrow) -> tuple[Tensor | None, Parts | None]:
+        """`attended` may be in e4m3 already, [N, A * D]."""
+        rows = attended if isinstance(attended, Narrow) else quantise_rows(attended.flatten(1))
+        return None, product(rows, self.output)
 
 
 class GPUAttentionLayer(nn.Module):
@@ -143,6 +146,7 @@ class GPUAttentionLayer(nn.Module):
         self.input_norm, self.output_norm = plain.input_layernorm.weight, plain.post_attention_layernorm.weight
         is_narrow = isinstance(attention.q_proj, QuantisedLinear)
         self.projections = NarrowProjections(attention) if is_narrow else Projections(attention)
+        self.gives_narrow = is_narrow and decode_attention.quantises_heads(self.dim)
         self.gate = None if plain.moe is None else plain.moe["gate"]
         self.share_expert = plain.share_expert
 
@@ -176,20 +180,28 @@ class GPUAttentionLayer(nn.Module):
         key, value = self.cache_scales if blocks.dtype == torch.float8_e4m3fn else CacheScales()
         return {"key_scale": key, "value_scale": value}
 
-    def _attend(self, q: Tensor, blocks: Tensor, rows: StepRows) -> Tensor:
-        """[N, A, D]; rows that decode and chunks of prompts take a kernel each, and a copy that joins them where there are both."""
+    def _attend(self, q: Tensor, blocks: Tensor, rows: StepRows) -> Tensor | Narrow:
+        """[N, A, D], or [N, A * D] in e4m3; rows that decode and chunks of prompts take kernels of their own."""
         keys = blocks.view(*blocks.shape[:2], 1, 2, self.dim)
+        firsts, others = slice(rows.decoding), slice(rows.decoding, None)
         decoding, chunked = (
-            Rows(q[part], keys, rows.tables, rows.starts[part], rows.contexts[part])
-            for part in (slice(rows.decoding), slice(rows.decoding, None))
+            Rows(q[part], keys, rows.tables, rows.starts[part], rows.contexts[part]) for part in (firsts, others)
         )
-        attended, scales = [], self._scales(blocks)
+        scales, splits = self._scales(blocks), _splits(len(decoding.q), self.heads, blocks)
+        if self.gives_narrow:
+            narrow = room(len(q), self.heads * self.dim, q.device)
+            if len(decoding.q):
+                decode_attention.attend_narrow(decoding, _of_rows(narrow, firsts), splits=splits, **scales)
+            if len(chunked.q):
+                attended = prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts, **scales)
+                quantise_rows(attended.flatten(1), _of_rows(narrow, others))
+            return narrow
+        parts = []
         if len(decoding.q):
-            splits = _splits(len(decoding.q), self.heads, blocks)
-            attended.append(decode_attention.attend(decoding, splits=splits, **scales))
+            parts.append(decode_attention.attend(decoding, splits=splits, **scales))
         if len(chunked.q):
-            attended.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts, **scales))
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+            parts.append(prefill_attention.attend_chunks(chunked, rows.first_rows, rows.row_counts, **scales))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class GPUFFNLayer(FFNLayer):
@@ -357,6 +369,10 @@ def _narrow(rows: Normalised) -> Narrow:
     assert rows.values is not None
     assert rows.exponents is not None
     return Narrow(rows.values, rows.exponents)
+
+
+def _of_rows(narrow: Narrow, part: slice) -> Narrow:
+    return Narrow(narrow.values[part], narrow.exponents[part])
 
 
 def _pair(linear: Linear) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,11 @@ def operand(cached: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(cached, tl.float16)
 
 
+def rounded(given: torch.dtype) -> tl.dtype:
+    """What attended values are rounded to, before all else, with queries of dtype `given`."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(given, tl.float16)
+
+
 def sizes(rows: Rows) -> dict[str, Any]:
     """What the kernels over key and value heads are compiled for."""
     (_, heads, dim), (_, page, key_heads, _, _) = rows.q.shape, rows.blocks.shape

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from afd_ray.handoff.quantise import BLOCK, blocks_of
-from afd_ray.kernels.gpu.e4m3 import power_of_two, scale_exponent, to_e4m3
+from afd_ray.kernels.gpu.e4m3 import power_of_two, quantised
 from afd_ray.kernels.gpu.norm_quantise import WARPS, WIDEST
 from afd_ray.models.step3 import Narrow
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["exponents"])
 def quantise_rows_kernel(
     rows,  # [N, H]
     values,  # [N, H] e4m3
@@ -29,13 +29,13 @@ def quantise_rows_kernel(
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     is_column = column < WIDTH
     x = tl.load(rows + row * WIDTH + column, mask=is_column, other=0.0).to(tl.float32)
-    exponent = scale_exponent(tl.max(tl.abs(x), 1))
-    tl.store(values + row * WIDTH + column, to_e4m3(x * power_of_two(254 - exponent)[:, None]), mask=is_column)
-    tl.store(exponents + row * BLOCKS + block, exponent.to(tl.uint8), mask=block < BLOCKS)
+    value, exponent = quantised(x)
+    tl.store(values + row * WIDTH + column, value, mask=is_column)
+    tl.store(exponents + row * BLOCKS + block, exponent, mask=block < BLOCKS)
 
 
-def quantise_rows(rows: Tensor) -> Narrow:
-    """What `handoff.quantise` gives: rows [N, H] to e4m3 [N, H] and exponents [N, B] uint8.
+def quantise_rows(rows: Tensor, into: Narrow | None = None) -> Narrow:
+    """What `handoff.quantise` gives: rows [N, H] to e4m3 [N, H] and exponents [N, B] uint8, as `room` gives them.
 
     float32, bfloat16 or float16, contiguous, H at most 16384. Raises ValueError for any other shape or dtype.
     """
@@ -44,11 +44,16 @@ def quantise_rows(rows: Tensor) -> Narrow:
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"no kernel for rows {rows.dtype}")
     count, width = rows.shape
-    values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
-    exponents = rows.new_empty(count, blocks_of(width), dtype=torch.uint8)
+    narrow = room(count, width, rows.device) if into is None else into
     if count:
-        quantise_rows_kernel[(count,)](rows, values, exponents, **_sizes(width), num_warps=WARPS)
-    return Narrow(values, exponents)
+        quantise_rows_kernel[(count,)](rows, *narrow, **_sizes(width), num_warps=WARPS)
+    return narrow
+
+
+def room(count: int, width: int, device: torch.device) -> Narrow:
+    """Of that many rows, to be written."""
+    values = torch.empty(count, width, dtype=torch.float8_e4m3fn, device=device)
+    return Narrow(values, torch.empty(count, blocks_of(width), dtype=torch.uint8, device=device))
 
 
 @triton.jit
