@@ -12,7 +12,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from afd_ray.handoff.device.streams import Mark
+from afd_ray.handoff.device.streams import Mark, TimedMark
 
 
 class CudaMark:
@@ -21,6 +21,14 @@ class CudaMark:
 
     def passed(self) -> bool:
         return bool(self.event.query())
+
+
+class CudaTimedMark(CudaMark):
+    """Of an event with timing."""
+
+    def since_us(self, earlier: TimedMark) -> float:
+        assert isinstance(earlier, CudaTimedMark)
+        return float(earlier.event.elapsed_time(self.event)) * 1000
 
 
 class CudaStream:
@@ -48,6 +56,11 @@ class CudaStream:
         event = torch.cuda.Event()
         event.record(self.torch)
         return CudaMark(event)
+
+    def timed_mark(self) -> CudaTimedMark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.torch)
+        return CudaTimedMark(event)
 
     def follow(self, mark: Mark) -> None:
         assert isinstance(mark, CudaMark)
