@@ -11,6 +11,7 @@ from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.passage import Begin, HostPassage
 from afd_ray.engine.scheduler import Scheduler
+from afd_ray.engine.stage_costs import FlightTimes
 from afd_ray.models.step3 import AttentionHalf, FFNHalf, Routed
 
 
@@ -43,6 +44,15 @@ class ColocatedLoop(AttentionLoop):
     def _park(self, slot: int) -> None:
         """Nobody waits for this slot."""
 
+    def _attend(self, slot: int, flight: Flight, started_ns: int) -> None:
+        if not flight.passage.whole:
+            super()._attend(slot, flight, started_ns)
+            return
+        flight.layer = self.half.config.num_hidden_layers - 1
+        self._next_layer(flight)
+        self._free_ns = time.monotonic_ns()
+        flight.observed.attended((self._free_ns - started_ns) / 1000)
+
     def _dispatch(self, slot: int, flight: Flight, routed: Routed) -> None:
         self._routed[slot] = routed
 
@@ -62,3 +72,10 @@ class ColocatedLoop(AttentionLoop):
         flight.observed.fed((time.monotonic_ns() - started_ns) / 1000)
         self._record("ffn", slot, flight.layer, flight.step, flight.rows, started_ns)
         self._next_layer(flight)
+
+    def _measure(self, flight: Flight) -> None:
+        if flight.passage.whole:  # nobody can tell its layers apart, nor its halves
+            mean_us, flight.observed = flight.observed.attention / flight.layer, FlightTimes()
+            for _ in range(flight.layer):
+                flight.observed.attended(mean_us)
+        super()._measure(flight)

@@ -30,6 +30,9 @@ class Part(NamedTuple):
 class Passage(Protocol):
     """One micro-batch's rows. Layers are called in their order, each with what came back from the one before added."""
 
+    whole: bool
+    """Whether it goes through all layers by itself, the FFN's too, once it is begun: then only its logits are asked for."""
+
     def attend(self, layer: int) -> Routed:
         """All of an attention layer, the rows' keys and values written into the cache; what goes to the FFN lies where the half computes."""
 
@@ -55,6 +58,8 @@ Begin = Callable[[AttentionHalf, PagedCache, Many[Chunk], int], Passage]
 
 class HostPassage:
     """In host memory, by the half's own modules, plain or packed."""
+
+    whole = False
 
     def __init__(self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], slot: int = 0) -> None:
         """In any slot."""

@@ -1,54 +1,33 @@
 """Steps that only decode, as replays over static tensors: a set of tensors for each slot, graphs for each slot and bucket of rows.
 
-Rows that pad a bucket belong to nobody: they attend to nothing, their keys and values go to the cache's spare block, nothing is added to them,
-and what they give is not looked at.
+Nothing is added to the rows that pad a bucket, and what they give is not looked at.
 
-Legend of shapes: B rows of a bucket, H hidden, D head_dim, K top-k, U FFN instances, S rows that choose a token, V vocabulary.
+Legend of shapes: B rows of a bucket, H hidden, K top-k, U FFN instances, V vocabulary.
 """
 
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu.passage import write_parts
-from afd_ray.engine.gpu.step import Described, describe
+from afd_ray.engine.gpu.static_step import INT, StaticStep, StepMemory, bucket_for, layer_of
+from afd_ray.engine.gpu.step import describe
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.passage import Part
 from afd_ray.engine.sequence import Chunk
 from afd_ray.kernels.gpu.capture import Capture, Run, buckets
-from afd_ray.kernels.gpu.halves import GPUAttentionLayer, Returned, StepRows, head
+from afd_ray.kernels.gpu.halves import Returned, head
 from afd_ray.kernels.gpu.transfers import Spec, Staging, download, nbytes_of, views
 from afd_ray.models.step3 import AttentionHalf, Narrow, Routed
-
-INT = torch.int32
-_NONE = np.empty(0, dtype=np.int32)
-NOTHING = Described(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, decoding=0)
-"""A step without a row."""
-
-
-class Numbers(NamedTuple):
-    """What a step tells the device, at a bucket's size; the tables lie last, for of them only what is used is sent."""
-
-    token_ids: Tensor  # [B] int32
-    positions: Tensor  # [B]; -1: padding
-    slots: Tensor  # [B]
-    starts: Tensor  # [B]
-    sample_rows: Tensor  # [B], of which S count
-    tables: Tensor  # [.]
 
 
 class Static(NamedTuple):
     """What one slot's graphs of one bucket read and write: views of the slot's memory."""
 
-    numbers: Numbers
-    residual: Tensor  # [B, H]
-    cos: Tensor  # [B, D / 2]
-    sin: Tensor
-    contexts: Tensor  # [B] int32
+    step: StaticStep
     places: Tensor  # [U, B] int32
     sums: Tensor  # [U * B, H]
     hidden: Tensor  # [B, H], for the shared expert and for an FFN on this device
@@ -71,21 +50,14 @@ class SlotGraphs:
     ) -> None:
         self.half, self.cache, self._instances, self._capture, self.stays = half, cache, needs.instances, capture, stays
         config, device, most = half.config, cache.blocks.device, sizes[-1]
-        self._narrow = _layer(half, 0).scales is not None
-        self._residual = torch.zeros(most, config.hidden_size, dtype=config.dtype, device=device)
-        self._hidden = torch.zeros_like(self._residual)
-        self._cos = torch.zeros(most, config.head_dim // 2, device=device)
-        self._sin = torch.zeros_like(self._cos)
-        self._contexts = torch.zeros(most, dtype=INT, device=device)
-        self.memory = [
+        self._narrow = layer_of(half, 0).scales is not None
+        self.step = StepMemory(half, cache, most)
+        self._hidden = torch.zeros(most, config.hidden_size, dtype=config.dtype, device=device)
+        self.of_returned, self.of_out = (
             torch.zeros(nbytes_of(specs), dtype=torch.uint8, device=device)
-            for specs in (self.told(most, cache.num_blocks + 1), self.returned(most, most * needs.instances), self._out(most))
-        ]
+            for specs in (self.returned(most, most * needs.instances), self._out(most))
+        )
         self.buckets = {size: self._bucket(size) for size in sizes}
-
-    def told(self, rows: int, blocks: int) -> list[Spec]:
-        """Of `Numbers`."""
-        return [*[(INT, (rows,))] * 5, (INT, (blocks,))]
 
     def returned(self, rows: int, parts: int) -> list[Spec]:
         """Places, and the rows that parts come to in all."""
@@ -98,64 +70,27 @@ class SlotGraphs:
         return [*(narrow if self._narrow else [(config.dtype, (rows, width))]), (INT, choice), (config.dtype, choice)]
 
     def _bucket(self, rows: int) -> Bucket:
-        told, returned, out = self.memory
-        places, sums = views(returned, self.returned(rows, rows * self._instances))
-        numbers = Numbers(*views(told, self.told(rows, self.cache.num_blocks + 1)))
-        leaves = views(out, self._out(rows))
+        places, sums = views(self.of_returned, self.returned(rows, rows * self._instances))
+        leaves = views(self.of_out, self._out(rows))
         hidden = self._hidden[:rows] if self._narrow else leaves[0]
-        static = Static(
-            numbers,
-            self._residual[:rows],
-            self._cos[:rows],
-            self._sin[:rows],
-            self._contexts[:rows],
-            places,
-            sums,
-            hidden,
-            leaves,
-        )
-        self.tell(static, NOTHING)
+        static = Static(self.step.of(rows), places, sums, hidden, leaves)
         static.places.fill_(-1)
         layers = range(self.half.config.num_hidden_layers)
         return Bucket(
             static,
-            self._capture(lambda: self._begin(static)),
+            self._capture(lambda: self.step.begin(static.step)),
             [self._capture(self._attention(static, index)) for index in layers],
             [self._share(static, index) for index in layers],
         )
 
-    def tell(self, static: Static, described: Described) -> None:
-        """Onto the device: rows that decode, padded."""
-        rows = len(static.residual)
-        staging = Staging(static.residual.device, *self.told(rows, max(1, len(described.tables))))
-        token_ids, positions, slots, starts, sample_rows, tables = staging.tensors
-        padding = ((token_ids, 0), (positions, -1), (slots, self.cache.num_blocks * self.cache.block_size), (starts, 0))
-        given = (described.token_ids, described.positions, described.slots, described.starts)
-        for (tensor, filler), values in zip(padding, given, strict=True):
-            tensor[: len(values)] = torch.from_numpy(values)
-            tensor[len(values) :] = filler
-        sample_rows[: len(described.sample_rows)] = torch.from_numpy(described.sample_rows)
-        tables[: len(described.tables)] = torch.from_numpy(described.tables)
-        staging.send_into(self.memory[0])
-
-    def _begin(self, static: Static) -> None:
-        numbers = static.numbers
-        static.residual.copy_(self.half.embed_tokens(numbers.token_ids))
-        for place, tensor in zip((static.cos, static.sin), self.half.rotary(numbers.positions), strict=True):
-            place.copy_(tensor)
-        torch.add(numbers.positions, 1, out=static.contexts)
-
     def _attention(self, static: Static, index: int) -> Run:
-        layer, numbers, blocks = _layer(self.half, index), static.numbers, self.cache.blocks[index]
-        none = torch.empty(0, dtype=INT, device=blocks.device)
-        rows = StepRows(
-            static.cos, static.sin, numbers.slots, numbers.tables, numbers.starts, static.contexts, none, none, len(static.cos)
-        )
+        layer, blocks, residual = layer_of(self.half, index), self.cache.blocks[index], static.step.residual
+        rows = self.step.rows(static.step)
         returned = Returned(static.sums, static.places) if index and self._instances else None
 
         def run() -> None:
-            residual, routed = layer(static.residual, returned, blocks, rows)
-            static.residual.copy_(residual)
+            after, routed = layer(residual, returned, blocks, rows)
+            residual.copy_(after)
             if routed.narrow is not None:
                 static.hidden.copy_(routed.hidden)
             leaves = [routed.hidden] if routed.narrow is None else [*routed.narrow]
@@ -166,12 +101,12 @@ class SlotGraphs:
         return run
 
     def _share(self, static: Static, index: int) -> Run | None:
-        layer = _layer(self.half, index)
+        layer = layer_of(self.half, index)
 
         def run() -> None:
             shared = layer.share(static.hidden)
             assert shared is not None
-            static.residual.add_(shared)
+            static.step.residual.add_(shared)
 
         return None if layer.share_expert is None else self._capture(run)
 
@@ -186,21 +121,21 @@ class AttentionGraphs:
 
     def begin(self, slot: int, chunks: Many[Chunk]) -> "CapturedPassage | None":
         """None for a micro-batch with chunks of prompts, or with more rows than there are graphs for."""
-        rows = len(chunks)
-        if slot >= len(self._slots) or rows > self._sizes[-1] or any(chunk.count > 1 for chunk in chunks):
-            return None
-        return CapturedPassage(self._slots[slot], next(size for size in self._sizes if size >= rows), chunks)
+        bucket = bucket_for(self._sizes, chunks)
+        return None if bucket is None or slot >= len(self._slots) else CapturedPassage(self._slots[slot], bucket, chunks)
 
 
 class CapturedPassage:
     """A `Passage` of rows that decode through the graphs of a slot; there is one at a time of a slot."""
+
+    whole = False
 
     def __init__(self, graphs: SlotGraphs, bucket: int, chunks: Many[Chunk]) -> None:
         self._graphs, self._bucket, self._rows = graphs, graphs.buckets[bucket], len(chunks)
         self._static, self._is_returned = self._bucket.static, False
         described = describe(chunks, graphs.cache, graphs.half.config.num_attention_heads)
         self._samples = len(described.sample_rows)
-        graphs.tell(self._static, described)
+        graphs.step.tell(self._static.step, described)
         self._bucket.begin()
 
     def attend(self, layer: int) -> Routed:
@@ -212,7 +147,7 @@ class CapturedPassage:
 
     def to_host(self, routed: Routed) -> Routed:
         """Waits for all that is launched so far."""
-        out = self._graphs.memory[2]
+        out = self._graphs.of_out
         specs = [(tensor.dtype, tuple(tensor.shape)) for tensor in self._static.out]
         here = Staging(out.device, *specs).receive(out)
         return self._routed(routed.experts is not None, here[0], here, torch.int64)
@@ -223,26 +158,26 @@ class CapturedPassage:
             share()
 
     def add(self, rows: Tensor) -> None:
-        self._static.residual[: self._rows].add_(rows)
+        self._static.step.residual[: self._rows].add_(rows)
 
     def add_parts(self, parts: Many[Part]) -> None:
         graphs, count = self._graphs, sum(len(part.sums) for part in parts)
         if not len(self._static.places):
             return
-        of_places, of_sums = graphs.returned(len(self._static.residual), count)
-        staging = Staging(self._static.residual.device, of_places, *([] if graphs.stays else [of_sums]))
+        of_places, of_sums = graphs.returned(len(self._static.step.residual), count)
+        staging = Staging(graphs.of_returned.device, of_places, *([] if graphs.stays else [of_sums]))
         places, sums = (*staging.tensors, self._static.sums)[:2]
         write_parts(parts, sums, places)
-        staging.send_into(graphs.memory[1])
+        staging.send_into(graphs.of_returned)
         self._is_returned = True
 
     def logits(self) -> Tensor:
         static = self._static
-        rows = static.numbers.sample_rows[: self._samples]
+        rows = static.step.numbers.sample_rows[: self._samples]
         returned = None
         if self._is_returned:
             returned = Returned(static.sums, static.places.index_select(1, rows))
-        return download([head(self._graphs.half, static.residual.index_select(0, rows), returned)])[0]
+        return download([head(self._graphs.half, static.step.residual.index_select(0, rows), returned)])[0]
 
     def _routed(self, has_experts: bool, hidden: Tensor, out: Many[Tensor], ids: torch.dtype) -> Routed:
         """Of the rows that are somebody's."""
@@ -251,9 +186,3 @@ class CapturedPassage:
         if not has_experts:
             return Routed(hidden[: self._rows], None, None, narrow)
         return Routed(hidden[: self._rows], experts.to(ids), weights, narrow)
-
-
-def _layer(half: AttentionHalf, index: int) -> GPUAttentionLayer:
-    layer = half.layers[index]
-    assert isinstance(layer, GPUAttentionLayer)
-    return layer

@@ -11,6 +11,7 @@ from afd_ray.engine.gpu.captured import AttentionGraphs
 from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, graph_bytes, workspace_bytes
 from afd_ray.engine.gpu.passage import GPUPassage
 from afd_ray.engine.gpu.warm_up import warm_up_attention, warm_up_ffn
+from afd_ray.engine.gpu.whole_step import WholeSteps
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import Chunk
@@ -49,7 +50,7 @@ class GPUCompute:
         """
         self._stays = stays
         self._quantise_rows, self._capture = quantise_rows, capture
-        self._graphs: dict[PagedCache, AttentionGraphs] = {}
+        self._graphs: dict[PagedCache, AttentionGraphs | WholeSteps] = {}
         self.device, self._share = device, share
         self._experts, self._dense, self._projections = quantise_experts, quantise_dense, quantise_projections
         self._instances = 0
@@ -125,17 +126,22 @@ class GPUCompute:
         with _told_in_one_line("attention"):
             warm_up_attention(half, cache, needs, ffn)
             if self._capture is not None:
-                self._capture_attention(half, cache, needs, self._capture)
+                self._capture_attention(half, cache, needs, self._capture, ffn)
         self._instances = needs.instances
 
-    def _capture_attention(self, half: AttentionHalf, cache: PagedCache, needs: Needs, capture: Callable[[], Capture]) -> None:
+    def _capture_attention(
+        self, half: AttentionHalf, cache: PagedCache, needs: Needs, capture: Callable[[], Capture], ffn: FFNHalf | None
+    ) -> None:
         """Unless the graphs that there are do: they serve fewer slots and instances too."""
         held = self._graphs.get(cache)
         if held is not None:
             if needs.slots <= held.needs.slots and needs.instances <= held.needs.instances:
                 return
             needs = needs._replace(slots=max(needs.slots, held.needs.slots))
-        self._graphs[cache] = AttentionGraphs(half, cache, needs, capture(), stays=self._stays)
+        if ffn is None:
+            self._graphs[cache] = AttentionGraphs(half, cache, needs, capture(), stays=self._stays)
+        else:
+            self._graphs[cache] = WholeSteps(half, ffn, cache, needs, capture())
 
     def warm_up_ffn(self, half: FFNHalf, rows: int, narrow: bool) -> None:
         """As `warm_up_attention`."""

@@ -13,7 +13,7 @@ SPLIT_ROWS = 4096
 
 
 GRAPH_BYTES = 64 << 10
-"""Of one layer's graph, about a dozen launches."""
+"""Of one layer's launches in graphs, about a dozen for each half."""
 
 
 class GPUMemory(NamedTuple):
@@ -44,7 +44,8 @@ def graph_bytes(config: ModelConfig, needs: Needs) -> int:
     """What captured graphs and their static tensors take, about; a graph's own share is a guess, until a GPU has captured one."""
     sizes, layers = buckets(needs.decoding), config.num_hidden_layers
     row = config.hidden_size * config.dtype.itemsize * (4 + needs.instances) + 8 * (config.head_dim + config.moe_top_k + 8)
-    return needs.slots * (sizes[-1] * row + len(sizes) * (layers + 1) * GRAPH_BYTES)
+    halves = 1 if needs.instances else 2
+    return needs.slots * (sizes[-1] * row + len(sizes) * (halves * layers + 1) * GRAPH_BYTES)
 
 
 def workspace_bytes(config: ModelConfig, rows: int) -> int:

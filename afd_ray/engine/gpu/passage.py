@@ -17,6 +17,8 @@ from afd_ray.models.step3 import AttentionHalf, Narrow, Routed
 class GPUPassage:
     """A `Passage` through a half as `gpu_attention` gives it."""
 
+    whole = False
+
     def __init__(
         self, half: AttentionHalf, cache: PagedCache, chunks: Many[Chunk], instances: int = 0, *, stays: bool = False
     ) -> None:
