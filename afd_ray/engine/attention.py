@@ -239,9 +239,10 @@ class AttentionLoop(StepLoop):
         flight.partials.append(message if flight.awaited == 0 else message.copied())
         if flight.awaited == 0:
             flight.due_ns = time.monotonic_ns()
-            round_trip_us = (flight.due_ns - flight.dispatched_ns) / 1000
-            unseen_us = header.unseen_us + (flight.due_ns - self._looked_ns) / 1000
-            flight.observed.returned(round_trip_us - header.queued_us, header.busy_us, unseen_us)
+            if flight.marks is None:
+                round_trip_us = (flight.due_ns - flight.dispatched_ns) / 1000
+                unseen_us = header.unseen_us + (flight.due_ns - self._looked_ns) / 1000
+                flight.observed.returned(round_trip_us - header.queued_us, header.busy_us, unseen_us)
             self._next_layer(flight)
 
     def _next_layer(self, flight: Flight) -> None:
@@ -403,12 +404,13 @@ class AttentionLoop(StepLoop):
             self._publish(outputs)
         wire = self._wire
         self._take_commands()
-        if not self._running or self._wire is not wire:
+        if self._wire is not wire:
             return
-        if slot == 0:
-            self._replan()
-        self._begin(slot, self._free_ns)
-        self._work_came = True
+        if self._running:
+            if slot == 0:
+                self._replan()
+            self._begin(slot, self._free_ns)
+            self._work_came = True
         if flight.marks is not None:  # while the device has the next one to compute
             self._observe(flight, flight.marks, settled_ns, ended_ns)
 
@@ -436,15 +438,15 @@ class AttentionLoop(StepLoop):
                 self.recorder.record(self._waiting, 0, 0, 0, 0, start_ns - round(stage.waited_us * 1000), start_ns)
             name = "head" if is_head else "attention"
             self.recorder.record(name, slot, layer, step, rows, start_ns, ended_ns if is_head else end_ns)
-        marks.tell_of_ffn(flight.observed, alone=self.wire.epoch.attention == 1)
-        self._measure(flight)
+        if marks.tell_of_ffn(flight.observed, alone=self.wire.epoch.attention == 1):
+            self._measure(flight)
+        else:
+            self._meter.add_attention(flight.observed, rows, flight.context_tokens, flight.layer)
 
     def _measure(self, flight: Flight) -> None:
-        """What it took, if all of it is known."""
+        """What it took on its way through the layers."""
         times, rows, context = flight.observed, flight.rows, flight.context_tokens
         self._meter.add(times, rows, context, flight.layer)
-        if not times.ffn_by_layer:
-            return
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
         by_layer_us = tuple(times.attention_by_layer), tuple(times.ffn_by_layer)
         slot = flight.batch.slot

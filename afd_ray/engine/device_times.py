@@ -87,8 +87,8 @@ class FlightMarks:
             for layer, marked in enumerate(self._marked)
         ]
 
-    def tell_of_ffn(self, times: FlightTimes, *, alone: bool) -> None:
-        """What is known of the FFN and of the way there; of the FFN nothing, unless it is known of all layers. `alone`: it serves no other rank.
+    def tell_of_ffn(self, times: FlightTimes, *, alone: bool) -> bool:
+        """What is known of the FFN and of the way there; False, and nothing, unless the FFN's part of every layer is. `alone`: it serves no other rank.
 
         Rows may lie at the FFN until it has done with others or others have come, for how long nobody measures. So a round trip tells of the transfer only
         if no other micro-batch of this rank was in flight during it, of no more than its most if other ranks are there; and only if the stream stood
@@ -96,7 +96,7 @@ class FlightMarks:
         """
         returned = self._marked[1:]
         if not all(after.busy_us for after in returned):
-            return
+            return False
         for before, after in zip(self._marked, returned, strict=False):
             times.fed(after.busy_us)
             if after.due is None or before.sent is None or after.begun.since_us(after.due) < WAITED_US:
@@ -106,6 +106,7 @@ class FlightMarks:
                 times.crossed(transfer_us)
             else:
                 times.crossed_within(transfer_us)
+        return True
 
 
 class _Ordered(NamedTuple):

@@ -111,6 +111,8 @@ class FFNLoop(StepLoop):
         slots = self._slots
         slot = next_slot([Ready(i, slots[i].layer, since) for since, i in enumerate(self._turns) if slots[i].ready])
         if slot is None:
+            if self._marks is not None:
+                self._marks.look(time.monotonic_ns())
             return False
         self._turns.remove(slot)
         self._turns.append(slot)

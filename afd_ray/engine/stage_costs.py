@@ -210,16 +210,18 @@ class StageMeter:
     def add(self, times: FlightTimes, rows: int, context_tokens: int, layers: int) -> None:
         """A micro-batch has passed all layers; embedding, head and sampling count as part of them.
 
-        Of an FFN of which nothing is known nothing is learned. Where a transfer is only known to take no longer than so, it is taken to take so long:
-        then neither half waits for want of micro-batches.
+        Where a transfer is only known to take no longer than so, it is taken to take so long: then neither half waits for want of micro-batches.
         """
-        self.attention.add(rows, context_tokens, times.attention / layers)
-        if times.ffn_by_layer:
-            self.ffn.add(rows, 0, times.ffn / layers)
+        self.add_attention(times, rows, context_tokens, layers)
+        self.ffn.add(rows, 0, times.ffn / layers)
         if times.transfers:
             self.transfer.add(rows, 0, times.transfer / times.transfers)
         elif times.transfer_at_most < math.inf:
             self.transfer.add(rows, 0, times.transfer_at_most)
+
+    def add_attention(self, times: FlightTimes, rows: int, context_tokens: int, layers: int) -> None:
+        """The same of one of whose FFN nothing is known."""
+        self.attention.add(rows, context_tokens, times.attention / layers)
 
     def forget_ffn(self) -> None:
         """Other FFN ranks, or another number of them: what was learned of theirs and of the way there holds no longer."""
