@@ -108,11 +108,11 @@ class FFNLoop(StepLoop):
         self._slots, self._turns, self._conductor = [], deque(), None
 
     def _run_stage(self) -> bool:
+        if self._marks is not None:
+            self._marks.look(time.monotonic_ns())
         slots = self._slots
         slot = next_slot([Ready(i, slots[i].layer, since) for since, i in enumerate(self._turns) if slots[i].ready])
         if slot is None:
-            if self._marks is not None:
-                self._marks.look(time.monotonic_ns())
             return False
         self._turns.remove(slot)
         self._turns.append(slot)
@@ -198,7 +198,6 @@ class FFNLoop(StepLoop):
             computed_ns = time.monotonic_ns()
             if self._marks is not None:
                 self._marks.end(index, layer, wave.number, rows, computed_ns)
-                self._marks.look(computed_ns)
             self._pass_on(index, wave, arrivals, partial, started_ns)
             self._free_ns = time.monotonic_ns()
             self._passing_on_ns = self._free_ns - computed_ns
