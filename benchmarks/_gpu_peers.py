@@ -86,7 +86,8 @@ def deep_gemm(experts: Experts, x: Tensor, ids: Tensor) -> Run:
     """Its two grouped products alone, over rows that are sorted, padded and in e4m3 already: no SwiGLU, no weights, no sum."""
     library = importlib.import_module("deep_gemm")
     places, groups = padded_by_expert(ids, len(experts.gate), library.get_mk_alignment_for_contiguous_layout())
-    wide, narrow = x[places // ids.shape[1]].contiguous(), _e4m3(len(places), experts.gate.shape[1])
+    picked = x.view(torch.uint8)[places // ids.shape[1]].view(x.dtype)  # bytes, as e4m3 may not be indexed
+    wide, narrow = picked, _e4m3(len(places), experts.gate.shape[1])
     gate_up = torch.cat((experts.gate, experts.up), dim=1), torch.cat((experts.gate_scales, experts.up_scales), dim=1)
     down = experts.down, experts.down_scales
     first = torch.empty(len(places), gate_up[0].shape[1], dtype=torch.bfloat16, device="cuda")

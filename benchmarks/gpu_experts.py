@@ -100,11 +100,11 @@ def row(inputs: Inputs, wide: Experts, limits: Limits, peers: Peers) -> Line:
 
 
 def expected(inputs: Inputs, wide: Experts) -> Tensor:
-    total = torch.zeros(inputs.x.shape, device="cuda")
+    total, wide_x = torch.zeros(inputs.x.shape, device="cuda"), inputs.x.float()  # e4m3 may not be indexed
     for expert in range(HELD):
         rows, slots = (inputs.ids == expert).nonzero(as_tuple=True)
         gate, up, down = (part[expert].float() for part in wide[:3])
-        x = inputs.x[rows].float()
+        x = wide_x[rows]
         y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
         total.index_add_(0, rows, y * inputs.weights[rows, slots, None].float())
     return total

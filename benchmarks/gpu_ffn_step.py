@@ -6,13 +6,15 @@ The layer is the engine's own (`kernels.gpu.halves`), without what ranks of a se
 same dtype, then the whole is timed: on the device alone, captured as a graph ("captured", which the bound is compared with) and launched anew ("eager");
 what the host takes to launch it and to replay it; and with rows that come from host memory and go back there, which is how actors hand over for now.
 The bound is bytes (weights of the experts that are chosen and of the shared one, rows in and out once) over the bandwidth of a large sum,
-or arithmetic over the peak of a large product, both of the same run.
+or arithmetic over the peak of a large product, both of the same run. A second table has the captured times beside the sums of their kernels, as torch's
+profiler tells them.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from afd_ray.kernels.gpu.quantise_rows import quantise_rows
 from afd_ray.models.config import ModelConfig
 from afd_ray.models.presets import PRESETS
 from afd_ray.models.step3 import FFNHalf, FFNLayer, FFNShard, Narrow, Routed, Slice
-from benchmarks._gpu import Limits, Line, answer, eager_us, error, launch_us, median_us, replay_us
+from benchmarks._gpu import KernelSums, Limits, Line, Run, answer, eager_us, error, launch_us, median_us, replay_us
 
 STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
 TENSOR, INSTANCES = 8, 2
@@ -45,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
-    device = torch.device("cuda")
+    device, sums = torch.device("cuda"), KernelSums("weights | rows")
     for narrow in (True, False):
         held = half_of(STEP_3, device)
         plain = held.layers[0]
         assert isinstance(plain, FFNLayer)
         half = gpu_ffn(held, device, quantise=narrow, dense=narrow)
         for rows in ROWS[3:4] if args.quick else ROWS:
-            yield line(plain, half, rows_of(STEP_3, rows, device, narrow), limits)
+            yield line(plain, half, rows_of(STEP_3, rows, device, narrow), limits, sums)
+    yield from sums.lines()
 
 
 def half_of(config: ModelConfig, device: torch.device) -> FFNHalf:
@@ -74,7 +77,7 @@ def rows_of(config: ModelConfig, rows: int, device: torch.device, narrow: bool =
         return Routed(hidden, experts, torch.rand(rows, config.moe_top_k).to(config.dtype), packed)
 
 
-def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
+def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits, sums: KernelSums) -> Line:
     narrow, device = routed.narrow is not None, routed.hidden.device
     bound = limits.bound_us(*cost(plain, routed), torch.float8_e4m3fn if narrow else torch.bfloat16)
     found = difference(plain, routed, half(0, routed))
@@ -83,10 +86,17 @@ def line(plain: FFNLayer, half: GPUFFN, routed: Routed, limits: Limits) -> Line:
     fed, replayed = FedFFN(half, device), fed_by_graphs(half, len(routed.hidden), CUDAGraphs(device), narrow)
     hosted = on_the_host(routed)
     through = launch_us(lambda: fed(0, hosted)), launch_us(lambda: replayed(0, hosted))
-    times = " | ".join(f"{us:.0f}" for us in (launched, *host, *through))
+    times = " | ".join([f"{launched:.0f}", *(f"{us:.1f}" for us in (*host, *through))])
     figures = f"{bound:.0f} | {ours:.0f} | {bound / ours:.2f} | {times} | {found:.1e}"
-    text = f"| {'e4m3' if narrow else 'bfloat16'} | {len(routed.hidden)} | {figures} |"
-    return Line(text, found < LARGEST_ERROR[narrow], None)
+    cells = f"{'e4m3' if narrow else 'bfloat16'} | {len(routed.hidden)}"
+    sums.add(cells, ours, partial(again, half, len(routed.hidden), device, narrow))
+    return Line(f"| {cells} | {figures} |", found < LARGEST_ERROR[narrow], None)
+
+
+def again(half: GPUFFN, rows: int, device: torch.device, narrow: bool) -> Run:
+    """The layer over other rows."""
+    routed = rows_of(STEP_3, rows, device, narrow)
+    return lambda: half(0, routed)
 
 
 def on_the_host(routed: Routed) -> Routed:

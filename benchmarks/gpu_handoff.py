@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 
-from afd_ray.handoff.device.carrier import Carrier
 from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.device.ipc import IpcCarrier
 from afd_ray.handoff.device.nccl import RECEIVER, SENDER, Library, NcclCarrier
@@ -33,7 +32,7 @@ from benchmarks._gpu import ABSENT, heading, measure_limits
 
 THERE, BACK = (64, 7168), (128, 7168)
 ROUNDS, QUICK_ROUNDS = 200, 50
-WAIT_S = 60.0
+WAIT_S, CLOSE_S = 60.0, 10.0
 CONTROL_BYTES = 1 << 16
 PLACES = 6
 COLUMNS = "| link | MPS | bound, us | bare, us | ours, us | ours / bare |"
@@ -83,14 +82,15 @@ class Way(ABC):
 class Link(Way):
     """By the engine's own mesh."""
 
-    def carrier(self, tools: Tools, peers: dict[int, int]) -> Carrier:
+    def carrier(self, tools: Tools, peers: dict[int, int]) -> IpcCarrier | NcclCarrier:
         raise NotImplementedError
 
     def set_up(self, tools: Tools) -> None:
         other = 1 - self.rank
         frames = {other: 4096 + (self.back if self.rank == 0 else self.there).nbytes}
         control = open_mesh(self.rank, 2, 0, secret=b"s", host="127.0.0.1", peers={other: CONTROL_BYTES})
-        self.mesh = DeviceMesh(control, self.carrier(tools, frames), self.device)
+        self._carrier = self.carrier(tools, frames)
+        self.mesh = DeviceMesh(control, self._carrier, self.device)
         endpoint = self.swap(self.mesh.endpoint.to_dict())
         assert isinstance(endpoint, dict)
         self.mesh.connect({other: Endpoint.from_dict(endpoint)}, WAIT_S)
@@ -127,16 +127,18 @@ class Link(Way):
         return self._last.cpu()
 
     def close(self) -> None:
+        """And let what gives memory back in the background finish: this process may be about to end."""
         self.mesh.close()
+        self._carrier.wait_closed(CLOSE_S)
 
 
 class IpcLink(Link):
-    def carrier(self, tools: Tools, peers: dict[int, int]) -> Carrier:
+    def carrier(self, tools: Tools, peers: dict[int, int]) -> IpcCarrier:
         return IpcCarrier(self.device, peers, PLACES)
 
 
 class NcclLink(Link):
-    def carrier(self, tools: Tools, peers: dict[int, int]) -> Carrier:
+    def carrier(self, tools: Tools, peers: dict[int, int]) -> NcclCarrier:
         return NcclCarrier(self.device, self.rank, peers, PLACES, tools.library(self.device))
 
 
@@ -258,6 +260,7 @@ def other_process(tools: Tools) -> Iterator[Connection]:
     here, there = context.Pipe()
     process = context.Process(target=answer, args=(there, tools), daemon=True)
     process.start()
+    there.close()  # so that what it had to say ends with it
     try:
         yield here
         here.send(None)
@@ -320,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with other_process(Tools(cuda_device, cuda_library)) as pipe:
                 bare, ours = (timed(name, Tools(cuda_device, cuda_library), pipe, rounds) for name in (f"bare {link}", link))
-        except (ImportError, RuntimeError, EOFError) as error:
+        except (ImportError, RuntimeError, EOFError, OSError) as error:
             print(f"\n{link} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         print(line(link, limits.bound_us(moved, 0, torch.bfloat16), bare, ours, mps_state()), flush=True)

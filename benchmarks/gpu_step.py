@@ -7,7 +7,7 @@ is timed. The bound is bytes (weights, keys and values) over the bandwidth of a 
 same run. The paper's times are of an H800 (arXiv:2507.19427 Table 9). "captured" is what the layer takes as a
 replayed graph, as an actor runs it, and is what the bound and the planner are told; "eager" what it takes launched anew. The last columns are the host's
 own time a layer: to launch it, to replay it, and of an actor's whole turn with a graph: rows returned by the FFN sent to the device, the layer, and what
-it gives fetched to the host, which waits for all of it.
+it gives fetched to the host, which waits for all of it. A second table has the captured times beside the sums of their kernels, as torch's profiler tells them.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from afd_ray.models.step3 import AttentionHalf, AttentionLayer, Routed, rotary_t
 from afd_ray.models.step3 import attend as attend_whole
 from afd_ray.planning.measured import AttentionTime
 from afd_ray.request import Request
-from benchmarks._gpu import Limits, Line, answer, eager_us, error, launch_us, median_us, replay_us
+from benchmarks._gpu import KernelSums, Limits, Line, Run, answer, eager_us, error, launch_us, median_us, replay_us
 
 STEP_3 = replace(PRESETS["step3"], num_hidden_layers=1, moe_layers=frozenset({0}))
 ROWS, CONTEXTS, PAGE, INSTANCES = (64, 128), (4096, 8192, 32768), 64, 2
@@ -74,16 +75,17 @@ def main(argv: Many[str] | None = None) -> int:
 
 def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
     wide = layer_of(STEP_3, torch.device("cuda"))
-    layers = {True: narrowed(wide), False: wide}
+    layers, sums = {True: narrowed(wide), False: wide}, KernelSums("projections | rows | context")
     for rows in ROWS[:1] if args.quick else ROWS:
         for context in CONTEXTS[1:] if args.quick else CONTEXTS:
             if rows * context * STEP_3.kv_width * 2 < 0.5 * torch.cuda.mem_get_info()[0]:
                 step = step_of(STEP_3, rows, context, torch.device("cuda"))
                 for narrow, layer in layers.items():
-                    yield line(layer, step, limits, narrow)
+                    yield line(layer, step, limits, narrow, sums)
+    yield from sums.lines()
 
 
-def line(layer: AttentionLayer, step: Step, limits: Limits, narrow: bool) -> Line:
+def line(layer: AttentionLayer, step: Step, limits: Limits, narrow: bool, sums: KernelSums) -> Line:
     rows, context, ours = len(step.residual), int(step.rows.contexts[0]), GPUAttentionLayer(layer)
     bound = bound_us(STEP_3, layer, rows, context, limits)
     found = difference(run(ours, step), expected(layer, step))
@@ -94,12 +96,20 @@ def line(layer: AttentionLayer, step: Step, limits: Limits, narrow: bool) -> Lin
         launch_us(turn_of(STEP_3, ours, step, CUDAGraphs(step.residual.device))),
     )
     paper = PAPER_US.get((rows, context), "") if narrow else ""
-    text = f"| {'e4m3' if narrow else 'bfloat16'} | {rows} | {context} |"
+    cells = f"{'e4m3' if narrow else 'bfloat16'} | {rows} | {context}"
+    sums.add(cells, took, partial(again, layer, rows, context))
+    text = f"| {cells} |"
     text += f" {bound:.0f} | {took:.0f} | {bound / took:.2f} | {paper} | {launched:.0f} |"
-    text += "".join(f" {us:.0f} |" for us in host) + f" {found:.1e} |"
+    text += "".join(f" {us:.1f} |" for us in host) + f" {found:.1e} |"
     # Plans are made of 8-bit weights.
     time = AttentionTime(rows=rows, context=context, cache_bytes=2, part="layer", us=took) if narrow else None
     return Line(text, found < LARGEST_ERROR[narrow], time)
+
+
+def again(layer: AttentionLayer, rows: int, context: int) -> Run:
+    """The layer over other inputs of that size."""
+    ours, step = GPUAttentionLayer(layer), step_of(STEP_3, rows, context, torch.device("cuda"))
+    return lambda: ours(*step)
 
 
 def bound_us(config: ModelConfig, layer: AttentionLayer, rows: int, context: int, limits: Limits) -> float:
@@ -187,8 +197,8 @@ def expected(layer: AttentionLayer, step: Step, most: int = 4) -> Output:
     """The first rows by the model's own layer, over the cache as `run` left it."""
     rows = min(most, len(step.residual))
     residual = step.residual[:rows]
-    for partial in step.returned.sums:
-        residual = residual + partial[:rows]
+    for returned in step.returned.sums:
+        residual = residual + returned[:rows]
     told = step.rows
     q, _, _ = layer.before(residual, told.cos[:rows], told.sin[:rows])
     attended = []

@@ -1,6 +1,8 @@
 """The GPU benchmarks where there is no GPU."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -8,9 +10,9 @@ import torch
 
 from afd_ray.handoff.device.nccl import Library
 from afd_ray.handoff.device.streams import Device
-from afd_ray.planning.measured import AttentionTime, FfnTime
-from benchmarks import gpu_attention, gpu_experts, gpu_ffn_step, gpu_handoff, gpu_step
-from benchmarks._gpu import Line, times_of
+from afd_ray.planning.measured import AttentionTime, FfnTime, Measured
+from benchmarks import _gpu, gpu_attention, gpu_experts, gpu_ffn_step, gpu_handoff, gpu_step
+from benchmarks._gpu import Limits, Line, times_of
 from benchmarks._gpu_peers import Peers, cells, padded_by_expert
 from tests.device_group import Pipes
 from tests.host_device import HostDevice
@@ -30,6 +32,21 @@ def test_only_right_results_become_times_for_the_planner() -> None:
     lines = [Line("", True, attention), Line("", False, attention), Line("", True, ffn), Line("", True, None)]
     measured = times_of(lines, "NVIDIA H100 80GB HBM3", "a test")
     assert (measured.attention, measured.ffn, measured.accelerator_name) == ((attention,), (ffn,), "h100")
+
+
+def test_what_is_measured_stays_whatever_ends_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = AttentionTime(rows=64, context=8192, cache_bytes=2, part="core", us=200)
+
+    def lines(args: argparse.Namespace, limits: Limits) -> Iterator[Line]:
+        yield Line("", True, attention)
+        raise SystemError("the driver gave up")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(_gpu, "measure_limits", lambda: Limits(3e12, {torch.bfloat16: 8e14}))
+    with pytest.raises(SystemError):
+        _gpu.answer(argparse.ArgumentParser(), ["--json", str(tmp_path / "times")], "| a |", lines)
+    assert Measured.model_validate_json((tmp_path / "times").read_text()).attention == (attention,)
 
 
 def test_a_peer_that_cannot_be_had_is_left_out_and_why_is_told_once() -> None:

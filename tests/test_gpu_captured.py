@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,49 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_buckets_end_with_the_most_rows_and_pad_by_a_third_at_most(most: int, sizes: tuple[int, ...]) -> None:
     assert buckets(most) == sizes
     assert all(low + 1 >= high * 2 / 3 for low, high in zip(buckets(4096)[3:], buckets(4096)[4:], strict=False))
+
+
+class Broken:
+    """A graph, and the stream it is captured on, of a device that forbids what is launched."""
+
+    device = HERE
+
+    def __init__(self, *arguments: object) -> None:
+        self.ended = False
+
+    def capture_begin(self, **how: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        self.ended = True
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_what_breaks_a_capture_is_told_and_the_capture_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, calls = Broken(), []
+    for name, stand_in in {
+        "Stream": Broken,
+        "CUDAGraph": lambda: graph,
+        "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def run() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CUDAGraphs(HERE)(run)
+    assert graph.ended
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """What links between GPUs call, as far as that can be looked at without one."""
 
 import importlib.util
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from actors.attention import build_cache
 from actors.device import links_for
 from afd_ray.config import parse_config
 from afd_ray.engine.gpu.compute import GPUCompute
@@ -52,7 +54,80 @@ def test_the_driver_s_functions_take_what_they_are_given() -> None:
             function(*arguments)
 
 
+def test_a_thread_has_the_device_s_context_before_it_orders_a_stream_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread whose first call is the driver's has none, and torch's guards make none of device 0."""
+    entered, called = [], []
+
+    def ordered(*arguments: object) -> tuple[int]:
+        called.append((threading.get_ident(), arguments))
+        return (0,)
+
+    waits = SimpleNamespace(CU_STREAM_WAIT_VALUE_GEQ=0)
+    driver = SimpleNamespace(
+        cuStreamWaitValue32=ordered,
+        cuStreamWriteValue32=ordered,
+        CUstreamWaitValue_flags=waits,
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.delitem(sys.modules, "afd_ray.handoff.gpu.cuda", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: entered.append((threading.get_ident(), len(called))))
+    cuda = importlib.import_module("afd_ray.handoff.gpu.cuda")
+    monkeypatch.delitem(sys.modules, "afd_ray.handoff.gpu.cuda")
+    stream = cuda.CudaStream(SimpleNamespace(cuda_stream=7, device=torch.device("cuda", 0)))
+
+    def order() -> None:
+        stream.wait(4096, 1)
+        stream.write(4100, 2)
+
+    thread = threading.Thread(target=order)
+    thread.start()
+    ident = thread.ident
+    thread.join()
+    assert entered == [(ident, 0)]
+    assert called == [(ident, (7, 4096, 1, 0)), (ident, (7, 4100, 2, 0))]
+    order()
+    assert entered[1:] == [(threading.get_ident(), 2)]
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.2.0"])
+def test_a_unique_id_is_what_this_cupy_takes_for_one(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes from 14 on, before a tuple of signed ones; between members it is bytes."""
+    drawn, taken = bytes(range(200, 256)) + bytes(72), []
+    given = drawn if version.startswith("14") else tuple(byte - 256 if byte > 127 else byte for byte in drawn)
+
+    def communicator(ranks: int, unique_id: object, rank: int) -> object:
+        taken.append((ranks, unique_id, rank))
+        if rank:
+            raise KeyError(6)
+        return object()
+
+    nccl = SimpleNamespace(get_version=lambda: 22809, get_unique_id=lambda: given, NcclCommunicator=communicator)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, module in {
+        "cupy": SimpleNamespace(__version__=version),
+        "cupy.cuda": SimpleNamespace(nccl=nccl),
+        "cuda": ModuleType("cuda"),
+        "cuda.bindings": SimpleNamespace(driver=None),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("afd_ray.handoff.gpu.cuda", "afd_ray.handoff.gpu.nccl"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    library = importlib.import_module("afd_ray.handoff.gpu.nccl").CupyNccl(torch.device("cuda", 0), shares_gpu=False)
+    for name in ("afd_ray.handoff.gpu.cuda", "afd_ray.handoff.gpu.nccl"):
+        monkeypatch.delitem(sys.modules, name)
+    assert library.unique_id() == drawn
+    library.communicator(drawn, 0)
+    assert taken == [(2, given, 0)]
+    with pytest.raises(RuntimeError, match="NCCL's result is 6"):
+        library.communicator(drawn, 1)
+
+
 def test_rows_under_way_take_room_from_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from actors.attention import build_cache
+
     model, blocks = PRESETS["step3-tiny"], {}
     monkeypatch.setattr(GPUCompute, "cache_bytes", lambda *arguments: 64 << 20)
     for kind in ("auto", "ipc", "nccl"):

@@ -1,5 +1,6 @@
 """What runs all that a GPU machine is for, with stand-ins for its parts."""
 
+import importlib.util
 import os
 import select
 import sys
@@ -89,9 +90,19 @@ def test_every_gpu_benchmark_is_a_part_and_little_time_makes_them_short(tmp_path
     assert set(parts) == {file.stem for file in Path(gpu.__file__).parent.glob("gpu_*.py")} | {"gpu_tests"}
     assert all("--quick" in each.command for name, each in parts.items() if name != "gpu_tests")
     assert parts["gpu_step"].command[-2:] == ["--json", str(tmp_path / "gpu" / "gpu_step.json")]
-    assert {"-c", "/dev/null", "--noconftest", "tests/test_gpu_linear.py"} <= set(parts["gpu_tests"].command)
+    asked = {"-c", "/dev/null", "--noconftest", "--continue-on-collection-errors", "tests/test_gpu_linear.py"}
+    assert asked <= set(parts["gpu_tests"].command)
     assert parts["gpu_tests"].environment == {"TRITON_INTERPRET": "0"}
     assert not any("--quick" in each.command for each in parts_of(tmp_path, quick=False))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tests_run_in_several_processes_where_pytest_can_do_that(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
+    (tests,) = (each for each in parts_of(tmp_path, quick=True) if each.name == "gpu_tests")
+    assert ("-n" in tests.command) is installed
 
 
 def test_parts_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

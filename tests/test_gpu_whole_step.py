@@ -107,6 +107,18 @@ def test_a_step_is_one_replay_and_its_time_is_dealt_to_its_layers(checkpoint: Ch
     assert loop.flights.ffn_us == 0
 
 
+def test_slots_take_turns(checkpoint: Checkpoint) -> None:
+    order: list[str] = []
+    with cluster(checkpoint, Epoch(1, 1, 1, 0, 2), GPUCompute(HERE, capture=lambda: eagerly)) as local:
+        loop = local.attention[0]
+        publish = loop._publish
+        loop._publish = lambda outputs: (order.extend(output.request_id for output in outputs), publish(outputs))[1]
+        served(local, requests(prompts=(1, 1), max_tokens=6))
+    first = order.index("r1")
+    assert len(order) == 12
+    assert order[first : first + 8] == ["r1", "r0"] * 4
+
+
 def test_graphs_of_whole_layers_take_more_room() -> None:
     config = PRESETS["step3"]
     needs = Needs(512, 64, 4, 1)

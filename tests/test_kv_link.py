@@ -41,7 +41,7 @@ class Leaver:
         if order.key != KEY or order.positions > TOKENS or self.let_go:
             return None
         answer = KVAnswer(order.positions, order.positions * self.cache.token_bytes)
-        return Lot(answer, self.cache.spans(self.block_table, order.positions))
+        return Lot(answer, self.cache.outgoing(self.block_table, order.positions))
 
     def forget(self, key: bytes) -> None:
         self.let_go.append(key)
@@ -79,7 +79,7 @@ class Taker:
 
     def begin(self, ticket: KVTicket, positions: int = TOKENS) -> None:
         self.ended.clear()
-        layers = self.cache.spans(self.block_table, positions)
+        layers = self.cache.incoming(self.block_table, positions)
         self.fetcher.fetch(ticket, positions, positions * self.cache.token_bytes, layers, self.done)
 
     def done(self, duration_s: float, failure: str) -> None:

@@ -471,7 +471,14 @@ def _rows_of(tensors: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, 
     if not len(rows):
         return ()
     rows = rows.to(tensors[0].device)
-    return tuple([tensor.index_select(0, rows) for tensor in tensors])
+    return tuple([_picked(tensor, rows) for tensor in tensors])
+
+
+def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Bytes as such: not every torch picks rows in e4m3 on every device."""
+    if tensor.itemsize == 1:
+        return tensor.view(torch.uint8).index_select(0, rows).view(tensor.dtype)
+    return tensor.index_select(0, rows)
 
 
 def _hand_on_error(asked: "Future[None]", reached: "Future[None]") -> None:

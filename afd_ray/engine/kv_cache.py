@@ -90,11 +90,6 @@ class PagedCache:
         self._tokens = self.blocks.view(layers, (num_blocks + spare) * block_size, 2 * head_dim)
 
     @property
-    def in_host_memory(self) -> bool:
-        """Whether `spans` gives anything."""
-        return self._memory is not None
-
-    @property
     def nbytes(self) -> int:
         return self.blocks.nbytes
 
@@ -114,10 +109,21 @@ class PagedCache:
         """Copy blocks [M] int64 of one layer to `out` [M, block_size, 2 * D]."""
         return torch.index_select(self.blocks[layer], 0, blocks, out=out)
 
+    def outgoing(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
+        """For each layer the bytes of the first `tokens` positions, in their order, to be read before the next layer is asked for.
+
+        The bytes together do not depend on where the blocks are, nor on their size, nor on the device.
+        """
+        return self.spans(block_table, tokens)
+
+    def incoming(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
+        """As `outgoing`, to be written: a layer's bytes are there once the next layer is asked for, or the end is reached."""
+        return self.spans(block_table, tokens)
+
     def spans(self, block_table: list[int], tokens: int) -> Iterator[list[memoryview]]:
         """For each layer the bytes of the first `tokens` positions, in their order: writable views, neighbouring blocks as one.
 
-        The bytes together do not depend on where the blocks are, nor on their size. Raises RuntimeError where they are not in host memory.
+        Raises RuntimeError where they are not in host memory.
         """
         if self._memory is None:
             raise RuntimeError("keys and values on a GPU have no bytes in host memory")

@@ -44,8 +44,8 @@ class LeftBehind:
         return bool(self._lent)
 
     def keep(self, request_id: str) -> Kept | None:
-        """Take the request from the scheduler and keep its blocks; None: it is in flight, has nothing computed, or has it on a GPU."""
-        sequence = self._scheduler.detach(request_id) if self._cache.in_host_memory else None
+        """Take the request from the scheduler and keep its blocks; None: it is in flight, or has nothing computed."""
+        sequence = self._scheduler.detach(request_id)
         if sequence is None:
             return None
         key = self._new_key()
@@ -61,7 +61,7 @@ class LeftBehind:
             return None
         self._lent.add(order.key)
         answer = KVAnswer(order.positions, order.positions * self._cache.token_bytes)
-        return Lot(answer, self._cache.spans(sequence.block_table, order.positions))
+        return Lot(answer, self._cache.outgoing(sequence.block_table, order.positions))
 
     def let_go(self, key: bytes) -> None:
         """Free its blocks; harmless when there is nothing."""

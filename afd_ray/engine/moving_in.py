@@ -48,11 +48,11 @@ class MovingIn:
     def weigh(self, ticket: KVTicket | None, tokens: int, costs: StageCosts) -> KVTicket | None:
         """What of it to fetch for a request of so many tokens; None: all of it is computed here, and the ticket is given back.
 
-        Into a cache on a GPU nothing is fetched. The last token's row is computed in any case: it chooses the next token.
+        The last token's row is computed in any case: it chooses the next token.
         """
         if ticket is not None:
             wanted = ticket._replace(positions=min(ticket.positions, tokens - 1))
-            if wanted.positions and self._cache.in_host_memory and self.prospect(wanted, costs).fetches:
+            if wanted.positions and self.prospect(wanted, costs).fetches:
                 return wanted
             self.fetcher.give_back(ticket)
         self.moved.recomputed += 1
@@ -80,7 +80,7 @@ class MovingIn:
         def done(duration_s: float, failure: str) -> None:
             arrive(Arrival(sequence.id, 0 if failure else positions, size_bytes, duration_s))
 
-        self.fetcher.fetch(ticket, positions, size_bytes, self._cache.spans(sequence.block_table, positions), done)
+        self.fetcher.fetch(ticket, positions, size_bytes, self._cache.incoming(sequence.block_table, positions), done)
 
     def _take(self, arrival: Arrival) -> None:
         """The sequence can be scheduled."""

@@ -8,6 +8,7 @@ import torch
 
 from afd_ray.engine.compute import Needs
 from afd_ray.engine.gpu.captured import AttentionGraphs
+from afd_ray.engine.gpu.kv_cache import GPUPagedCache
 from afd_ray.engine.gpu.memory import GPUMemory, cache_bytes, graph_bytes, workspace_bytes
 from afd_ray.engine.gpu.passage import GPUPassage
 from afd_ray.engine.gpu.warm_up import warm_up_attention, warm_up_ffn
@@ -110,7 +111,7 @@ class GPUCompute:
             raise ValueError(f"attention.kv_cache.block_size: must be a power of two on a GPU, got {block_size}")
         if dtype not in (config.dtype, torch.float8_e4m3fn):
             raise ValueError(f"attention.kv_cache.dtype: must be the model's {config.dtype} or fp8 on a GPU, got {dtype}")
-        return PagedCache(
+        return GPUPagedCache(
             layers=config.num_hidden_layers,
             num_blocks=num_blocks,
             block_size=block_size,

@@ -41,11 +41,12 @@ def cache_bytes(memory: GPUMemory, share: float, workspace_bytes: int) -> int:
 
 
 def graph_bytes(config: ModelConfig, needs: Needs) -> int:
-    """What captured graphs and their static tensors take, about; a graph's own share is a guess, until a GPU has captured one."""
+    """What captured graphs, their static tensors and what they all need in between take, about; a graph's own share is a guess, until a GPU has captured one."""
     sizes, layers = buckets(needs.decoding), config.num_hidden_layers
     row = config.hidden_size * config.dtype.itemsize * (4 + needs.instances) + 8 * (config.head_dim + config.moe_top_k + 8)
     halves = 1 if needs.instances else 2
-    return needs.slots * (sizes[-1] * row + len(sizes) * (halves * layers + 1) * GRAPH_BYTES)
+    slot = sizes[-1] * row + len(sizes) * (halves * layers + 1) * GRAPH_BYTES
+    return needs.slots * slot + workspace_bytes(config, needs.decoding)
 
 
 def workspace_bytes(config: ModelConfig, rows: int) -> int:

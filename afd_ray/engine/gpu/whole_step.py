@@ -53,9 +53,20 @@ class SlotSteps:
 class WholeSteps:
     """Of one rank that holds every expert."""
 
-    def __init__(self, half: AttentionHalf, ffn: FFNHalf, cache: PagedCache, needs: Needs, capture: Capture) -> None:
-        """Captures them all; both halves are warmed up and take rows where they lie, `cache` has a spare block."""
-        self.needs, self._sizes = needs, buckets(needs.decoding)
+    def __init__(
+        self,
+        half: AttentionHalf,
+        ffn: FFNHalf,
+        cache: PagedCache,
+        needs: Needs,
+        capture: Capture,
+        sizes: tuple[int, ...] | None = None,
+    ) -> None:
+        """Captures them all; both halves are warmed up and take rows where they lie, `cache` has a spare block.
+
+        `sizes`: of the buckets; None: all that may come.
+        """
+        self.needs, self._sizes = needs, sizes or buckets(needs.decoding)
         self._slots = [SlotSteps(half, ffn, cache, self._sizes, capture) for _ in range(needs.slots)]
 
     def begin(self, slot: int, chunks: Many[Chunk]) -> "WholePassage | None":
@@ -70,11 +81,11 @@ class WholePassage:
     whole = True
 
     def __init__(self, steps: SlotSteps, bucket: int, chunks: Many[Chunk]) -> None:
-        self._half, (self._static, layers) = steps.half, steps.buckets[bucket]
+        self._half, (self._static, self.launch) = steps.half, steps.buckets[bucket]
         described = describe(chunks, steps.cache, steps.half.config.num_attention_heads)
         self._samples = len(described.sample_rows)
         steps.memory.tell(self._static, described)
-        layers()
+        self.launch()
 
     def attend(self, layer: int) -> Routed:
         raise RuntimeError("all layers are one graph")

@@ -211,8 +211,8 @@ class NcclCarrier(Ending):
         def run() -> None:
             try:
                 found["made"] = make()
-            except RuntimeError as error:
-                found["failed"] = str(error)
+            except Exception as error:  # a thread of its own: what a library raises would be nobody's
+                found["failed"] = f"{type(error).__name__}: {error}"
 
         thread = threading.Thread(target=run, name="nccl-connect", daemon=True)
         thread.start()

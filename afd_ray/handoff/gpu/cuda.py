@@ -4,6 +4,7 @@ Signatures as in the CUDA driver API's manual, sections Memory Management and St
 allocated beside torch's allocator: what that hands out may be a part of a larger piece, or made of pieces that no IPC handle can name.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,9 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from afd_ray.handoff.device.streams import Mark, TimedMark
+
+SHARED_BYTES = 2 << 20
+"""What a handle opens is made of whole pieces of so many bytes: nothing else may lie in them."""
 
 
 class CudaMark:
@@ -31,6 +35,22 @@ class CudaTimedMark(CudaMark):
         return float(earlier.event.elapsed_time(self.event)) * 1000
 
 
+class _Thread(threading.local):
+    """Whose context the thread has."""
+
+    place: torch.device | None = None
+
+
+_thread = _Thread()
+
+
+def _enter(place: torch.device) -> None:
+    """The driver wants the device's context to be the thread's; torch's guards leave a thread whose device is 0 anyway without any."""
+    if _thread.place != place:
+        torch.cuda.set_device(place)
+        _thread.place = place
+
+
 class CudaStream:
     """A stream of torch's."""
 
@@ -43,11 +63,13 @@ class CudaStream:
             to.copy_(given, non_blocking=True)
 
     def write(self, address: int, value: int) -> None:
+        _enter(self.torch.device)
         _call(
             driver.cuStreamWriteValue32, self.handle, address, value, 0
         )  # default flags: a fence of the whole system goes before it
 
     def wait(self, address: int, value: int) -> None:
+        _enter(self.torch.device)
         _call(
             driver.cuStreamWaitValue32, self.handle, address, value, int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
         )
@@ -85,14 +107,14 @@ class CudaDevice:
         return known
 
     def side_stream(self) -> CudaStream:
-        return CudaStream(torch.cuda.Stream(self.place))
+        return CudaStream(_urgent(self.place))
 
     def aside(self) -> AbstractContextManager[None]:
-        aside: AbstractContextManager[None] = torch.cuda.stream(torch.cuda.Stream(self.place))
+        aside: AbstractContextManager[None] = torch.cuda.stream(_urgent(self.place))
         return aside
 
     def allocate(self, size_bytes: int) -> Tensor:
-        return self._tensor(int(self._call(driver.cuMemAlloc, size_bytes)), size_bytes)
+        return self._tensor(int(self._call(driver.cuMemAlloc, -(-size_bytes // SHARED_BYTES) * SHARED_BYTES)), size_bytes)
 
     def free(self, memory: Tensor) -> None:
         self._call(driver.cuMemFree, memory.data_ptr())
@@ -118,12 +140,17 @@ class CudaDevice:
         self._call(driver.cuMemHostUnregister, address)
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-        """From any thread: the driver wants the device's context to be the thread's."""
-        torch.cuda.set_device(self.place)
+        """From any thread."""
+        _enter(self.place)
         return _call(function, *arguments)
 
     def _tensor(self, address: int, size_bytes: int) -> Tensor:
         return torch.as_tensor(_Array(address, size_bytes), device=self.place)
+
+
+def _urgent(place: torch.device) -> torch.cuda.Stream:
+    """Of the 32 that torch gives out in turn with this priority: those of the others may be capturing a graph, which would take in what is ordered."""
+    return torch.cuda.Stream(place, priority=-1)
 
 
 class _Array:

@@ -4,6 +4,7 @@ import os
 from array import array
 
 import torch  # before CuPy, so that both use one libnccl
+from cupy import __version__ as cupy_version
 from cupy.cuda import nccl
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from afd_ray.handoff.gpu.cuda import CudaStream
 
 SHARED_GPU = 23000
 """NCCL's version from which two ranks may share a GPU."""
+AS_BYTES = int(cupy_version.partition(".")[0]) >= 14
+"""How CuPy takes and gives a unique id; before, as a tuple of its bytes, signed."""
 
 
 class CupyCommunicator:
@@ -48,8 +51,13 @@ class CupyNccl:
         self._place = place
 
     def unique_id(self) -> bytes:
-        return array("b", nccl.get_unique_id()).tobytes()
+        drawn = nccl.get_unique_id()
+        return drawn if isinstance(drawn, bytes) else array("b", drawn).tobytes()
 
     def communicator(self, unique_id: bytes, rank: int) -> Communicator:
         torch.cuda.set_device(self._place)
-        return CupyCommunicator(nccl.NcclCommunicator(2, tuple(array("b", unique_id)), rank), rank)
+        try:
+            made = nccl.NcclCommunicator(2, unique_id if AS_BYTES else tuple(array("b", unique_id)), rank)
+        except KeyError as error:  # CuPy knows no name for NCCL's newer results: 6, a remote error; 7, in progress
+            raise RuntimeError(f"NCCL's result is {error}") from None
+        return CupyCommunicator(made, rank)

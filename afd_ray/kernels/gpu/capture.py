@@ -1,6 +1,7 @@
 """Work that is launched once and replayed from then on, at the cost of one launch: CUDA graphs, or the same calls again where there are none."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import takewhile
 from typing import Protocol
 
@@ -46,8 +47,11 @@ class CUDAGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what broke the capture is what is told
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         replay: Run = graph.replay
         return replay
 
