@@ -1,7 +1,8 @@
 """A small model served by both halves on the GPU kernels, through the engine's own loops, and what the one-process reference says."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.engine.local import LocalCluster
 from afd_ray.engine.loop import OnLost
+from afd_ray.handoff.capacity import frame_bytes
+from afd_ray.handoff.device.carrier import places_for
+from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.quantise import dequantise, quantise
 from afd_ray.kernels.quantised import quantise_attention, quantise_dense, quantise_experts
@@ -21,6 +25,8 @@ from afd_ray.models.presets import PRESETS, random_tensors
 from afd_ray.models.scaled import scaled_tensors
 from afd_ray.models.step3 import CacheScales, FFNHalf, FFNLayer, FFNShard, Routed, Step3Model
 from afd_ray.request import Request, SamplingParams
+from tests.device_group import MakeCarrier, connected, ipc, member
+from tests.host_device import HostDevice
 from tests.triton_device import DEVICE
 
 CONFIG = replace(
@@ -41,6 +47,8 @@ PROMPTS = (1, 14, 6)
 MAX_TOKENS = 4
 BLOCK = 4
 """Tokens: answers go over the end of a block."""
+LATE_S = 1e-3
+"""Of a stand-in's streams."""
 CHUNK = 10
 """Rows of a micro-batch: the longest prompt takes two, and is read while others decode."""
 
@@ -88,6 +96,23 @@ def cluster(
         meshes=meshes,
         on_lost=on_lost,
     )
+
+
+@contextmanager
+def group(
+    epoch: Epoch, carrier: MakeCarrier = ipc, wire: torch.dtype | None = None, devices: Sequence[HostDevice] = ()
+) -> Iterator[list[DeviceMesh]]:
+    """All members of an epoch between stand-ins for devices, one each."""
+    config = CONFIG if wire is None else WIDE
+    devices = devices or [HostDevice(LATE_S) for _ in range(epoch.world_size)]
+    meshes = []
+    for rank, device in enumerate(devices):
+        peers = {peer: frame_bytes(epoch, rank, peer, config, wire or config.dtype, CHUNK) for peer in epoch.peers(rank)}
+        meshes.append(
+            member(rank, epoch.world_size, peers, device, carrier, places=places_for(epoch.micro_batches), epoch=epoch.number)
+        )
+    with connected(meshes):
+        yield meshes
 
 
 def served(local: LocalCluster, asked: list[Request]) -> dict[str, list[int | None]]:

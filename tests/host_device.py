@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.handoff import shm
-from afd_ray.handoff.device.streams import Mark, reached
+from afd_ray.handoff.device.streams import Mark, TimedMark, reached
 
 POLL_S = 50e-6
 
@@ -32,14 +32,33 @@ class HostMark:
         return self.event.is_set()
 
 
+class HostTimedMark(HostMark):
+    """Read by the stream's thread as it comes there."""
+
+    def __init__(self, now_us: Callable[[], float]) -> None:
+        super().__init__()
+        self._now_us, self._at_us = now_us, 0.0
+
+    def reach(self) -> None:
+        self._at_us = self._now_us()
+        self.event.set()
+
+    def since_us(self, earlier: TimedMark) -> float:
+        assert isinstance(earlier, HostTimedMark)
+        if not (self.passed() and earlier.passed()):
+            raise RuntimeError("a mark that has not been passed has no time")
+        return self._at_us - earlier._at_us
+
+
 class HostStream:
     """Orders are carried out one after the other by a thread, each up to `lateness_s` late."""
 
-    def __init__(self, lateness_s: float = 0.0, holds_up: bool = True) -> None:
-        """`holds_up`: the thread that orders to wait, or to follow, is held up too."""
+    def __init__(self, lateness_s: float = 0.0, holds_up: bool = True, *, pretends: bool = False) -> None:
+        """`holds_up`: the thread that orders to wait, or to follow, is held up too. `pretends`: its clock tells of what it was told to `take` alone."""
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lateness_s, self._holds_up, self._random = lateness_s, holds_up, random.Random(7)
         self.waits = False
+        self._pretended_us: float | None = 0.0 if pretends else None
         threading.Thread(target=self._work, name="host-stream", daemon=True).start()
 
     @torch.inference_mode()  # as step loops, whose tensors it writes into
@@ -70,6 +89,23 @@ class HostStream:
 
         self._hold_up(wait)
 
+    def take(self, duration_us: float) -> None:
+        """Work that lasts so long, of a stream that pretends."""
+
+        def pretend() -> None:
+            assert self._pretended_us is not None
+            self._pretended_us += duration_us
+
+        self.run(pretend)
+
+    def timed_mark(self) -> HostTimedMark:
+        mark = HostTimedMark(self.now_us)
+        self.run(mark.reach)
+        return mark
+
+    def now_us(self) -> float:
+        return time.monotonic_ns() / 1000 if self._pretended_us is None else self._pretended_us
+
     def mark(self) -> HostMark:
         mark = HostMark()
         self.run(mark.event.set)
@@ -99,9 +135,9 @@ class HostDevice:
 
     place = torch.device("cpu")
 
-    def __init__(self, lateness_s: float = 0.0, holds_up: bool = True) -> None:
-        self._lateness_s, self._holds_up = lateness_s, holds_up
-        self._own = HostStream(lateness_s, holds_up)
+    def __init__(self, lateness_s: float = 0.0, holds_up: bool = True, *, pretends: bool = False) -> None:
+        self._lateness_s = lateness_s
+        self._own = HostStream(lateness_s, holds_up, pretends=pretends)
         self._names: dict[int, str] = {}
         self.allocated = self.opened = self.registered = 0
 

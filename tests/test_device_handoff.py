@@ -4,8 +4,7 @@ The device is `host_device`: kernels are interpreted on the step loop's thread, 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +14,18 @@ from torch import Tensor
 
 from afd_ray.engine.gpu.compute import GPUCompute
 from afd_ray.handoff.capacity import frame_bytes
-from afd_ray.handoff.device.carrier import places_for
-from afd_ray.handoff.device.device_mesh import DeviceMesh
 from afd_ray.handoff.message import Header, Kind
 from afd_ray.kernels.gpu.capture import Capture, eagerly
 from afd_ray.membership.epoch import Epoch
 from afd_ray.membership.experts import place_experts
 from afd_ray.models.checkpoint import Checkpoint
-from tests.device_group import MakeCarrier, connected, ipc, member, nccl, until
-from tests.gpu_cluster import CHUNK, CONFIG, E4M3, HERE, WIDE, cluster, expected, requests, served, written
+from tests.device_group import MakeCarrier, ipc, nccl, until
+from tests.gpu_cluster import CONFIG, E4M3, HERE, LATE_S, WIDE, cluster, expected, group, requests, served, written
 from tests.host_device import HostDevice, stalled
 from tests.triton_device import COMPILED
 
 pytestmark = pytest.mark.skipif(COMPILED, reason="the device is one of threads")
 
-LATE_S = 1e-3
 COPIES = place_experts((5.0, 1.0, 1.0, 3.0), 2, 2)
 
 
@@ -37,23 +33,6 @@ COPIES = place_experts((5.0, 1.0, 1.0, 3.0), 2, 2)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory: Path = tmp_path_factory.mktemp("tiny")
     return written(directory)
-
-
-@contextmanager
-def group(
-    epoch: Epoch, carrier: MakeCarrier = ipc, wire: torch.dtype | None = None, devices: Sequence[HostDevice] = ()
-) -> Iterator[list[DeviceMesh]]:
-    """All members of an epoch, with a device each."""
-    config = CONFIG if wire is None else WIDE
-    devices = devices or [HostDevice(LATE_S) for _ in range(epoch.world_size)]
-    meshes = []
-    for rank, device in enumerate(devices):
-        peers = {peer: frame_bytes(epoch, rank, peer, config, wire or config.dtype, CHUNK) for peer in epoch.peers(rank)}
-        meshes.append(
-            member(rank, epoch.world_size, peers, device, carrier, places=places_for(epoch.micro_batches), epoch=epoch.number)
-        )
-    with connected(meshes):
-        yield meshes
 
 
 def compute(capture: Capture | None = None, *, quantise: bool = False) -> GPUCompute:

@@ -217,7 +217,7 @@ class Faulty:
     def __init__(self, mesh: Mesh, count: int, fault: Callable[["Faulty"], None]) -> None:
         self.inner, self.left, self.fault = mesh, count, fault
         self.rank, self.world_size, self.epoch, self.device = mesh.rank, mesh.world_size, mesh.epoch, mesh.device
-        self.silent = False
+        self.clock, self.silent = mesh.clock, False
 
     def send(self, peer: int, header: Header, tensors: Sequence[Tensor] = ()) -> None:
         self.count()

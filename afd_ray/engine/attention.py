@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.engine.boundary import Boundary
+from afd_ray.engine.device_times import FlightMarks, StreamMarks
 from afd_ray.engine.flight import Flight
 from afd_ray.engine.kv_cache import PagedCache
 from afd_ray.engine.left_behind import Kept, LeftBehind
@@ -64,9 +65,13 @@ class AttentionLoop(StepLoop):
         self._boundary = Boundary()
         self._arrivals = 0
         self._steps = 0
+        """Micro-batches that were begun."""
+        self.steps = 0
+        """Micro-batches that passed all layers."""
+        self._stream: StreamMarks | None = None
         self._meter = StageMeter()
         self.flights = Flights()
-        """Of all micro-batches that passed all layers; replaced, never changed, at the end of one."""
+        """Of all micro-batches that passed all layers and whose stages' times are known; replaced, never changed, at the end of one."""
         self.prompt_tokens = 0
         """Computed, over all micro-batches."""
 
@@ -139,6 +144,7 @@ class AttentionLoop(StepLoop):
         experts, device = wire.epoch.expert_map(self.half.config), wire.mesh.device
         self._routing = RowRouting(experts, wire.epoch.routed, None if wire.epoch.routed else device)
         self.expert_loads = torch.zeros_like(self.expert_loads)
+        self._stream = None if self._clock is None else StreamMarks(self._clock)
         self._meter.forget_ffn()
         self._work_came = True
         if wire.epoch.adaptive:
@@ -233,9 +239,10 @@ class AttentionLoop(StepLoop):
         flight.partials.append(message if flight.awaited == 0 else message.copied())
         if flight.awaited == 0:
             flight.due_ns = time.monotonic_ns()
-            round_trip_us = (flight.due_ns - flight.dispatched_ns) / 1000
-            unseen_us = header.unseen_us + (flight.due_ns - self._looked_ns) / 1000
-            flight.observed.returned(round_trip_us - header.queued_us, header.busy_us, unseen_us)
+            if flight.marks is None:
+                round_trip_us = (flight.due_ns - flight.dispatched_ns) / 1000
+                unseen_us = header.unseen_us + (flight.due_ns - self._looked_ns) / 1000
+                flight.observed.returned(round_trip_us - header.queued_us, header.busy_us, unseen_us)
             self._next_layer(flight)
 
     def _next_layer(self, flight: Flight) -> None:
@@ -265,7 +272,8 @@ class AttentionLoop(StepLoop):
             return False
         self.clocks.schedule((chunk.sequence.id for chunk in batch.chunks if not chunk.start), time.monotonic())
         self._steps += 1
-        flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks, slot), self._steps)
+        marks = None if self._stream is None else FlightMarks(self._stream)
+        flight = Flight(batch, self._passage(self.half, self.cache, batch.chunks, slot), self._steps, marks)
         self._flights[slot] = flight
         self._parked[slot] = False
         self._announce(slot, flight)
@@ -297,7 +305,13 @@ class AttentionLoop(StepLoop):
     def _add_partials(self, flight: Flight) -> None:
         """In the order of the senders' ranks, so that the sum never depends on arrival."""
         messages = sorted(flight.partials, key=lambda m: (m.header.source, m.header.first_row))
-        flight.passage.add_parts([self._part(flight, message) for message in messages])
+        marks = flight.marks
+        if marks is not None:
+            marks.due(self._steps)
+        parts = [self._part(flight, message) for message in messages]
+        if marks is not None:
+            marks.begin([message.header.busy_us for message in messages])
+        flight.passage.add_parts(parts)
         for message in messages:
             message.release()
         flight.partials = []
@@ -315,8 +329,13 @@ class AttentionLoop(StepLoop):
         hold(self.pace, started_ns, flight.rows, flight.context_tokens)
         self._dispatch(slot, flight, routed)
         flight.dispatched_ns = time.monotonic_ns()
+        if flight.marks is not None:
+            flight.marks.send(self._steps if self._flights.count(None) == len(self._flights) - 1 else None)
         flight.passage.share(flight.layer, routed.hidden)  # while the FFN ranks compute the other experts
         self._free_ns = time.monotonic_ns()
+        if flight.marks is not None:
+            flight.marks.end()
+            return
         flight.observed.attended((self._free_ns - started_ns) / 1000)
         self._record("attention", slot, flight.layer, flight.step, flight.rows, started_ns)
 
@@ -366,26 +385,34 @@ class AttentionLoop(StepLoop):
         """Sample after the last layer, publish, and give the slot its next micro-batch."""
         sampling = [chunk.sequence for chunk in flight.batch.chunks if chunk.samples]
         logits = flight.passage.logits() if sampling else None
+        if flight.marks is not None:
+            flight.marks.end()
         flight.chosen = [torch.cat(flight.chosen).cpu()] if flight.chosen else []
         self.wire.mesh.settle()  # else rows that never came would count as computed
+        settled_ns = time.monotonic_ns()
         sampled = [] if logits is None else sample(logits, sampling)
         outputs = self.scheduler.complete(flight.batch, sampled)
         self._flights[slot] = None
-        self._free_ns = time.monotonic_ns()
-        flight.observed.attended((self._free_ns - started_ns) / 1000)
-        self._measure(flight)
-        self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
+        self._free_ns = ended_ns = time.monotonic_ns()
+        self._count(flight)
+        if flight.marks is None:
+            flight.observed.attended((self._free_ns - started_ns) / 1000)
+            self._measure(flight)
+            self._record("head", slot, flight.layer, flight.step, flight.rows, started_ns)
         if outputs:
             self.clocks.note(outputs, time.monotonic())
             self._publish(outputs)
         wire = self._wire
         self._take_commands()
-        if not self._running or self._wire is not wire:
+        if self._wire is not wire:
             return
-        if slot == 0:
-            self._replan()
-        self._begin(slot, self._free_ns)
-        self._work_came = True
+        if self._running:
+            if slot == 0:
+                self._replan()
+            self._begin(slot, self._free_ns)
+            self._work_came = True
+        if flight.marks is not None:  # while the device has the next one to compute
+            self._observe(flight, flight.marks, settled_ns, ended_ns)
 
     def _replan(self) -> None:
         """Balance by what stages cost by now, and use as many slots as pay."""
@@ -397,8 +424,27 @@ class AttentionLoop(StepLoop):
 
     # --- measuring ----------------------------------------------------------------------------------------------------------
 
+    def _observe(self, flight: Flight, marks: FlightMarks, settled_ns: int, ended_ns: int) -> None:
+        """What the device says of it. The host had waited for that, and then ended the head."""
+        slot, step, rows = flight.batch.slot, flight.step, flight.rows
+        stages = marks.stages()
+        host_us = (ended_ns - settled_ns) / 1000
+        for layer, stage in enumerate(stages):
+            is_head = layer == flight.layer
+            flight.observed.attended(stage.busy_us + (host_us if is_head else 0))
+            end_ns = settled_ns - round(stage.ago_us * 1000)
+            start_ns = end_ns - round(stage.busy_us * 1000)
+            if stage.waited_us:
+                self.recorder.record(self._waiting, 0, 0, 0, 0, start_ns - round(stage.waited_us * 1000), start_ns)
+            name = "head" if is_head else "attention"
+            self.recorder.record(name, slot, layer, step, rows, start_ns, ended_ns if is_head else end_ns)
+        if marks.tell_of_ffn(flight.observed, alone=self.wire.epoch.attention == 1):
+            self._measure(flight)
+        else:
+            self._meter.add_attention(flight.observed, rows, flight.context_tokens, flight.layer)
+
     def _measure(self, flight: Flight) -> None:
-        """It has passed all layers."""
+        """What it took on its way through the layers."""
         times, rows, context = flight.observed, flight.rows, flight.context_tokens
         self._meter.add(times, rows, context, flight.layer)
         mean_us = times.attention / flight.layer, times.ffn / flight.layer
@@ -409,11 +455,11 @@ class AttentionLoop(StepLoop):
         self.flights = self.flights.plus(
             Flights(1, rows, context, *mean_us, times.carries, times.carried, *by_layer_us, *changes)
         )
-        self.prompt_tokens += flight.batch.prompt_tokens
-        self._count_experts(flight)
 
-    def _count_experts(self, flight: Flight) -> None:
-        """Once for all layers of a micro-batch."""
+    def _count(self, flight: Flight) -> None:
+        """It has passed all layers."""
+        self.steps += 1
+        self.prompt_tokens += flight.batch.prompt_tokens
         if flight.chosen:
             chosen = torch.cat(flight.chosen).flatten()
             self.expert_loads = self.expert_loads + torch.bincount(chosen, minlength=len(self.expert_loads))

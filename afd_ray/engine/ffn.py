@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from afd_ray.engine.device_times import FFNMarks
 from afd_ray.engine.loop import StepLoop, Wire
 from afd_ray.engine.pace import Pace, hold
 from afd_ray.engine.pipeline import Ready, next_slot
@@ -31,7 +32,7 @@ class Reduction(NamedTuple):
     """[N, H] of `owned`, as computed here."""
     busy_us: int
     queued: dict[int, dict[str, int]]
-    """By attention rank, what the header says of how long its rows lay here."""
+    """By attention rank, what the header says of how long its rows lay here; nothing where that is not known."""
 
 
 class Arrival(NamedTuple):
@@ -83,6 +84,8 @@ class FFNLoop(StepLoop):
         self._slots: list[SlotState] = []
         self._turns: deque[int] = deque()
         self._conductor: Conductor | None = None
+        self._marks: FFNMarks | None = None
+        """On a device that the host runs ahead of."""
 
     def switch(self, wire: Wire, half: FFNHalf | None = None) -> "Future[float]":
         """Serve in another epoch from now on, with another half where one is given; what is in flight is dropped."""
@@ -95,6 +98,7 @@ class FFNLoop(StepLoop):
     def _enter(self, wire: Wire) -> None:
         slots = wire.epoch.micro_batches
         self._instance, self._tp_rank = wire.epoch.instance_of(wire.rank)
+        self._marks = None if self._clock is None else FFNMarks(self._clock, self.recorder.record)
         self._slots = [SlotState(wire.epoch.attention) for _ in range(slots)]
         self._turns = deque(range(slots))
         self._conductor = Conductor(wire.epoch.attention, slots) if wire.rank == wire.epoch.conductor else None
@@ -104,6 +108,8 @@ class FFNLoop(StepLoop):
         self._slots, self._turns, self._conductor = [], deque(), None
 
     def _run_stage(self) -> bool:
+        if self._marks is not None:
+            self._marks.look(time.monotonic_ns())
         slots = self._slots
         slot = next_slot([Ready(i, slots[i].layer, since) for since, i in enumerate(self._turns) if slots[i].ready])
         if slot is None:
@@ -190,10 +196,13 @@ class FFNLoop(StepLoop):
         if partial is not None:
             hold(self.pace, started_ns, rows)
             computed_ns = time.monotonic_ns()
+            if self._marks is not None:
+                self._marks.end(index, layer, wave.number, rows, computed_ns)
             self._pass_on(index, wave, arrivals, partial, started_ns)
             self._free_ns = time.monotonic_ns()
             self._passing_on_ns = self._free_ns - computed_ns
-            self._record("ffn", index, layer, wave.number, rows, started_ns)
+            if self._marks is None:
+                self._record("ffn", index, layer, wave.number, rows, started_ns)
         self._end_layer(index, slot)
 
     def _take_layer(self, slot: SlotState, wave: Wave) -> list[Arrival]:
@@ -217,6 +226,8 @@ class FFNLoop(StepLoop):
     def _gather(self, arrivals: list[Arrival]) -> Routed:
         """The rows that have come, in the order of the attention ranks, in the compute dtype, or in 8 bits."""
         parts = [arrival.message.received() for arrival in arrivals if arrival.message.header.rows]
+        if self._marks is not None:
+            self._marks.begin()
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
         return unpack_rows(joined, self.wire.dtype, self.half.config.dtype, narrow=self.half.takes_narrow)
 
@@ -224,11 +235,14 @@ class FFNLoop(StepLoop):
         """Send the other ranks of the instance their rows; return this rank's own once theirs are here."""
         wire, slot = self.wire, self._slots[index]
         layer = slot.layer
-        busy_us = (time.monotonic_ns() - started_ns + self._passing_on_ns) // 1000
-        queued = {arrival.message.header.source: arrival.queued(started_ns) for arrival in arrivals}
         counts = [0] * wire.epoch.attention
         for arrival in arrivals:
             counts[arrival.message.header.source] = arrival.message.header.rows
+        if self._marks is None:
+            busy_us = (time.monotonic_ns() - started_ns + self._passing_on_ns) // 1000
+            queued = {arrival.message.header.source: arrival.queued(started_ns) for arrival in arrivals}
+        else:
+            busy_us, queued = self._marks.busy_us(layer, sum(counts)), {}
         all_owned = ownership(tuple(counts), wire.epoch.tensor_parallel)
         for tp_rank in sorted({o.tp_rank for o in all_owned}):
             owned = tuple(o for o in all_owned if o.tp_rank == tp_rank)
@@ -261,7 +275,7 @@ class FFNLoop(StepLoop):
             rows = total[first : first + o.stop - o.start]
             first += len(rows)
             span = {"rows": len(rows), "first_row": o.first_row, "sent_ns": self._wall_ns()}
-            span |= {"busy_us": reduction.busy_us, **reduction.queued[o.attention]}
+            span |= {"busy_us": reduction.busy_us, **reduction.queued.get(o.attention, {})}
             wire.mesh.send(o.attention, Header(Kind.PARTIAL, wire.epoch.number, wire.rank, **place, **span), (rows,))
 
     def _sum_shares(self, slot: SlotState, own: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from afd_ray.engine.device_times import FlightMarks
 from afd_ray.engine.passage import Passage
 from afd_ray.engine.sequence import MicroBatch
 from afd_ray.engine.stage_costs import FlightTimes
@@ -11,8 +12,9 @@ from afd_ray.handoff.message import Message
 class Flight:
     """One micro-batch: the layer it is at, and what is still to come back for it."""
 
-    def __init__(self, batch: MicroBatch, passage: Passage, step: int) -> None:
-        self.batch, self.passage, self.step = batch, passage, step
+    def __init__(self, batch: MicroBatch, passage: Passage, step: int, marks: FlightMarks | None = None) -> None:
+        """`marks`: on a device that the host runs ahead of, where its stages begin and end."""
+        self.batch, self.passage, self.step, self.marks = batch, passage, step, marks
         self.rows = batch.rows
         self.context_tokens = sum(chunk.start + chunk.count for chunk in batch.chunks)
         self.layer = 0

@@ -18,7 +18,7 @@ def look_at_attention(loop: AttentionLoop) -> Measured:
         completions=clocks.completions,
         late=clocks.late,
         preemptions=scheduler.preemptions,
-        steps=flights.count,
+        steps=loop.steps,
         tpot_ms=clocks.tpot_ms.copy(),
         ttft_ms=clocks.ttft_ms.copy(),
         queue_wait_ms=clocks.queue_wait_ms.copy(),

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from afd_ray.handoff.device.streams import Clock
 from afd_ray.handoff.mesh import Mesh
 from afd_ray.handoff.message import Header, LinkError
 from afd_ray.membership.epoch import Epoch
@@ -50,6 +51,8 @@ class StepLoop(ABC):
         self._commanded = threading.Event()
         self._offset_ns = clock_offset_ns()
         self._wire: Wire | None = None
+        self._clock: Clock | None = None
+        """The epoch's device's, which then tells how long stages and waits last, not the host's."""
         self._running = self._over = False
         self._idle_since_ns: int | None = None
         self._looked_ns = 0
@@ -170,6 +173,7 @@ class StepLoop(ABC):
         since_ns = self._idle_since_ns or time.monotonic_ns()
         self._wire = None  # unlinked, should it fail half way
         self._take_back()
+        self._clock = wire.mesh.clock
         self._enter(wire)
         self._wire = wire
         self._looked_ns = time.monotonic_ns()
@@ -178,12 +182,12 @@ class StepLoop(ABC):
         return self.pause_ms
 
     def _wait(self) -> None:
-        """Until a message or a command comes; time spent with work under way is recorded as waiting."""
+        """Until a message or a command comes; time spent with work under way is recorded as waiting, unless a device tells of that."""
         started_ns = time.monotonic_ns()
         under_way = self._under_way()
         self.wire.mesh.wait(None, under_way)
         self._looked_ns = time.monotonic_ns()
-        if under_way:
+        if under_way and self._clock is None:
             self._record(self._waiting, 0, 0, 0, 0, started_ns)
 
     @abstractmethod

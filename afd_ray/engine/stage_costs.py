@@ -1,5 +1,6 @@
 """What a stage costs by its rows and their context, learned from the stages that were run."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -149,6 +150,8 @@ class FlightTimes:
         self.carried = 0.0
         """The sum of `mean_transfer_us` over `carries` layers."""
         self.carries = 0
+        self.transfer_at_most = math.inf
+        """One layer's transfer took no longer; no part of the sums."""
 
     @property
     def attention(self) -> float:
@@ -182,6 +185,17 @@ class FlightTimes:
             self.carried += carried
             self.carries += 1
 
+    def crossed(self, duration_us: float) -> None:
+        """A layer's rows were on their way so long, there and back, and waited for nobody."""
+        self.transfer += duration_us
+        self.carried += duration_us
+        self.transfers += 1
+        self.carries += 1
+
+    def crossed_within(self, duration_us: float) -> None:
+        """As `crossed`, but they may have waited for other ranks' rows meanwhile."""
+        self.transfer_at_most = min(self.transfer_at_most, duration_us)
+
 
 def _changes(now: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
     return sum(map(abs, map(operator.sub, now, before))), sum(now) + sum(before)
@@ -194,11 +208,20 @@ class StageMeter:
         self.attention, self.ffn, self.transfer = CostMeter(), CostMeter(), CostMeter()
 
     def add(self, times: FlightTimes, rows: int, context_tokens: int, layers: int) -> None:
-        """A micro-batch has passed all layers; embedding, head and sampling count as part of them."""
-        self.attention.add(rows, context_tokens, times.attention / layers)
+        """A micro-batch has passed all layers; embedding, head and sampling count as part of them.
+
+        Where a transfer is only known to take no longer than so, it is taken to take so long: then neither half waits for want of micro-batches.
+        """
+        self.add_attention(times, rows, context_tokens, layers)
         self.ffn.add(rows, 0, times.ffn / layers)
         if times.transfers:
             self.transfer.add(rows, 0, times.transfer / times.transfers)
+        elif times.transfer_at_most < math.inf:
+            self.transfer.add(rows, 0, times.transfer_at_most)
+
+    def add_attention(self, times: FlightTimes, rows: int, context_tokens: int, layers: int) -> None:
+        """The same of one of whose FFN nothing is known."""
+        self.attention.add(rows, context_tokens, times.attention / layers)
 
     def forget_ffn(self) -> None:
         """Other FFN ranks, or another number of them: what was learned of theirs and of the way there holds no longer."""

@@ -13,6 +13,7 @@ class LoopbackMesh:
     """One member of an in-process group; `close` reaches the peers as a broken edge, as on a wire."""
 
     device = None
+    clock = None
 
     def __init__(self, rank: int, world_size: int, epoch: int, poison: bool) -> None:
         self.rank = rank

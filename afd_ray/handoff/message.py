@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from afd_ray.handoff.device.streams import Clock
+
 MAGIC = 0x52444641  # "AFDR"
 VERSION = 4
 ALIGNMENT = 64
@@ -68,7 +70,7 @@ class Header(NamedTuple):
     sent_ns: int = 0
     """The sender's wall clock."""
     busy_us: int = 0
-    """PARTIAL: how long the FFN stage computed."""
+    """PARTIAL: how long the FFN stage computed; 0 where that is not known."""
     queued_us: int = 0
     """PARTIAL: how long its rows had lain at the FFN rank before that, since it found them."""
     unseen_us: int = 0
@@ -141,6 +143,10 @@ class Mesh(Protocol):
     @property
     def device(self) -> torch.device | None:
         """Where the tensors of DISPATCH, REDUCE and PARTIAL lie that are sent and received; None: in host memory, as all others do."""
+
+    @property
+    def clock(self) -> Clock | None:
+        """Of the device, which the host runs ahead of; None: what is computed is computed when the call returns."""
 
     def settle(self) -> None:
         """Wait for all that this thread has launched; LinkError unless every tensor that it read had come whole.

@@ -31,6 +31,7 @@ class RingMesh:
     """One member of a group across processes and hosts; see `Mesh` for what it promises, `open_mesh` to make one."""
 
     device = None
+    clock = None
 
     def __init__(self, terms: Terms, world_size: int, peers: Mapping[int, int], spin_us: float) -> None:
         self.rank = terms.rank

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from afd_ray.handoff.device.carrier import Carrier, Ticket
-from afd_ray.handoff.device.streams import Device
+from afd_ray.handoff.device.streams import Clock, Device, TimedMark
 from afd_ray.handoff.endpoint import Endpoint
 from afd_ray.handoff.message import HEADER_BYTES, Header, Kind, LinkError, Message, layout_for, layout_from
 from afd_ray.handoff.ring_mesh import EdgeCount, RingMesh
@@ -28,6 +28,7 @@ class DeviceMesh:
     def __init__(self, control: RingMesh, carrier: Carrier, device: Device) -> None:
         self.rank, self.world_size, self.epoch = control.rank, control.world_size, control.epoch
         self.device: torch.device | None = device.place
+        self.clock: Clock | None = self._timed_mark
         self._control, self._carrier, self._device = control, carrier, device
         self._early: list[Message] = []
         self._tell: Callable[[LinkError], None] = lambda error: None
@@ -105,6 +106,9 @@ class DeviceMesh:
     def close(self) -> None:
         self._carrier.close()
         self._control.close()
+
+    def _timed_mark(self) -> TimedMark:
+        return self._device.stream().timed_mark()
 
     def _on_broken(self, error: LinkError) -> None:
         """At once: this member's thread may be waiting for a stream that waits for that peer."""

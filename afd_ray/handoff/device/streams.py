@@ -1,5 +1,6 @@
 """What links between devices need of a device: memory that another process can open, and work that is done in order while the host goes on."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -12,6 +13,17 @@ class Mark(Protocol):
 
     def passed(self) -> bool:
         """Whether all that was ordered before it is done."""
+
+
+class TimedMark(Mark, Protocol):
+    """That knows when it was passed."""
+
+    def since_us(self, earlier: "TimedMark") -> float:
+        """By the device's clock; RuntimeError unless both have been passed."""
+
+
+Clock = Callable[[], TimedMark]
+"""Marks the stream that this thread's own work goes to."""
 
 
 class Stream(Protocol):
@@ -27,6 +39,9 @@ class Stream(Protocol):
         """Go on once that word is `value` or later; 32 bits, counted round: see `reached`."""
 
     def mark(self) -> Mark:
+        """Here."""
+
+    def timed_mark(self) -> TimedMark:
         """Here."""
 
     def follow(self, mark: Mark) -> None:

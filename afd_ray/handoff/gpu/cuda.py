@@ -13,7 +13,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from afd_ray.handoff.device.streams import Mark
+from afd_ray.handoff.device.streams import Mark, TimedMark
 
 SHARED_BYTES = 2 << 20
 """What a handle opens is made of whole pieces of so many bytes: nothing else may lie in them."""
@@ -25,6 +25,14 @@ class CudaMark:
 
     def passed(self) -> bool:
         return bool(self.event.query())
+
+
+class CudaTimedMark(CudaMark):
+    """Of an event with timing."""
+
+    def since_us(self, earlier: TimedMark) -> float:
+        assert isinstance(earlier, CudaTimedMark)
+        return float(earlier.event.elapsed_time(self.event)) * 1000
 
 
 class _Thread(threading.local):
@@ -70,6 +78,11 @@ class CudaStream:
         event = torch.cuda.Event()
         event.record(self.torch)
         return CudaMark(event)
+
+    def timed_mark(self) -> CudaTimedMark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.torch)
+        return CudaTimedMark(event)
 
     def follow(self, mark: Mark) -> None:
         assert isinstance(mark, CudaMark)
