@@ -78,6 +78,7 @@ def test_rows_in_8_bits_are_those_that_pass_through_the_host(tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # whatever lies where they should have come, exp may overflow
 @pytest.mark.parametrize("carrier", [ipc, nccl])
 def test_rows_that_never_came_make_no_token(checkpoint: Checkpoint, carrier: MakeCarrier) -> None:
     """An FFN rank tells of its rows of the last layer and is gone before they are there: they are computed again in the next epoch."""

@@ -440,6 +440,19 @@ def test_an_abort_frees_its_blocks_and_harms_nobody(
         assert loop.scheduler.kv_used == 0
 
 
+def test_a_loop_that_has_failed_answers_at_once(checkpoint: Checkpoint) -> None:
+    def fail() -> bool:
+        raise OSError("out of order")
+
+    with cluster(checkpoint, Epoch(1, 1, 1, 1, 1)) as local:
+        local.ffn[0]._run_stage = fail  # type: ignore[method-assign]
+        local.ffn[0].call(lambda: None)
+        with pytest.raises(RuntimeError, match="out of order"):
+            local.collect(["never"], 10)
+        with pytest.raises(RuntimeError, match="the step loop is over"):
+            local.ffn[0].call(lambda: None).result(10)
+
+
 def test_a_request_that_never_fits_is_refused_in_one_line(checkpoint: Checkpoint) -> None:
     with cluster(checkpoint, Epoch(1, 1, 1, 1, 1), num_blocks=2) as local, pytest.raises(ValueError, match="room for a token"):
         local.attention[0].submit(Request("long", (1,) * 40)).result(10)

@@ -234,6 +234,7 @@ class LocalCluster:
             number = loop.epoch_number
             rank = "a loop without an epoch" if number is None else f"rank {loop.wire.rank}"
             self.failures.append(f"{rank}: {type(error).__name__}: {error}")
+            loop.abandon()  # nobody waits for it
             self._outputs.put([])
 
 
