@@ -327,6 +327,9 @@ def check_supported(config: Config) -> None:
         raise ConfigError(
             "attention.kv_cache.dtype: fp8 needs a GPU, set attention.num_gpus above 0 or use auto, float32, bfloat16"
         )
+    block_size = attention.kv_cache.block_size
+    if attention.num_gpus and block_size & block_size - 1:
+        raise ConfigError(f"attention.kv_cache.block_size: must be a power of two on a GPU, got {block_size}")
     for key in ("key_scale", "value_scale"):
         if getattr(attention.kv_cache, key) is not None and attention.kv_cache.dtype != "fp8":
             raise ConfigError(f"attention.kv_cache.{key}: needs attention.kv_cache.dtype: fp8, got {attention.kv_cache.dtype}")

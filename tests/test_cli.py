@@ -150,6 +150,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         (["trace", "-o", "/nowhere/t.json"], 2, "-o: /nowhere is no directory"),
         (["trace", "-o", "/tmp/t.json", "--steps", "0"], 2, "must be an integer from 1 to 10000, got '0'"),
         (["demo", "questions", "--count", "x"], 2, "must be an integer of at least 1, got 'x'"),
+        (["demo", "questions", "--count", str(1 << 63)], 2, "must be below 2^63, got 9223372036854775808"),
         (["checkpoint", "init", "step3-tin"], 2, "PRESET: must be one of step3-tiny, step3-92m, step3, got 'step3-tin'"),
         (["checkpoint", "init", "step3-tiny"], 2, "DIR: missing"),
         (["checkpoint", "init", "step3-tiny", "/etc"], 2, "DIR: must be a new or empty directory, /etc is not"),

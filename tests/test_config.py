@@ -201,6 +201,14 @@ def test_scales_are_for_keys_and_values_in_e4m3() -> None:
     check_supported(load_config(None, [*asked, "attention.kv_cache.dtype=fp8"]))
 
 
+def test_blocks_of_keys_on_a_gpu_are_powers_of_two() -> None:
+    asked = ["attention.num_gpus=1", "ffn.num_gpus=1"]
+    with pytest.raises(ConfigError, match=r"^attention\.kv_cache\.block_size: must be a power of two on a GPU, got 17$"):
+        check_supported(load_config(None, [*asked, "attention.kv_cache.block_size=17"]))
+    check_supported(load_config(None, [*asked, "attention.kv_cache.block_size=16"]))
+    check_supported(load_config(None, ["attention.kv_cache.block_size=17"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -16,6 +16,8 @@ def integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = low - 1
+        if value > high == 2**63 - 1:
+            raise argparse.ArgumentTypeError(f"must be below 2^63, got {text}")
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
         return value

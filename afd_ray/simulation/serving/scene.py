@@ -80,6 +80,8 @@ def _stages(config: Config, *experts: int) -> StageModel:
     if settings.profile is not None:
         return Profile.read(Path(settings.profile))
     if attention is None or ffn is None:
-        raise ValueError("simulation.profile: without a file of stage times attention.pace and ffn.pace must be given")
+        raise ValueError(
+            "simulation.profile: without a file of stage times attention.pace and ffn.pace must be given (`--config simulate` has them)"
+        )
     scaling: Scaling = "shared" if settings.ffn_scaling == "shared" else "routed" if config.ffn.dispatch == "routed" else "none"
     return LinearStages(line_of(attention), line_of(ffn), line_of(settings.transfer), scaling, *experts)
