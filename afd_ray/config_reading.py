@@ -175,6 +175,8 @@ def one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     allowed = [_allowed(detail) for detail in details if _key_path(detail["loc"], schema) == path]
     if first["type"] == "missing":
         return f"{path}: missing, it has no default"
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
     return f"{path}: must be {' or '.join(dict.fromkeys(allowed))}, got {shown(first['input'])}"
 
 
@@ -186,6 +188,8 @@ def _key_path(loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
         if section is None:
             break
         parts.append(str(part))
+        if isinstance(part, int):
+            continue  # of a list of that section
         field = section.model_fields.get(str(part))
         section = _section_of(field.annotation) if field else None
     return ".".join(parts) or "configuration"

@@ -74,6 +74,11 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"failure": {"zzz": 1}}, "failure.zzz: unknown key, the keys there are detect_timeout_s, request_timeout_s"),
         ({1: 2}, "1: unknown key"),
         ({"attention": {"replicas": 0}}, "attention.replicas: must be at least 1, got 0"),
+        (
+            {"simulation": {"failures": [{"at_s": 1, "role": "ffn"}, {"at_s": -5, "role": "head"}]}},
+            "simulation.failures.1.at_s: must be at least 0, got -5",
+        ),
+        ({"simulation": {"failures": [{"at_s": 1, "role": "ffn", "why": 2}]}}, "simulation.failures.0.why: unknown key"),
         ({"attention": {"replicas": True}}, "attention.replicas: must be an integer, got true"),
         ({"attention": {"replicas": 1.5}}, "attention.replicas: must be an integer, got 1.5"),
         ({"attention": {"pace": {}}}, "attention.pace.base_us: missing"),
